@@ -1,0 +1,51 @@
+// Operator schemas, and the plain C queries that kvq_plugin/_native.py asks through ctypes.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/kernels.h"
+#include "formats.h"
+
+STABLE_TORCH_LIBRARY(kvq, m) {
+  m.def(
+      "store(Tensor key, Tensor value, Tensor(a!) cache, Tensor slot_mapping, int format, "
+      "Tensor? key_inverse, Tensor? key_zero, Tensor? value_inverse, Tensor? value_zero) -> ()");
+  m.def(
+      "attend(Tensor(a!) out, Tensor query, Tensor cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start_loc, int format, float scale, Tensor? key_scale, Tensor? key_zero, "
+      "Tensor? value_scale, Tensor? value_zero, bool causal, int window, float softcap, "
+      "Tensor? alibi_slopes, Tensor? sinks) -> ()");
+}
+
+#define KVQ_EXPORT extern "C" __attribute__((visibility("default")))
+
+KVQ_EXPORT const char* kvq_current_isa() { return kvq::current_kernels().name; }
+KVQ_EXPORT int kvq_use_isa(const char* name) { return kvq::use_kernels(name); }
+
+// The i-th supported ISA, best first; null past the end.
+KVQ_EXPORT const char* kvq_supported_isa(int i) {
+  const kvq::KernelTable* const* t = kvq::supported_kernels();
+  for (int n = 0; t[n]; ++n) {
+    if (n == i) return t[n]->name;
+  }
+  return nullptr;
+}
+
+// Row i of the format table: its name (null past the end), and key code, key per-token flag,
+// value code, value per-token flag in out.
+KVQ_EXPORT const char* kvq_format_row(int i, int* out) {
+  if (i < 0 || i >= kvq::kNumFormats) return nullptr;
+  const kvq::Format& f = kvq::kFormats[i];
+  out[0] = static_cast<int>(f.key.code);
+  out[1] = f.key.per_token;
+  out[2] = static_cast<int>(f.value.code);
+  out[3] = f.value.per_token;
+  return f.name;
+}
+
+KVQ_EXPORT void kvq_page_layout(int format, long head_size, long block_size, long* out) {
+  const kvq::PageLayout l = kvq::page_layout(kvq::kFormats[format], head_size, block_size);
+  out[0] = l.key_codes;
+  out[1] = l.value_codes;
+  out[2] = l.key_metadata;
+  out[3] = l.value_metadata;
+  out[4] = l.size;
+}

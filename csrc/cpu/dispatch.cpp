@@ -1,0 +1,58 @@
+// Chooses among the compiled ISAs by what the processor reports.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace kvq {
+namespace {
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
+
+const KernelTable* g_supported[5];
+const KernelTable* g_current = nullptr;
+
+}  // namespace
+
+const KernelTable* const* supported_kernels() {
+  if (!g_supported[0]) {
+    __builtin_cpu_init();
+    int n = 0;
+#if defined(KVQ_X86)
+    if (has_avx512_bf16()) g_supported[n++] = &kAvx512Bf16Kernels;
+    if (has_avx512()) g_supported[n++] = &kAvx512Kernels;
+    if (has_avx2()) g_supported[n++] = &kAvx2Kernels;
+#endif
+    g_supported[n] = &kGenericKernels;
+  }
+  return g_supported;
+}
+
+bool use_kernels(const char* name) {
+  for (const KernelTable* const* t = supported_kernels(); *t; ++t) {
+    if (std::strcmp((*t)->name, name) == 0) {
+      g_current = *t;
+      return true;
+    }
+  }
+  return false;
+}
+
+const KernelTable& current_kernels() {
+  if (!g_current) g_current = supported_kernels()[0];
+  return *g_current;
+}
+
+}  // namespace kvq

@@ -1,0 +1,149 @@
+// Portable dot products: decode the tile to fp32 once, then fp32 multiply-adds over it. Used for
+// every code on AVX2 and generic machines, and for 8-bit floats on AVX-512 without BF16 + VBMI.
+#pragma once
+
+#include "tile.h"
+
+namespace kvq {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kFp32Rows = 4, kFp32Lanes = 4;  // 16 zmm accumulators
+#else
+constexpr int kFp32Rows = 2, kFp32Lanes = 2;  // 8 ymm accumulators
+#endif
+
+// A field of sixteen 32-bit words as fp32 values of code C.
+template <Code C>
+KVQ_HD F16 decode_field(U16 words, int field) {
+  constexpr int kBits = code_bits(C);
+  const U16 c = (words >> (8 * (field % 4) + kBits * (field / 4))) & ((1u << kBits) - 1u);
+  if constexpr (C == Code::kInt8) {
+    return __builtin_convertvector(reinterpret_cast<I16>(c) - 128, F16);
+  } else if constexpr (C == Code::kInt4) {
+    return __builtin_convertvector(reinterpret_cast<I16>(c), F16);
+  } else {
+    // The exponent field lands in fp32's; one exact multiplication repairs its bias, subnormals
+    // included.
+    constexpr int kMantissa = C == Code::kFp8E5M2 ? 2 : 3;
+    constexpr int kBias = C == Code::kFp8E5M2 ? 15 : 7;
+    constexpr uint32_t kNan = C == Code::kFp8E5M2 ? 0x7Cu : 0x7Eu;
+    const U16 mag = c & 0x7Fu;
+    const float rebias = bits_float(static_cast<uint32_t>(127 + 127 - kBias) << 23);
+    const F16 value = reinterpret_cast<F16>(mag << (23 - kMantissa)) * rebias;
+    const U16 bits = reinterpret_cast<U16>(value) | ((c & 0x80u) << 24);
+    const U16 nan = U16{} + 0x7FC00000u;
+    return reinterpret_cast<F16>(mag > kNan ? nan : bits);
+  }
+}
+
+template <Code C>
+struct Fp32Dot {
+  static constexpr int kWord = 32 / code_bits(C);
+
+  struct Query {
+    alignas(64) float q[kMaxRows * kMaxHead];
+    float sum[kMaxRows];
+    alignas(64) float decoded[kTile * kMaxHead];
+  };
+  struct Weights {
+    alignas(64) float p[kMaxRows * kTile];
+    alignas(64) float decoded[kTile * kMaxHead];
+  };
+
+  static void set_query(Query& s, int row, long d, const float* q, float uniform) {
+    F16 sum{};
+    for (long i = 0; i < d; i += kLanes) {
+      const F16 v = load16(q + i) * uniform;
+      sum += v;
+      save16(s.q + row * d + i, v);
+    }
+    s.sum[row] = reduce_add(sum);
+  }
+
+  template <int R>
+  static void score_rows(const Query& s, int row, long d, float* scores) {
+    for (int g = 0; g < kGroups; g += kFp32Lanes) {
+      F16 acc[R][kFp32Lanes] = {};
+      for (long i = 0; i < d; ++i) {
+        F16 k[kFp32Lanes];
+        for (int j = 0; j < kFp32Lanes; ++j) k[j] = load16(s.decoded + i * kTile + (g + j) * 16);
+        for (int r = 0; r < R; ++r) {
+          const float q = s.q[(row + r) * d + i];
+          for (int j = 0; j < kFp32Lanes; ++j) acc[r][j] += k[j] * q;
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        for (int j = 0; j < kFp32Lanes; ++j) {
+          save16(scores + (row + r) * kTile + (g + j) * 16, acc[r][j]);
+        }
+      }
+    }
+  }
+
+  // scores[row][token] = q . code, for all rows.
+  static void score(Query& s, const Tile& tile, int rows, long d, float* scores) {
+    for (int g = 0; g < kGroups; ++g) {
+      for (long w = 0; w < d / kWord; ++w) {
+        prefetch(tile.next_key[g] + w * 64);
+        U16 words;
+        memcpy(&words, tile.key[g] + w * 64, 64);
+        for (int f = 0; f < kWord; ++f) {
+          save16(s.decoded + (w * kWord + f) * kTile + g * 16, decode_field<C>(words, f));
+        }
+      }
+    }
+    int r = 0;
+    for (; r + kFp32Rows <= rows; r += kFp32Rows) score_rows<kFp32Rows>(s, r, d, scores);
+    for (; r < rows; ++r) score_rows<1>(s, r, d, scores);
+  }
+
+  // Weights of one row; returns the factor their products carry.
+  static float set_weights(Weights& s, int row, const F16* p) {
+    for (int g = 0; g < kGroups; ++g) save16(s.p + row * kTile + g * 16, p[g]);
+    return 1.0f;
+  }
+
+  template <int R>
+  static void accumulate_rows(const Weights& s, int row, long d, const float* alpha,
+                              const float* gamma, float* acc) {
+    for (long i = 0; i < d; i += kLanes) {
+      F16 t[R] = {};
+      for (int n = 0; n < kTile; ++n) {
+        const F16 v = load16(s.decoded + n * d + i);
+        for (int r = 0; r < R; ++r) t[r] += v * s.p[(row + r) * kTile + n];
+      }
+      for (int r = 0; r < R; ++r) {
+        float* a = acc + (row + r) * d + i;
+        save16(a, load16(a) * alpha[row + r] + t[r] * gamma[row + r]);
+      }
+    }
+  }
+
+  // acc[row] = acc[row] * alpha[row] + (weights . code) * gamma[row].
+  static void accumulate(Weights& s, const Tile& tile, int rows, long d, const float* alpha,
+                         const float* gamma, float* acc) {
+    for (int g = 0; g < kGroups; ++g) {
+      for (int w = 0; w < kLanes / kWord; ++w) {
+        for (long i = 0; i < d; i += kLanes) {
+          const long at = (w * d + i) * 4;
+          prefetch(tile.next_value[g] + at);
+          U16 words;
+          memcpy(&words, tile.value[g] + at, 64);
+          for (int f = 0; f < kWord; ++f) {
+            const int token = g * 16 + w * kWord + f;
+            // Stale bytes may decode to NaN, and 0 * NaN is not 0.
+            const bool live = token >= tile.begin && token < tile.end;
+            save16(s.decoded + token * d + i, live ? decode_field<C>(words, f) : F16{});
+          }
+        }
+      }
+    }
+    int r = 0;
+    for (; r + kFp32Rows <= rows; r += kFp32Rows) accumulate_rows<kFp32Rows>(s, r, d, alpha, gamma, acc);
+    for (; r < rows; ++r) accumulate_rows<1>(s, r, d, alpha, gamma, acc);
+  }
+};
+
+}  // namespace
+}  // namespace kvq

@@ -1,0 +1,88 @@
+"""Loads the compiled kernels, once, and answers what they are.
+
+``KVQ_ISA`` forces a lower instruction set than the processor has (for tests and for comparing);
+``use_isa`` switches for the duration of a block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent / "_kvq.so"
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """Register ``torch.ops.kvq`` and return the library.
+
+    Raises ImportError when it was not built, ValueError when ``KVQ_ISA`` names an instruction
+    set this machine lacks.
+    """
+    if not LIBRARY.exists():
+        raise ImportError(
+            f"kvq_plugin's compiled kernels are missing (expected {LIBRARY.name} beside "
+            f"{Path(__file__).name}); build them with `make install`, or "
+            "`pip install --no-build-isolation .` in an environment that has torch"
+        )
+    torch.ops.load_library(str(LIBRARY))
+    library = ctypes.CDLL(str(LIBRARY))
+    for name in ("kvq_current_isa", "kvq_supported_isa", "kvq_format_row"):
+        getattr(library, name).restype = ctypes.c_char_p
+    if forced := os.environ.get("KVQ_ISA"):
+        _switch(library, forced)
+    return library
+
+
+def isa() -> str:
+    """The instruction set in use: ``generic``, ``avx2``, ``avx512`` or ``avx512_bf16``."""
+    return load().kvq_current_isa().decode()
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets this machine can run, best first."""
+    return _supported(load())
+
+
+def _supported(library: ctypes.CDLL) -> list[str]:
+    names = (library.kvq_supported_isa(i) for i in range(8))
+    return [name.decode() for name in names if name]
+
+
+def _switch(library: ctypes.CDLL, name: str) -> None:
+    if not library.kvq_use_isa(name.encode()):
+        raise ValueError(
+            f"KVQ_ISA={name!r} cannot be used here: expected one of {_supported(library)}"
+        )
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the block with the kernels of *name*; ValueError when the machine lacks it."""
+    before = isa()
+    _switch(load(), name)
+    try:
+        yield
+    finally:
+        _switch(load(), before)
+
+
+def format_table() -> list[tuple[str, int, bool, int, bool]]:
+    """The library's rows: (name, key code id, key per token, value code id, value per token)."""
+    rows, out = [], (ctypes.c_int * 4)()
+    while name := load().kvq_format_row(len(rows), out):
+        rows.append((name.decode(), out[0], bool(out[1]), out[2], bool(out[3])))
+    return rows
+
+
+def page_layout(format_id: int, head_size: int, block_size: int) -> tuple[int, ...]:
+    """Byte offsets of K codes, V codes, K metadata, V metadata, and the page's size."""
+    out = (ctypes.c_long * 5)()
+    load().kvq_page_layout(format_id, ctypes.c_long(head_size), ctypes.c_long(block_size), out)
+    return tuple(out)

@@ -1,0 +1,206 @@
+"""Start a real ``vllm serve``, wait until it answers, and stop it whatever happens.
+
+Demo, evaluation and tests start engines through this module, so that none is left behind:
+every server leads a process group of its own, and the whole group is gone when the ``with``
+block is left, by whichever way.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LOG_TAIL_LINES = 25
+GRACE_SECONDS = 30.0  # an idle vLLM ends in 3 s; a loaded machine needs longer
+
+
+class ServerError(RuntimeError):
+    """A server did not start, or ended by itself. The message carries the end of its log."""
+
+
+@dataclass
+class Server:
+    """A running ``vllm serve``.
+
+    Attributes:
+        url: base address, without ``/v1``.
+        process: the API server; it leads the process group of its engine and workers.
+        log: file with everything the group prints.
+        exit_code: of the API server once stopped; negative for a signal, None while it runs.
+    """
+
+    url: str
+    process: subprocess.Popen
+    log: Path
+    exit_code: int | None = field(default=None, init=False)
+
+    def client(self):
+        """An ``openai.OpenAI`` for this server."""
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+
+    def metric_labels(self, name: str) -> dict[str, str]:
+        """Labels of the first sample of the metric *name* on ``/metrics``; {} where absent."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
+            families = text_string_to_metric_families(reply.read().decode())
+        samples = (sample for family in families for sample in family.samples)
+        return next((dict(s.labels) for s in samples if s.name == name), {})
+
+    def kv_tokens(self) -> int:
+        """Tokens the KV cache holds: vLLM's own figure, the one it logs at start-up."""
+        return int(self.metric_labels("vllm:cache_config_info")["kv_cache_size_tokens"])
+
+    def group_members(self) -> list[int]:
+        """Process ids alive in the server's group: API server, engine and workers."""
+        return process_group(self.process.pid)
+
+    def stop(self, first: signal.Signals = signal.SIGTERM) -> int:
+        """Ask the server to end with *first*, then end what is left of its group.
+
+        Returns the API server's exit code. Safe to call twice.
+        """
+        if self.exit_code is None:
+            try:
+                if self.process.poll() is None:
+                    self.process.send_signal(first)
+                    with suppress(subprocess.TimeoutExpired):
+                        self.process.wait(GRACE_SECONDS)
+            finally:
+                self.exit_code = end_group(self.process)
+        return self.exit_code
+
+    def wait_until_ready(self, timeout: float, tick: Callable[[], None] = lambda: None) -> None:
+        """Return once ``/health`` answers; ServerError if the server ends or *timeout* s pass."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            tick()
+            if self.process.poll() is not None:
+                raise ServerError(f"vllm serve ended with {self.process.returncode}; {self.tail()}")
+            with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            time.sleep(0.2)
+        raise ServerError(f"vllm serve did not answer within {timeout:.0f} s; {self.tail()}")
+
+    def tail(self) -> str:
+        """The last lines of the log, introduced by its path."""
+        return log_tail(self.log)
+
+
+@contextmanager
+def serve(
+    model: str | os.PathLike,
+    kv_cache_dtype: str,
+    *,
+    args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300.0,
+    tick: Callable[[], None] = lambda: None,
+) -> Iterator[Server]:
+    """Run ``vllm serve MODEL --kv-cache-dtype NAME`` on a free port of the loopback interface.
+
+    Args:
+        args: further arguments of ``vllm serve``.
+        env: set on top of this process's environment and :func:`engine_env`.
+        timeout: seconds until the server must answer.
+        tick: called a few times a second while waiting, for a progress display.
+
+    Raises ServerError with the end of the log when the server does not come up. The log is
+    kept when the block is left by an exception, and removed otherwise.
+    """
+    port = free_port()
+    handle, name = tempfile.mkstemp(prefix=f"kvq-{kv_cache_dtype}-", suffix=".log")
+    command = [vllm_command(), "serve", os.fspath(model), "--kv-cache-dtype", kv_cache_dtype]
+    command += ["--host", "127.0.0.1", "--port", str(port), *args]
+    with os.fdopen(handle, "wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **engine_env(), **(env or {})},
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, Path(name))
+    try:
+        server.wait_until_ready(timeout, tick)
+        yield server
+    finally:
+        server.stop()
+    server.log.unlink()
+
+
+def vllm_command() -> str:
+    """The ``vllm`` command beside this interpreter, else the one on the PATH."""
+    beside = Path(sys.executable).with_name("vllm")
+    found = str(beside) if beside.exists() else shutil.which("vllm")
+    if not found:
+        raise ServerError(
+            f"no vllm command beside {sys.executable} nor on the PATH: install vLLM there "
+            "('make install' in a checkout does)"
+        )
+    return found
+
+
+def engine_env() -> dict[str, str]:
+    """Environment that an engine on this machine wants, where the user has not set it.
+
+    vLLM's own binding keeps one core for the scheduler, which idles while the workers
+    compute: on two cores that halves the speed.
+    """
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    wanted = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_NO_USAGE_STATS": "1"}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def process_group(group: int) -> list[int]:
+    """Process ids alive (zombies not counted) in the process group *group*."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # The second field is the command in parentheses and may hold spaces.
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                members.append(int(stat.parent.name))
+    return members
+
+
+def end_group(leader: subprocess.Popen, patience: float = 10.0) -> int:
+    """Wait *patience* seconds for the group of *leader* to empty, then kill it.
+
+    Returns the leader's exit code. *leader* must have been started in a new session.
+    """
+    deadline = time.monotonic() + (patience if leader.poll() is not None else 0.0)
+    while process_group(leader.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    return leader.wait()
+
+
+def log_tail(log: Path) -> str:
+    """The last lines of the file *log*, introduced by its path."""
+    lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return f"the end of {log}:\n" + "\n".join(lines)

@@ -1,0 +1,208 @@
+"""Refusals at start-up: what cannot work is said before anything is loaded.
+
+Every message names what was asked, what is supported and what to use instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvq_plugin.formats import FORMATS, KVFormat
+from kvq_plugin.serving import options
+from kvq_plugin.serving.names import RULES
+
+#: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
+#: (vLLM 0.32 picks its kernel by the model's dtype, whatever the cache's is).
+_UNQUANTIZED = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BLOCK_MULTIPLE = 32
+_SKIP_KINDS = ("sliding_window",)
+_SCALE_SUFFIXES = (".attn.k_scale", ".attn.v_scale")
+
+
+def check(vllm_config: Any) -> None:
+    """Raise ValueError when *vllm_config* asks for a KV cache that cannot be served."""
+    options.parse(vllm_config.additional_config)
+    model = vllm_config.model_config
+    if model is None:
+        return
+    asked = vllm_config.cache_config.cache_dtype
+    _check_dtype(asked, "--kv-cache-dtype", model.dtype)
+    draft = getattr(vllm_config.speculative_config, "kv_cache_dtype", None)
+    if draft is not None:
+        _check_draft(draft, model.dtype)
+    format = FORMATS.get(asked)
+    if format is None:
+        return
+    _check_model(asked, model)
+    _check_engine(asked, vllm_config)
+    _check_skip_layers(vllm_config)
+    _check_static_scales(asked, format, vllm_config)
+
+
+def _refuse(asked: str, what: str, supported: str, instead: str) -> None:
+    raise ValueError(
+        f"--kv-cache-dtype {asked} was asked for {what}: supported are {supported}; {instead}"
+    )
+
+
+def _check_dtype(asked: str, flag: str, model_dtype: torch.dtype) -> None:
+    if asked in FORMATS:
+        return
+    if asked not in _UNQUANTIZED:
+        known = ", ".join((*_UNQUANTIZED, *FORMATS))
+        raise ValueError(
+            f"{flag} {asked} is not implemented on the CPU platform, neither by vLLM nor by "
+            f"kvq_plugin: supported are {known}; use int8_per_token_head for a quantized cache "
+            "without calibration"
+        )
+    needed = _UNQUANTIZED[asked]
+    if needed is not None and needed != model_dtype:
+        raise ValueError(
+            f"{flag} {asked} was asked for a model running in {_name(model_dtype)}: on the CPU "
+            f"platform an unquantized cache has the model's dtype; use {flag} auto, or --dtype "
+            f"{asked}"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_draft(asked: str, model_dtype: torch.dtype) -> None:
+    _check_dtype(asked, "the draft model's kv_cache_dtype", model_dtype)
+    format = FORMATS.get(asked)
+    if format is not None and not format.is_dynamic and format.default_scale is None:
+        raise ValueError(
+            f"the draft model's kv_cache_dtype {asked} needs calibrated scales, which draft "
+            "checkpoints do not carry: use int8_per_token_head, or auto"
+        )
+
+
+def _check_model(asked: str, model: Any) -> None:
+    decoder_only = "decoder-only models with softmax attention"
+    instead = "use --kv-cache-dtype auto"
+    if model.use_mla:
+        _refuse(asked, "a model with multi-head latent attention (MLA)", decoder_only, instead)
+    if model.is_encoder_decoder:
+        _refuse(asked, "an encoder-decoder model (cross attention)", decoder_only, instead)
+    if model.is_hybrid:
+        _refuse(asked, "a hybrid of attention and state-space layers", decoder_only, instead)
+    if model.is_attention_free:
+        _refuse(asked, "a model without attention", decoder_only, instead)
+    from kvq_plugin.serving.backend import KVQBackend, unsupported_head_size
+
+    head_size = model.get_head_size()
+    if head_size not in KVQBackend.get_supported_head_sizes():
+        raise ValueError(unsupported_head_size(asked, head_size))
+
+
+def _check_engine(asked: str, vllm_config: Any) -> None:
+    if vllm_config.kv_transfer_config is not None:
+        _refuse(
+            asked,
+            "an engine with a KV connector or KV offloading",
+            "engines that keep their KV cache to themselves",
+            "drop --kv-transfer-config and --kv-offloading-size, or use --kv-cache-dtype auto",
+        )
+    parallel = vllm_config.parallel_config
+    for field, flag in (
+        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+        ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+    ):
+        size = getattr(parallel, field, 1)
+        if size > 1:
+            _refuse(
+                asked,
+                f"context parallelism ({flag} {size})",
+                "tensor, pipeline and data parallelism",
+                f"use {flag} 1",
+            )
+    block_size = vllm_config.cache_config.block_size
+    if block_size and block_size % _BLOCK_MULTIPLE:
+        _refuse(
+            asked,
+            f"blocks of {block_size} tokens",
+            f"multiples of {_BLOCK_MULTIPLE}",
+            "use --block-size 128",
+        )
+
+
+def _check_skip_layers(vllm_config: Any) -> None:
+    if vllm_config.speculative_config is not None:
+        return  # a draft model numbers its layers after the target's
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    for entry in vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        if entry in _SKIP_KINDS or (entry.isdigit() and int(entry) < layers):
+            continue
+        raise ValueError(
+            f"--kv-cache-dtype-skip-layers names {entry!r}, which the model does not have: "
+            f"supported are layer numbers 0 to {layers - 1} and {', '.join(_SKIP_KINDS)}"
+        )
+
+
+# --- static scales ---------------------------------------------------------------------
+
+
+def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None:
+    """Refuse a format without default scales on a checkpoint that visibly has none.
+
+    A checkpoint that is not a local folder of safetensors is left to the loader, which
+    lists the layers without scales once it has read them.
+    """
+    if format.is_dynamic or format.default_scale is not None:
+        return
+    folder = Path(vllm_config.model_config.model)
+    if _declares_kv_scheme(vllm_config.model_config.hf_config, folder):
+        return
+    names = _tensor_names(folder)
+    if names is None or any(_is_scale(name) for name in names):
+        return
+    raise ValueError(
+        f"--kv-cache-dtype {asked} needs calibrated scales, and {folder} has none: no KV scheme "
+        "in its configuration and no k_scale or v_scale in its safetensors files. Supported "
+        "without scales are "
+        f"{', '.join(n for n, f in FORMATS.items() if f.is_dynamic or f.default_scale)}; run "
+        "`kvq calibrate` to add scales, or use --kv-cache-dtype int8_per_token_head"
+    )
+
+
+def _is_scale(name: str) -> bool:
+    """Whether the loader will take tensor *name* for a scale of K or V."""
+    for pattern, new in RULES:
+        name = re.sub(pattern, new, name)
+    return name.endswith(_SCALE_SUFFIXES)
+
+
+def _declares_kv_scheme(hf_config: Any, folder: Path) -> bool:
+    text_config = getattr(hf_config, "text_config", None)
+    for config in (hf_config, text_config):
+        for key in ("quantization_config", "compression_config"):
+            section = getattr(config, key, None)
+            if isinstance(section, dict) and section.get("kv_cache_scheme"):
+                return True
+    sidecar = folder / "hf_quant_config.json"  # ModelOpt
+    if not sidecar.is_file():
+        return False
+    return bool(json.loads(sidecar.read_text()).get("quantization", {}).get("kv_cache_quant_algo"))
+
+
+def _tensor_names(folder: Path) -> set[str] | None:
+    """Names of the tensors in *folder*'s safetensors files; None when it has no such file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return set(json.loads(index.read_text())["weight_map"])
+    files = sorted(folder.glob("*.safetensors"))
+    return {name for file in files for name in _header(file)} if files else None
+
+
+def _header(file: Path) -> Iterator[str]:
+    with file.open("rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        yield from json.loads(f.read(length))

@@ -1,0 +1,191 @@
+"""The quantization config: how our scale loading reaches every attention layer.
+
+vLLM has one quantization config per model. A checkpoint whose weights are not quantized gets
+:class:`KVQConfig`; any other keeps its own object, whose class is replaced by a generated
+subclass that differs for attention layers only (:func:`wrap_quant_config`), so that weights
+load, and ``isinstance`` and ``get_name()`` answer, as before.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from kvq_plugin.formats import FORMATS
+from kvq_plugin.serving import compat
+from kvq_plugin.serving.compat import QuantizationConfig, register_quantization_config
+from kvq_plugin.serving.names import IGNORED_SUFFIXES, scale_mapper
+from kvq_plugin.serving.scheme import KVScheme, ScaleLedger
+
+AUTO = "auto"
+logger = compat.init_logger(f"vllm.{__name__}")
+
+
+class ScaleLoading:
+    """Mixin of quantization configs whose attention layers load scales our way.
+
+    Attributes:
+        kvq_ledger: what the checkpoint declares, and which layers await their scales.
+        kv_cache_scheme: None, whatever the checkpoint says: vLLM turns any other value into
+            ``fp8`` under ``--kv-cache-dtype auto``, int8 schemes included.
+    """
+
+    kvq_ledger: ScaleLedger
+    kv_cache_scheme: Any = None
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if isinstance(layer, compat.Attention):
+            from kvq_plugin.serving.scales import KVQCacheMethod
+
+            return KVQCacheMethod(self)
+        return super().get_quant_method(layer, prefix)
+
+    @classmethod
+    def get_cache_scale_mapper(cls) -> Any:
+        return scale_mapper() | super().get_cache_scale_mapper()
+
+
+@register_quantization_config("kvq")
+class KVQConfig(ScaleLoading, QuantizationConfig):
+    """Unquantized weights, KV scales from the checkpoint.
+
+    Used for ``--quantization kvq``, for ``quantization_config: {"quant_method": "kvq",
+    "kv_cache_scheme": {...}}`` in config.json, and for any unquantized checkpoint served with
+    one of our KV-cache dtypes.
+    """
+
+    _ignore_unexpected_suffixes = (
+        *QuantizationConfig._ignore_unexpected_suffixes,
+        *IGNORED_SUFFIXES,
+    )
+
+    def __init__(self, scheme: KVScheme | None = None) -> None:
+        super().__init__()
+        self.kvq_ledger = ScaleLedger(scheme)
+
+    def get_name(self) -> str:
+        return "kvq"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> KVQConfig:
+        scheme = config.get("kv_cache_scheme")
+        return cls(KVScheme.from_dict(scheme) if scheme else None)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if isinstance(layer, compat.LinearBase):
+            return compat.UnquantizedLinearMethod()
+        if isinstance(layer, compat.Attention):
+            return super().get_quant_method(layer, prefix)
+        return None
+
+
+@functools.cache
+def _scale_loading_class(base: type) -> type:
+    """Subclass of config class *base* with our scale loading; one per base."""
+    attributes = {
+        "__reduce__": _reduce_wrapped,
+        "_ignore_unexpected_suffixes": (*base._ignore_unexpected_suffixes, *IGNORED_SUFFIXES),
+    }
+    return type(f"KVQ{base.__name__}", (ScaleLoading, base), attributes)
+
+
+def _reduce_wrapped(self: Any) -> tuple:
+    # Worker processes get the config pickled, and a generated class has no import path.
+    _, _, base, *_ = type(self).__mro__
+    return _new_wrapped, (base,), self.__dict__.copy()
+
+
+def _new_wrapped(base: type) -> Any:
+    cls = _scale_loading_class(base)
+    return cls.__new__(cls)
+
+
+# --- wrapping --------------------------------------------------------------------------
+
+
+def resolve_cache_dtype(vllm_config: Any) -> None:
+    """Under ``--kv-cache-dtype auto``, take the dtype the checkpoint's KV scheme stands for.
+
+    Raises ValueError for a scheme that no format serves.
+    """
+    cache = vllm_config.cache_config
+    scheme = _declared_scheme(vllm_config)
+    if cache.cache_dtype == AUTO and scheme is not None:
+        cache.cache_dtype = scheme.dtype()
+        logger.info("KV cache dtype %s, from the checkpoint (%s)", cache.cache_dtype, scheme)
+
+
+def wrap_quant_config(vllm_config: Any) -> None:
+    """Give *vllm_config* a quantization config that loads KV scales our way. Idempotent.
+
+    Applies when the cache dtype is one of ours, and when the checkpoint declares KV scales
+    that an unquantized cache is to ignore. Raises ValueError when the checkpoint's scales
+    were made for another code than the one asked for.
+    """
+    if vllm_config.model_config is None:
+        return
+    resolve_cache_dtype(vllm_config)
+    asked = vllm_config.cache_config.cache_dtype
+    scheme = _declared_scheme(vllm_config)
+    format = FORMATS.get(asked)
+    if format is not None and scheme is not None:
+        scheme.check(format, asked)
+    if format is None and (scheme is None or not _is_unquantized(asked)):
+        return
+    config = vllm_config.quant_config
+    if config is None:
+        vllm_config.quant_config = KVQConfig(scheme)
+    elif not isinstance(config, ScaleLoading):
+        config.__class__ = _scale_loading_class(type(config))
+        config.kv_cache_scheme = None
+        config.kvq_ledger = ScaleLedger(scheme)
+
+
+def _is_unquantized(cache_dtype: str) -> bool:
+    """True for names of torch dtypes, as vLLM calls caches it does not quantize."""
+    return isinstance(getattr(torch, cache_dtype, None), torch.dtype)
+
+
+def _declared_scheme(vllm_config: Any) -> KVScheme | None:
+    """What the checkpoint says its KV scales are for; None when it says nothing."""
+    config = vllm_config.quant_config
+    if isinstance(config, ScaleLoading):
+        return config.kvq_ledger.scheme
+    declared = getattr(config, "kv_cache_scheme", None)
+    if declared is None:
+        declared = _checkpoint_quantization(vllm_config.model_config).get("kv_cache_scheme")
+    if isinstance(declared, dict):
+        return KVScheme.from_dict(declared)
+    # ModelOpt names an algorithm instead, and calls the attribute one thing or the other.
+    for attribute in ("kv_cache_quant_method", "kv_cache_quant_algo"):
+        algorithm = getattr(config, attribute, None)
+        if isinstance(algorithm, str) and algorithm.upper() == "FP8":
+            return KVScheme("float", 8, every_layer=False)
+    return None
+
+
+def _checkpoint_quantization(model_config: Any) -> dict[str, Any]:
+    """``quantization_config`` of the checkpoint's config.json, wherever the model keeps it.
+
+    Weight quantizations that know no KV scheme drop it from their own config object.
+    """
+    hf_config = model_config.hf_config
+    for holder in (hf_config, getattr(hf_config, "text_config", None)):
+        found = getattr(holder, "quantization_config", None)
+        if found is not None:
+            return found if isinstance(found, dict) else found.to_dict()
+    return getattr(hf_config, "compression_config", None) or {}

@@ -1,0 +1,140 @@
+"""From a scale as some checkpoint spells it to the fp32 tensor one rank needs.
+
+Every published shape is brought to one of three forms, for H kv heads and head size D:
+tensor ``()``, head ``(H,)``, channel ``(H, D)``. Channels are head-major, as the output of
+``k_proj`` is. The forms are tried in this order and the first whose shapes match wins:
+
+1. tensor: ``()`` or ``(1,)``
+2. head: ``(H,)``, ``(H, 1)`` or ``(H, 1, 1)``
+3. channel: ``(H*D,)``, ``(H*D, 1)``, ``(1, H*D)``, ``(H, D)`` or ``(H, 1, D)``
+
+With H == 1, ``(1,)`` is thus a tensor scale and ``(1, D)`` a channel scale. No other shape
+fits two forms, because D is at least 16; where two spellings of one form coincide (``(1, D)``
+is ``(1, H*D)`` and ``(H, D)``) they mean the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+
+#: A placeholder's value, and a checkpoint's way to say "no scale" where it must say something.
+ABSENT = -1.0
+
+
+def are_scales(value: torch.Tensor) -> bool:
+    """True when every element can divide and multiply: finite, > 0, with a finite inverse."""
+    return bool((value.isfinite() & (value > 0) & value.reciprocal().isfinite()).all())
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """The kv heads one tensor-parallel rank holds: ``count`` of ``total``, from ``first``."""
+
+    total: int
+    first: int
+    count: int
+
+    @classmethod
+    def of(cls, count: int, stated_total: int | None, rank: int, world: int) -> HeadShard:
+        """Shard of a layer with *count* kv heads on this rank.
+
+        *stated_total* is the model configuration's number of kv heads. It decides whether a
+        single head per rank is one of ``world`` or a replica (fewer kv heads than ranks);
+        a layer that contradicts it has its own count (models with several kinds of layers)
+        and is evenly divided.
+        """
+        if stated_total is None or count != max(1, stated_total // world):
+            stated_total = count * world
+        if stated_total < world:  # each head is held by world / total neighbouring ranks
+            return cls(stated_total, rank * stated_total // world, 1)
+        return cls(stated_total, rank * count, count)
+
+    def cut(self, scale: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a ``()``, ``(H,)`` or ``(H, D)`` tensor."""
+        return scale if scale.dim() == 0 else scale[self.first : self.first + self.count]
+
+
+@dataclass(frozen=True)
+class ScaleReader:
+    """Reads one tensor of one layer.
+
+    Attributes:
+        layer, key: names for error messages.
+        shard: the kv heads of this rank.
+        head_size: D; 0 when only a single value is accepted.
+        query_group: query heads per kv head for q, whose head and channel scales come per
+            query head and are reduced to ``(H,)`` by their maximum; 0 for k and v.
+    """
+
+    layer: str
+    key: str
+    shard: HeadShard
+    head_size: int
+    query_group: int = 0
+
+    def scale(self, loaded: torch.Tensor) -> torch.Tensor:
+        """*loaded* as fp32 in this rank's form; the scalar ``ABSENT`` when it is all -1.
+
+        Raises ValueError for a shape not listed above, and for values that are zero,
+        negative, NaN, infinite, or so small that their inverse is infinite.
+        """
+        value = self._form(loaded)
+        if bool((value == ABSENT).all()):
+            return torch.tensor(ABSENT)
+        if not are_scales(value):
+            self._refuse(loaded, "finite scales > 0", _describe(value))
+        if self.query_group and value.dim():
+            value = value.reshape(self.shard.total, -1).amax(1)
+        return self.shard.cut(value)
+
+    def zero_point(self, loaded: torch.Tensor) -> torch.Tensor:
+        """*loaded* as fp32 in this rank's form: the code that decodes to 0, an integer.
+
+        Raises ValueError for shapes not listed above and for values that are not int8 codes:
+        other conventions (a midpoint or a minimum in the tensor's own unit) are not guessed.
+        """
+        value = self._form(loaded)
+        is_code = (value == value.round()) & (value >= -128) & (value <= 127)
+        if not bool(is_code.all()):
+            self._refuse(loaded, "zero points that are integer codes", _describe(value))
+        return self.shard.cut(value)
+
+    def _form(self, loaded: torch.Tensor) -> torch.Tensor:
+        value = loaded.detach().to(torch.float32)
+        for shape, spellings in self._spellings():
+            if tuple(value.shape) in spellings:
+                return value.reshape(shape)
+        self._refuse(loaded, "one of the shapes below", "another shape")
+
+    def _spellings(self) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
+        """Each form's canonical shape with the shapes accepted for it."""
+        forms = [((), [(), (1,)])]
+        if self.head_size:
+            h, d = self.shard.total * max(1, self.query_group), self.head_size
+            forms.append(((h,), [(h,), (h, 1), (h, 1, 1)]))
+            forms.append(((h, d), [(h * d,), (h * d, 1), (1, h * d), (h, d), (h, 1, d)]))
+        return forms
+
+    def _refuse(self, loaded: torch.Tensor, expected: str, got: str) -> NoReturn:
+        accepted = ", ".join(str(s) for _, shapes in self._spellings() for s in shapes)
+        raise ValueError(
+            f"{self.layer}: cannot use {self.key} of shape {tuple(loaded.shape)}: expected "
+            f"{expected}, got {got}; accepted shapes are {accepted}. Recalibrate with "
+            "`kvq calibrate`, or use a dtype without static scales, such as int8_per_token_head"
+        )
+
+
+def _describe(value: torch.Tensor) -> str:
+    bad = {
+        "NaN": value.isnan(),
+        "infinite": value.isinf(),
+        "zero": value == 0,
+        "negative": value < 0,
+    }
+    counts = ", ".join(f"{int(m.sum())} {name}" for name, m in bad.items() if m.any())
+    return f"values from {value.min().item():.4g} to {value.max().item():.4g}" + (
+        f" ({counts})" if counts else ""
+    )

@@ -1,0 +1,166 @@
+"""Run vLLM engines in a process of their own and bring back what they generated.
+
+vLLM changes the process it runs in (plugins, environment, process groups), so tests hand
+over a list of jobs instead of importing it. By default an engine lives inside that one
+process, which starts a tiny model in two seconds; ``multiprocess=True`` gives it the worker
+processes users get.
+
+    results = run([Job({"model": path, "kv_cache_dtype": "fp8"}, [Batch([[1, 2, 3]])])])
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+GREEDY = {"temperature": 0.0, "max_tokens": 16, "logprobs": 1, "ignore_eos": True}
+ENGINE = {
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_model_len": 512,
+    "seed": 0,
+    "disable_log_stats": False,
+}
+
+
+@dataclass
+class Batch:
+    """One ``generate`` call: token-id prompts and sampling parameters over GREEDY."""
+
+    prompts: list[list[int]]
+    sampling: dict = field(default_factory=dict)
+
+
+@dataclass
+class Job:
+    """One engine: arguments of ``LLM`` over ENGINE, and the batches it is given in turn."""
+
+    llm: dict
+    batches: list[Batch] = field(default_factory=list)
+
+
+@dataclass
+class Output:
+    """One request's result.
+
+    Attributes:
+        tokens, logprobs: what was generated, and the log-probability of each.
+        prompt_logprobs: of each prompt token but the first, if asked for.
+        cached: prompt tokens found in the prefix cache.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    prompt_logprobs: list[float]
+    cached: int
+
+
+@dataclass
+class Result:
+    """One job's outputs per batch, vLLM's counters, or the error that ended it."""
+
+    batches: list[list[Output]]
+    counters: dict[str, float]
+    error: str | None = None
+
+
+def run(
+    jobs: list[Job], *, timeout: float = 600, multiprocess: bool = False, env: dict | None = None
+) -> list[Result]:
+    """Run *jobs* one after another in one new process."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "jobs.json"), Path(folder, "results.json")
+        source.write_text(json.dumps([asdict(job) for job in jobs]))
+        settings = os.environ | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess)),
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "HF_HUB_OFFLINE": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, __file__, str(source), str(target)],
+            env=settings | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if not target.is_file():
+            raise RuntimeError(f"the engine process died:\n{(done.stdout + done.stderr)[-4000:]}")
+        results = json.loads(target.read_text())
+    return [
+        Result([[Output(**o) for o in batch] for batch in r["batches"]], r["counters"], r["error"])
+        for r in results
+    ]
+
+
+def only(results: list[Result]) -> list[Result]:
+    """*results*, after failing on the first engine that ended in an error."""
+    for result in results:
+        if result.error is not None:
+            raise AssertionError(f"engine failed: {result.error}")
+    return results
+
+
+# --- inside the process ----------------------------------------------------------------
+
+
+def _main(source: str, target: str) -> None:
+    jobs = json.loads(Path(source).read_text())
+    Path(target).write_text(json.dumps([_run_job(job) for job in jobs]))
+
+
+def _run_job(job: dict) -> dict:
+    import gc
+    import traceback
+
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = None
+    result = {"batches": [], "counters": {}, "error": None}
+    try:
+        llm = LLM(**(ENGINE | job["llm"]))
+        result["batches"] = [_generate(llm, batch) for batch in job["batches"]]
+        result["counters"] = {
+            m.name: m.value for m in llm.get_metrics() if type(m).__name__ == "Counter"
+        }
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
+    del llm
+    gc.collect()
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+        cleanup_dist_env_and_memory()
+    return result
+
+
+def _generate(llm, batch: dict) -> list[dict]:
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
+    sampling = SamplingParams(detokenize=False, **(GREEDY | batch["sampling"]))
+    outputs = []
+    for request in llm.generate(prompts, sampling, use_tqdm=False):
+        completion = request.outputs[0]
+        tokens = list(completion.token_ids)
+        known = zip(request.prompt_token_ids, request.prompt_logprobs or [], strict=False)
+        outputs.append(
+            {
+                "tokens": tokens,
+                "logprobs": [
+                    step[token].logprob
+                    for step, token in zip(completion.logprobs or [], tokens, strict=False)
+                ],
+                "prompt_logprobs": [step[token].logprob for token, step in known if step],
+                "cached": request.num_cached_tokens or 0,
+            }
+        )
+    return outputs
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
