@@ -1,6 +1,7 @@
 // Operator schemas, and the plain C queries that kvq_plugin/_native.py asks through ctypes.
 #include <torch/csrc/stable/library.h>
 
+#include "codec.h"
 #include "cpu/kernels.h"
 #include "formats.h"
 
@@ -48,4 +49,34 @@ KVQ_EXPORT void kvq_page_layout(int format, long head_size, long block_size, lon
   out[2] = l.key_metadata;
   out[3] = l.value_metadata;
   out[4] = l.size;
+}
+
+// The codec header itself, code by code: values -> the unsigned codes a page holds, and back.
+// fp8_e4m3fnuz has no CPU format, so this is where it is compiled and tested.
+namespace {
+template <kvq::Code C>
+void convert(float* values, uint8_t* codes, long n, bool encode) {
+  for (long i = 0; i < n; ++i) {
+    if (encode) {
+      codes[i] = kvq::Codec<C>::encode(values[i]);
+    } else {
+      values[i] = kvq::Codec<C>::decode(codes[i]);
+    }
+  }
+}
+}  // namespace
+
+KVQ_EXPORT void kvq_convert(int code, float* values, uint8_t* codes, long n, int encode) {
+  switch (static_cast<kvq::Code>(code)) {
+    case kvq::Code::kInt8:
+      return convert<kvq::Code::kInt8>(values, codes, n, encode);
+    case kvq::Code::kInt4:
+      return convert<kvq::Code::kInt4>(values, codes, n, encode);
+    case kvq::Code::kFp8E4M3:
+      return convert<kvq::Code::kFp8E4M3>(values, codes, n, encode);
+    case kvq::Code::kFp8E5M2:
+      return convert<kvq::Code::kFp8E5M2>(values, codes, n, encode);
+    case kvq::Code::kFp8E4M3Fnuz:
+      return convert<kvq::Code::kFp8E4M3Fnuz>(values, codes, n, encode);
+  }
 }

@@ -86,3 +86,27 @@ def page_layout(format_id: int, head_size: int, block_size: int) -> tuple[int, .
     out = (ctypes.c_long * 5)()
     load().kvq_page_layout(format_id, ctypes.c_long(head_size), ctypes.c_long(block_size), out)
     return tuple(out)
+
+
+def encode(code_id: int, values: torch.Tensor) -> torch.Tensor:
+    """Unsigned codes (as a page holds them) of contiguous fp32 *values*, by ``csrc/codec.h``."""
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    _convert(code_id, values, codes, encode=True)
+    return codes
+
+
+def decode(code_id: int, codes: torch.Tensor) -> torch.Tensor:
+    """fp32 values, before scaling, of contiguous uint8 *codes*, by ``csrc/codec.h``."""
+    values = torch.empty(codes.shape, dtype=torch.float32)
+    _convert(code_id, values, codes, encode=False)
+    return values
+
+
+def _convert(code_id: int, values: torch.Tensor, codes: torch.Tensor, encode: bool) -> None:
+    load().kvq_convert(
+        code_id,
+        ctypes.c_void_p(values.data_ptr()),
+        ctypes.c_void_p(codes.data_ptr()),
+        ctypes.c_long(values.numel()),
+        int(encode),
+    )

@@ -33,7 +33,7 @@ class Granularity(Enum):
         return self is Granularity.TOKEN_HEAD
 
     def scale_shape(self, tokens: int, heads: int, head_size: int) -> tuple[int, ...]:
-        """Shape of the scale of a ``[T, H, D]`` tensor: ``()``, ``(H,)``, ``(H, D)``, ``(T, H)``."""
+        """Scale shape of a ``[T, H, D]`` tensor: ``()``, ``(H,)``, ``(H, D)`` or ``(T, H)``."""
         return {
             Granularity.TENSOR: (),
             Granularity.HEAD: (heads,),

@@ -148,9 +148,8 @@ def store(
     layout = PageLayout(format, key.shape[-1], cache.shape[2])
     keep = slot_mapping >= 0
     slots = slot_mapping[keep]
-    # Duplicate slots in one call are not meaningful; the caller never sends them.
     block, position = slots // layout.block_size, slots % layout.block_size
-    pages = cache.view(*cache.shape[:2], -1) if cache.is_contiguous() else _pages(cache)
+    pages = _pages(cache)
     for x, which, static in (
         (key, layout.key, key_static),
         (value, layout.value, value_static),
@@ -163,8 +162,9 @@ def _pages(cache: torch.Tensor) -> torch.Tensor:
     """``[B, H, N, C]`` with contiguous (N, C) -> ``[B, H, N*C]`` view, other strides kept."""
     b, h, n, c = cache.shape
     if cache.stride(3) != 1 or cache.stride(2) != c:
-        raise ValueError(f"a page must be contiguous: expected strides (.., {c}, 1), "
-                         f"got {cache.stride()}")
+        raise ValueError(
+            f"a page must be contiguous: expected strides (.., {c}, 1), got {cache.stride()}"
+        )
     return cache.as_strided((b, h, n * c), (cache.stride(0), cache.stride(1), 1))
 
 
@@ -265,8 +265,9 @@ def attend(
         if sinks is not None:
             sink = sinks.to(dtype)[:, None, None].expand(-1, count, 1)
             scores = torch.cat([scores, sink], -1)
-        weights = torch.softmax(scores, -1).nan_to_num(0.0) if not visible.any(
-            -1
-        ).all() else torch.softmax(scores, -1)
+        # A query that sees nothing gets zeros, where softmax alone would give NaN.
+        weights = torch.softmax(scores, -1)
+        blind = ~visible.any(-1)[None, :, None] & (sinks is None)
+        weights = weights.masked_fill(blind, 0.0)
         out[begin:end] = torch.einsum("hqk,khd->qhd", weights[..., :length], v)
     return out

@@ -81,7 +81,9 @@ class Server:
                     with suppress(subprocess.TimeoutExpired):
                         self.process.wait(GRACE_SECONDS)
             finally:
-                self.exit_code = end_group(self.process)
+                ended = self.process.poll() is not None
+                end_group(self.process.pid, patience=10.0 if ended else 0.0)
+                self.exit_code = self.process.wait()
         return self.exit_code
 
     def wait_until_ready(self, timeout: float, tick: Callable[[], None] = lambda: None) -> None:
@@ -120,9 +122,12 @@ def serve(
         timeout: seconds until the server must answer.
         tick: called a few times a second while waiting, for a progress display.
 
-    Raises ServerError with the end of the log when the server does not come up. The log is
-    kept when the block is left by an exception, and removed otherwise.
+    Raises ServerError with the end of the log when the server does not come up, or when a
+    request inside the block fails with an openai error. The log is kept when the block is left
+    by an exception, and removed otherwise.
     """
+    from openai import OpenAIError
+
     port = free_port()
     handle, name = tempfile.mkstemp(prefix=f"kvq-{kv_cache_dtype}-", suffix=".log")
     command = [vllm_command(), "serve", os.fspath(model), "--kv-cache-dtype", kv_cache_dtype]
@@ -140,6 +145,8 @@ def serve(
     try:
         server.wait_until_ready(timeout, tick)
         yield server
+    except OpenAIError as error:
+        raise ServerError(f"the server failed: {error}; {server.tail()}") from error
     finally:
         server.stop()
     server.log.unlink()
@@ -187,17 +194,13 @@ def process_group(group: int) -> list[int]:
     return members
 
 
-def end_group(leader: subprocess.Popen, patience: float = 10.0) -> int:
-    """Wait *patience* seconds for the group of *leader* to empty, then kill it.
-
-    Returns the leader's exit code. *leader* must have been started in a new session.
-    """
-    deadline = time.monotonic() + (patience if leader.poll() is not None else 0.0)
-    while process_group(leader.pid) and time.monotonic() < deadline:
+def end_group(group: int, patience: float = 0.0) -> None:
+    """Give the process group *group* up to *patience* seconds to empty, then kill the rest."""
+    deadline = time.monotonic() + patience
+    while process_group(group) and time.monotonic() < deadline:
         time.sleep(0.1)
     with suppress(ProcessLookupError):
-        os.killpg(leader.pid, signal.SIGKILL)
-    return leader.wait()
+        os.killpg(group, signal.SIGKILL)
 
 
 def log_tail(log: Path) -> str:

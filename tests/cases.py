@@ -5,7 +5,7 @@ Three tolerances are kept apart (codes, arithmetic, quantization):
 1. *Codes and scales* written by a kernel equal the reference bit for bit: no tolerance.
 2. *Attention* is compared with the float64 reference on the same codes. Two bounds apply:
    ``oracle.attention_bound`` (worst case, element by element, from the constants below) and
-   ``NRMSE`` (root mean square over a whole batch, which is what catches a systematic loss such
+   ``nrmse_bound`` (root mean square over a whole batch, which is what catches a systematic loss such
    as a dropped limb that the worst case would still admit).
 3. *Quantization error* on N(0, 1) stays under ``KVFormat.max_error``, 1.0 x, no slack.
 """
@@ -17,7 +17,7 @@ from contextlib import nullcontext
 
 import torch
 
-from kvq_plugin.formats import FORMATS, Granularity, Kind
+from kvq_plugin.formats import FORMATS, Granularity, Kind, KVFormat
 
 #: One entry per row of the table, aliases dropped.
 ROWS = tuple({f.id: f for f in FORMATS.values()}.values())
@@ -68,13 +68,23 @@ FP32_SLACK = 2.0**-14
 OUTPUT_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 OUTPUT_FLOOR = {torch.bfloat16: 1e-38, torch.float16: 2.0**-25, torch.float32: 1e-38}
 
-#: RMS error over RMS output for N(0, 1) data. Rounding to a p-bit significand costs at most
-#: 2**-p / sqrt(3) RMS: 2.3e-3 for bf16, 2.8e-4 for fp16. The limbs add, as independent uniform
-#: errors: q 2**-16 * max|q| / sqrt(3) = 2.6e-5 (max|q| = 3) and p at most
-#: 2**-16 * sqrt(64 / 12) = 3.5e-5 (one token of a 64-token tile dominates). 1e-4 is twice their
-#: sum. A single 8-bit limb would cost 3e-3 and fail every fp32 and fp16 case.
+# RMS error over RMS output for N(0, 1) data. Rounding to a p-bit significand costs at most
+# 2**-p / sqrt(3) RMS: 2.3e-3 for bf16, 2.8e-4 for fp16. The limbs add, as independent uniform
+# errors: q 2**-16 * max|q| / sqrt(3) = 2.6e-5 (max|q| = 3) and p at most
+# 2**-16 * sqrt(64 / 12) = 3.5e-5 (one token of a 64-token tile dominates); 1e-4 is twice their
+# sum. A single 8-bit limb would cost 3e-3 and fail every fp32 and fp16 case.
 LIMB_NRMSE = 1e-4
-NRMSE = {dtype: LIMB_NRMSE + rounding / 3**0.5 for dtype, rounding in OUTPUT_ROUNDING.items()}
+# Affine codes are unsigned: kernels multiply the limbs with c in [0, 15], whose RMS is
+# sqrt(7.5**2 + (1 / 0.35)**2) * 0.35 = 2.8 times that of the N(0, 1) row it stands for (range
+# 5.3 = 15 steps of 0.35), and the limb errors grow with it.
+OPERAND_GAIN = {Kind.FLOAT: 1.0, Kind.SIGNED: 1.0, Kind.AFFINE: 2.8}
+
+
+def nrmse_bound(format: KVFormat, dtype: torch.dtype) -> float:
+    """Largest RMS error over RMS output of one attention call on N(0, 1) data."""
+    gain = max(OPERAND_GAIN[s.code.kind] for s in (format.key, format.value))
+    return LIMB_NRMSE * gain + OUTPUT_ROUNDING[dtype] / 3**0.5
+
 
 #: The float64 reference against an independent dense float64 implementation: both read codes
 #: decoded in fp32 (one rounding of code * scale), then differ by summation order alone.

@@ -31,9 +31,12 @@ ENGINE = {
 
 @dataclass
 class Batch:
-    """One ``generate`` call: token-id prompts and sampling parameters over GREEDY."""
+    """One ``generate`` call: token-id prompts and sampling parameters over GREEDY.
 
-    prompts: list[list[int]]
+    Without prompts, the previous batch's prompts each followed by what it generated.
+    """
+
+    prompts: list[list[int]] = field(default_factory=list)
     sampling: dict = field(default_factory=dict)
 
 
@@ -50,11 +53,13 @@ class Output:
     """One request's result.
 
     Attributes:
+        prompt: the prompt's tokens.
         tokens, logprobs: what was generated, and the log-probability of each.
         prompt_logprobs: of each prompt token but the first, if asked for.
         cached: prompt tokens found in the prefix cache.
     """
 
+    prompt: list[int]
     tokens: list[int]
     logprobs: list[float]
     prompt_logprobs: list[float]
@@ -125,7 +130,9 @@ def _run_job(job: dict) -> dict:
     result = {"batches": [], "counters": {}, "error": None}
     try:
         llm = LLM(**(ENGINE | job["llm"]))
-        result["batches"] = [_generate(llm, batch) for batch in job["batches"]]
+        for batch in job["batches"]:
+            prompts = batch["prompts"] or _continued(result["batches"][-1])
+            result["batches"].append(_generate(llm, prompts, batch["sampling"]))
         result["counters"] = {
             m.name: m.value for m in llm.get_metrics() if type(m).__name__ == "Counter"
         }
@@ -138,18 +145,23 @@ def _run_job(job: dict) -> dict:
     return result
 
 
-def _generate(llm, batch: dict) -> list[dict]:
+def _continued(batch: list[dict]) -> list[list[int]]:
+    return [output["prompt"] + output["tokens"] for output in batch]
+
+
+def _generate(llm, prompts: list[list[int]], sampling: dict) -> list[dict]:
     from vllm import SamplingParams
 
-    prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
-    sampling = SamplingParams(detokenize=False, **(GREEDY | batch["sampling"]))
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
+    params = SamplingParams(detokenize=False, **(GREEDY | sampling))
     outputs = []
-    for request in llm.generate(prompts, sampling, use_tqdm=False):
+    for request in llm.generate(requests, params, use_tqdm=False):
         completion = request.outputs[0]
         tokens = list(completion.token_ids)
         known = zip(request.prompt_token_ids, request.prompt_logprobs or [], strict=False)
         outputs.append(
             {
+                "prompt": list(request.prompt_token_ids),
                 "tokens": tokens,
                 "logprobs": [
                     step[token].logprob

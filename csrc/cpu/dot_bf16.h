@@ -49,22 +49,31 @@ struct Bf16Decoder {
   }
 };
 
-KVQ_HD uint32_t bf16_pair(uint16_t first, uint16_t second) {
-  return first | static_cast<uint32_t>(second) << 16;
+KVQ_HD void load_pair(const uint8_t* p, __m512bh& even, __m512bh& odd) {
+  even = (__m512bh)_mm512_load_si512(p);
+  odd = (__m512bh)_mm512_load_si512(p + 64);
 }
 
-// x as bf16 limbs: high + low keeps 16 bits of mantissa.
-KVQ_HD bool split_bf16(float x, uint16_t& high, uint16_t& low) {
-  high = float_to_bf16(x);
-  const float rest = x - bf16_to_float(high);
-  low = float_to_bf16(rest);
-  return rest == 0.0f;
+KVQ_HD void save_pair(uint8_t* p, __m512bh even, __m512bh odd) {
+  _mm512_store_si512(p, (__m512i)even);
+  _mm512_store_si512(p + 64, (__m512i)odd);
 }
 
-// Four values -> the even and odd pair words of one limb.
-KVQ_HD void save_pairs(uint32_t* out, const uint16_t* b) {
-  out[0] = bf16_pair(b[0], b[2]);
-  out[1] = bf16_pair(b[1], b[3]);
+// Sixteen values as bf16 limbs (high + low keeps 16 bits of mantissa), in the pair order that
+// the decoder gives codes: 0, 2, 1, 3 of every four. Returns whether the low limbs are all zero.
+KVQ_HD bool save_limbs(F16 x, uint32_t* high, uint32_t* low) {
+  const __m512 v = reinterpret_cast<__m512>(x);
+  const __m256i h = (__m256i)_mm512_cvtneps_pbh(v);
+  const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  const __m512 rest = _mm512_sub_ps(v, back);
+  const __m256i l = (__m256i)_mm512_cvtneps_pbh(rest);
+  constexpr int kOrder = 0 | 2 << 2 | 1 << 4 | 3 << 6;
+  const auto arrange = [](__m256i b) {
+    return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(b, kOrder), kOrder);
+  };
+  _mm256_store_si256(reinterpret_cast<__m256i*>(high), arrange(h));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(low), arrange(l));
+  return _mm512_cmp_ps_mask(rest, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
 }
 
 template <Code C>
@@ -77,19 +86,19 @@ struct Bf16Dot {
     float step[kMaxRows];
     float sum[kMaxRows];  // affine codes only; no 8-bit float is
     bool exact[kMaxRows];
+    alignas(64) uint8_t decoded[kMaxHead * kTile * 2];
   };
   struct Weights {
     alignas(64) uint32_t high[kMaxRows * kTile / 2];
     alignas(64) uint32_t low[kMaxRows * kTile / 2];
+    alignas(64) uint8_t decoded[kMaxHead * kTile * 2];
   };
 
   static void set_query(Query& s, int row, long d, const float* q, float uniform) {
     bool exact = true;
-    for (long i = 0; i < d; i += 4) {
-      uint16_t high[4], low[4];
-      for (int j = 0; j < 4; ++j) exact &= split_bf16(q[i + j], high[j], low[j]);
-      save_pairs(s.high + (row * d + i) / 2, high);
-      save_pairs(s.low + (row * d + i) / 2, low);
+    for (long i = 0; i < d; i += kLanes) {
+      const long at = (row * d + i) / 2;
+      exact &= save_limbs(load16(q + i), s.high + at, s.low + at);
     }
     s.exact[row] = exact;
     s.step[row] = uniform;
@@ -100,9 +109,21 @@ struct Bf16Dot {
     return (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(*p));
   }
 
-  template <int R, bool kExact>
-  static void score_rows(const Query& s, const Tile& tile, int row, long d, float* scores,
-                         bool fetch) {
+  // More than four rows read a tile more than once: then it is decoded once, to `decoded`.
+  static void decode_key(const Tile& tile, long d, uint8_t* decoded) {
+    const Bf16Decoder<C> decode;
+    for (long w = 0; w < d / kWord; ++w) {
+      for (int g = 0; g < kGroups; ++g) {
+        prefetch(tile.next_key[g] + w * 64);
+        __m512bh even, odd;
+        decode(_mm512_loadu_si512(tile.key[g] + w * 64), even, odd);
+        save_pair(decoded + (w * kGroups + g) * 128, even, odd);
+      }
+    }
+  }
+
+  template <int R, bool kExact, bool kDecoded>
+  static void score_rows(const Query& s, const Tile& tile, int row, long d, float* scores) {
     const Bf16Decoder<C> decode;
     __m512 acc[R][kGroups];
     for (int r = 0; r < R; ++r) {
@@ -111,9 +132,13 @@ struct Bf16Dot {
     for (long w = 0; w < d / kWord; ++w) {
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g) {
-        if (fetch) prefetch(tile.next_key[g] + w * 64);
         __m512bh even, odd;
-        decode(_mm512_loadu_si512(tile.key[g] + w * 64), even, odd);
+        if constexpr (kDecoded) {
+          load_pair(s.decoded + (w * kGroups + g) * 128, even, odd);
+        } else {
+          prefetch(tile.next_key[g] + w * 64);
+          decode(_mm512_loadu_si512(tile.key[g] + w * 64), even, odd);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const long at = (row + r) * d / 2 + w * 2;
@@ -134,72 +159,97 @@ struct Bf16Dot {
     }
   }
 
-  template <int R>
+  template <int R, bool kDecoded>
   static void score_block(const Query& s, const Tile& tile, int row, long d, float* scores) {
     bool exact = true;
     for (int r = 0; r < R; ++r) exact &= s.exact[row + r];
     // A zero low limb adds exact zeros, so a row's result does not depend on its neighbours.
-    if (exact) return score_rows<R, true>(s, tile, row, d, scores, row == 0);
-    score_rows<R, false>(s, tile, row, d, scores, row == 0);
+    if (exact) return score_rows<R, true, kDecoded>(s, tile, row, d, scores);
+    score_rows<R, false, kDecoded>(s, tile, row, d, scores);
   }
 
-  static void score(Query& s, const Tile& tile, int rows, long d, float* scores) {
+  template <bool kDecoded>
+  static void score_all(const Query& s, const Tile& tile, int rows, long d, float* scores) {
     int r = 0;
-    for (; r + 4 <= rows; r += 4) score_block<4>(s, tile, r, d, scores);
+    for (; r + 4 <= rows; r += 4) score_block<4, kDecoded>(s, tile, r, d, scores);
     switch (rows - r) {
-      case 3: return score_block<3>(s, tile, r, d, scores);
-      case 2: return score_block<2>(s, tile, r, d, scores);
-      case 1: return score_block<1>(s, tile, r, d, scores);
+      case 3:
+        return score_block<3, kDecoded>(s, tile, r, d, scores);
+      case 2:
+        return score_block<2, kDecoded>(s, tile, r, d, scores);
+      case 1:
+        return score_block<1, kDecoded>(s, tile, r, d, scores);
     }
   }
 
+  static void score(Query& s, const Tile& tile, int rows, long d, float* scores) {
+    if (rows <= 4) return score_all<false>(s, tile, rows, d, scores);
+    decode_key(tile, d, s.decoded);
+    score_all<true>(s, tile, rows, d, scores);
+  }
+
   static float set_weights(Weights& s, int row, const F16* p) {
-    float x[kTile];
-    for (int g = 0; g < kGroups; ++g) save16(x + g * 16, p[g]);
-    uint16_t high[kTile], low[kTile];
-    for (int i = 0; i < kTile; ++i) split_bf16(x[i], high[i], low[i]);
-    for (int i = 0; i < kTile; i += 4) {
-      save_pairs(s.high + (row * kTile + i) / 2, high + i);
-      save_pairs(s.low + (row * kTile + i) / 2, low + i);
+    for (int g = 0; g < kGroups; ++g) {
+      const int at = (row * kTile + g * kLanes) / 2;
+      save_limbs(p[g], s.high + at, s.low + at);
     }
     return 1.0f;
   }
 
-  template <int R, int N, bool kEdge>
+  // Which bytes of the four tokens from `token` on any row sees. Stale bytes may decode to NaN,
+  // and 0 * NaN is not 0: they are cleared.
+  static KVQ_HD __m512i live_bytes(const Tile& tile, int token) {
+    uint32_t live = 0;
+    for (int f = 0; f < kWord; ++f) {
+      if (token + f >= tile.begin && token + f < tile.end) live |= 0xFFu << (8 * f);
+    }
+    return _mm512_set1_epi32(static_cast<int32_t>(live));
+  }
+
+  static void decode_value(const Tile& tile, long d, uint8_t* decoded) {
+    const Bf16Decoder<C> decode;
+    for (int w = 0; w < kTile / kWord; ++w) {
+      const __m512i live = live_bytes(tile, w * kWord);
+      const long at = (w % kWord) * d * 4;
+      for (long i = 0; i < d * 4; i += 64) {
+        prefetch(tile.next_value[w / kWord] + at + i);
+        const __m512i line = _mm512_loadu_si512(tile.value[w / kWord] + at + i);
+        __m512bh even, odd;
+        decode(_mm512_and_si512(line, live), even, odd);
+        save_pair(decoded + (w * d * 4 + i) * 2, even, odd);
+      }
+    }
+  }
+
+  template <int R, int N, bool kDecoded, bool kEdge>
   static void accumulate_rows(const Weights& s, const Tile& tile, int row, long d, long dim,
-                              const float* alpha, const float* gamma, float* acc, bool fetch) {
+                              const float* alpha, const float* gamma, float* acc) {
     const Bf16Decoder<C> decode;
     __m512 t[R][N];
     for (int r = 0; r < R; ++r) {
       for (int j = 0; j < N; ++j) t[r][j] = _mm512_setzero_ps();
     }
-    for (int g = 0; g < kGroups; ++g) {
-      for (int w = 0; w < kLanes / kWord; ++w) {
-        const int token = g * 16 + w * kWord;
-        uint32_t live = 0xFFFFFFFFu;
-        if constexpr (kEdge) {
-          // Stale bytes may decode to NaN, and 0 * NaN is not 0: clear them.
-          for (int f = 0; f < kWord; ++f) {
-            if (token + f < tile.begin || token + f >= tile.end) live &= ~(0xFFu << (8 * f));
-          }
-        }
-        const long at = (w * d + dim) * 4;
-        const uint32_t* high = s.high + (row * kTile + token) / 2;
-        const uint32_t* low = s.low + (row * kTile + token) / 2;
+    for (int w = 0; w < kTile / kWord; ++w) {
+      const long at = (w % kWord * d + dim) * 4;
+      const uint32_t* high = s.high + (row * kTile + w * kWord) / 2;
+      const uint32_t* low = s.low + (row * kTile + w * kWord) / 2;
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) {
-          if (fetch) prefetch(tile.next_value[g] + at + j * 64);
-          __m512i line = _mm512_loadu_si512(tile.value[g] + at + j * 64);
-          if constexpr (kEdge) line = _mm512_and_si512(line, _mm512_set1_epi32(live));
-          __m512bh even, odd;
+      for (int j = 0; j < N; ++j) {
+        __m512bh even, odd;
+        if constexpr (kDecoded) {
+          load_pair(s.decoded + ((w * d + dim) * 4 + j * 64) * 2, even, odd);
+        } else {
+          prefetch(tile.next_value[w / kWord] + at + j * 64);
+          __m512i line = _mm512_loadu_si512(tile.value[w / kWord] + at + j * 64);
+          if constexpr (kEdge) line = _mm512_and_si512(line, live_bytes(tile, w * kWord));
           decode(line, even, odd);
+        }
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) {
-            t[r][j] = _mm512_dpbf16_ps(t[r][j], even, broadcast(high + r * kTile / 2));
-            t[r][j] = _mm512_dpbf16_ps(t[r][j], odd, broadcast(high + r * kTile / 2 + 1));
-            t[r][j] = _mm512_dpbf16_ps(t[r][j], even, broadcast(low + r * kTile / 2));
-            t[r][j] = _mm512_dpbf16_ps(t[r][j], odd, broadcast(low + r * kTile / 2 + 1));
-          }
+        for (int r = 0; r < R; ++r) {
+          t[r][j] = _mm512_dpbf16_ps(t[r][j], even, broadcast(high + r * kTile / 2));
+          t[r][j] = _mm512_dpbf16_ps(t[r][j], odd, broadcast(high + r * kTile / 2 + 1));
+          t[r][j] = _mm512_dpbf16_ps(t[r][j], even, broadcast(low + r * kTile / 2));
+          t[r][j] = _mm512_dpbf16_ps(t[r][j], odd, broadcast(low + r * kTile / 2 + 1));
         }
       }
     }
@@ -211,37 +261,45 @@ struct Bf16Dot {
     }
   }
 
-  template <int R, bool kEdge>
-  static void accumulate_all(const Weights& s, const Tile& tile, int row, long d,
-                             const float* alpha, const float* gamma, float* acc) {
-    const bool fetch = row == 0;
+  template <int R, bool kDecoded, bool kEdge>
+  static void accumulate_block(const Weights& s, const Tile& tile, int row, long d,
+                               const float* alpha, const float* gamma, float* acc) {
     long i = 0;
     for (; i + 64 <= d; i += 64) {
-      accumulate_rows<R, 4, kEdge>(s, tile, row, d, i, alpha, gamma, acc, fetch);
+      accumulate_rows<R, 4, kDecoded, kEdge>(s, tile, row, d, i, alpha, gamma, acc);
     }
     for (; i < d; i += 16) {
-      accumulate_rows<R, 1, kEdge>(s, tile, row, d, i, alpha, gamma, acc, fetch);
+      accumulate_rows<R, 1, kDecoded, kEdge>(s, tile, row, d, i, alpha, gamma, acc);
     }
   }
 
-  template <bool kEdge>
-  static void accumulate_tile(Weights& s, const Tile& tile, int rows, long d, const float* alpha,
-                              const float* gamma, float* acc) {
+  template <bool kDecoded, bool kEdge>
+  static void accumulate_all(const Weights& s, const Tile& tile, int rows, long d,
+                             const float* alpha, const float* gamma, float* acc) {
     int r = 0;
-    for (; r + 4 <= rows; r += 4) accumulate_all<4, kEdge>(s, tile, r, d, alpha, gamma, acc);
+    for (; r + 4 <= rows; r += 4) {
+      accumulate_block<4, kDecoded, kEdge>(s, tile, r, d, alpha, gamma, acc);
+    }
     switch (rows - r) {
-      case 3: return accumulate_all<3, kEdge>(s, tile, r, d, alpha, gamma, acc);
-      case 2: return accumulate_all<2, kEdge>(s, tile, r, d, alpha, gamma, acc);
-      case 1: return accumulate_all<1, kEdge>(s, tile, r, d, alpha, gamma, acc);
+      case 3:
+        return accumulate_block<3, kDecoded, kEdge>(s, tile, r, d, alpha, gamma, acc);
+      case 2:
+        return accumulate_block<2, kDecoded, kEdge>(s, tile, r, d, alpha, gamma, acc);
+      case 1:
+        return accumulate_block<1, kDecoded, kEdge>(s, tile, r, d, alpha, gamma, acc);
     }
   }
 
   static void accumulate(Weights& s, const Tile& tile, int rows, long d, const float* alpha,
                          const float* gamma, float* acc) {
-    if (tile.begin > 0 || tile.end < kTile) {
-      return accumulate_tile<true>(s, tile, rows, d, alpha, gamma, acc);
+    if (rows > 4) {
+      decode_value(tile, d, s.decoded);
+      return accumulate_all<true, false>(s, tile, rows, d, alpha, gamma, acc);
     }
-    accumulate_tile<false>(s, tile, rows, d, alpha, gamma, acc);
+    if (tile.begin > 0 || tile.end < kTile) {
+      return accumulate_all<false, true>(s, tile, rows, d, alpha, gamma, acc);
+    }
+    accumulate_all<false, false>(s, tile, rows, d, alpha, gamma, acc);
   }
 };
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 _registered = False
 
 
@@ -27,6 +29,8 @@ def register() -> None:
 
     for name in FORMATS:
         compat.register_dtype(name, torch.uint8)
+    # Registers the quantization method, which vLLM looks up before any config exists.
+    importlib.import_module(f"{__name__}.config")
     compat.override_cpu_backend(f"{__name__}.backend.StockCPUBackend")
     compat.on_backend_selection(_choose_backend)
     compat.on_config(_on_config)

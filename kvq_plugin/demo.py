@@ -1,0 +1,256 @@
+"""``kvq demo``: what a quantized KV cache buys, shown on real servers.
+
+One ``vllm serve`` per KV cache, one at a time so that none disturbs another's timing. Each gets
+the same memory for its cache, the same questions, the same texts and the same long prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from kvq_plugin.evaluate import (
+    BASELINE,
+    WINDOW,
+    Score,
+    Tick,
+    Window,
+    builtin_text,
+    load_tokenizer,
+    make_windows,
+    perplexity_http,
+)
+from kvq_plugin.report import change_text, progress
+from kvq_plugin.servers import Server, serve
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that reverses a string.",
+)
+ANSWER_TOKENS = 80
+BLOCK = 128  # vLLM's block size on CPUs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run.
+
+    Attributes:
+        dtypes: values of ``--kv-cache-dtype``; ``auto`` comes first.
+        windows: 2,048-token windows scored for the perplexity.
+        streams, context, steps: concurrent decodes timed, tokens of each one's prompt, and
+            tokens each decodes.
+        kv_memory_bytes: memory of every server's KV cache.
+    """
+
+    model: str
+    dtypes: Sequence[str]
+    windows: int
+    streams: int
+    context: int
+    steps: int
+    kv_memory_bytes: int
+
+    def server_args(self) -> list[str]:
+        """Arguments of ``vllm serve`` that all servers share."""
+        # Eager: compiling three times takes longer than everything else together.
+        # Whole blocks: vLLM's count of tokens that fit rounds every sequence up to them.
+        length = -(-max(WINDOW + 1, self.context + self.steps) // BLOCK) * BLOCK
+        return [
+            "--enforce-eager",
+            *("--max-model-len", str(length)),
+            *("--kv-cache-memory-bytes", str(self.kv_memory_bytes)),
+        ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one server showed. ``step_ms`` is the median decode step in milliseconds."""
+
+    kv_tokens: int
+    score: Score
+    step_ms: float
+    answers: tuple[str, ...]
+
+
+def run(settings: Settings, console: Console | None = None) -> dict[str, Result]:
+    """Run the demo, print its tables, and return the result of each dtype."""
+    console = console or Console()
+    started = time.monotonic()
+    tokenizer = load_tokenizer(settings.model)
+    text = builtin_text()
+    windows = make_windows(tokenizer, text, settings.windows)
+    prompts = make_windows(tokenizer, text, settings.streams, settings.context)
+    results = {}
+    with progress(console) as bars:
+        for dtype in settings.dtypes:
+            total = 1 + len(QUESTIONS) + len(windows) + len(prompts)
+            bar = bars.add_task(dtype, total=total, stage="")
+            results[dtype] = _measure(settings, dtype, windows, prompts, _Bar(bars, bar))
+    console.print(summary_table(settings, results))
+    console.print(answers_table(results))
+    console.print(f"Done in {time.monotonic() - started:.0f} s.", style="dim")
+    return results
+
+
+@dataclass(frozen=True)
+class _Bar:
+    bars: Progress
+    task: TaskID
+
+    def stage(self, text: str) -> None:
+        self.bars.update(self.task, stage=text)
+
+    def advance(self) -> None:
+        self.bars.advance(self.task)
+
+
+def _measure(
+    settings: Settings,
+    dtype: str,
+    windows: Sequence[Window],
+    prompts: Sequence[Window],
+    bar: _Bar,
+) -> Result:
+    bar.stage("starting vllm serve")
+    with serve(settings.model, dtype, args=settings.server_args()) as server:
+        bar.advance()
+        kv_tokens = server.kv_tokens()
+        check_capacity(settings, kv_tokens)
+        client = server.client()
+        bar.stage("chat")
+        answers = tuple(ask(client, settings.model, q, bar.advance) for q in QUESTIONS)
+        bar.stage("perplexity")
+        score = perplexity_http(client, settings.model, windows, bar.advance)
+        bar.stage("decoding at a long context")
+        step_ms = 1000 * decode_step(server, settings.model, prompts, settings.steps, bar.advance)
+        bar.stage("stopping")
+    bar.stage("")
+    return Result(kv_tokens, score, step_ms, answers)
+
+
+def check_capacity(settings: Settings, kv_tokens: int) -> None:
+    """ValueError when the timed decodes do not fit in a cache of *kv_tokens* all at once."""
+    needed = settings.streams * (settings.context + settings.steps)
+    if kv_tokens < needed:
+        raise ValueError(
+            f"{settings.streams} streams of {settings.context} + {settings.steps} tokens need "
+            f"{needed:,} tokens of KV cache, and {settings.kv_memory_bytes / 2**30:g} GiB hold "
+            f"{kv_tokens:,}: raise --kv-memory-gib, or lower --streams or --context"
+        )
+
+
+def ask(client, model: str, question: str, tick: Tick = lambda: None) -> str:
+    """The chat answer to *question* at temperature 0."""
+    reply = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        temperature=0.0,
+        max_tokens=ANSWER_TOKENS,
+    )
+    tick()
+    return reply.choices[0].message.content.strip()
+
+
+def decode_step(
+    server: Server, model: str, prompts: Sequence[Window], steps: int, tick: Tick = lambda: None
+) -> float:
+    """Median seconds between two tokens of a stream while every prompt is decoding.
+
+    All *prompts* stream *steps* tokens at once. Only the time between the moment the last of
+    them got its first token and the moment the first of them ended counts, so no prefill is in
+    it. Raises ValueError when that leaves nothing to measure.
+    """
+    events = asyncio.run(_stream_all(server, model, prompts, steps, tick))
+    begin = max(stream[0][0] for stream in events)
+    end = min(stream[-1][0] for stream in events)
+    gaps = [
+        (late - early) / (more - fewer)
+        for stream in events
+        for (early, fewer), (late, more) in zip(stream, stream[1:], strict=False)
+        if begin <= early and late <= end
+    ]
+    if not gaps:
+        raise ValueError(f"no decode step without a prefill among {steps}: raise --steps")
+    return statistics.median(gaps)
+
+
+async def _stream_all(
+    server: Server, model: str, prompts: Sequence[Window], steps: int, tick: Tick
+) -> list[list[tuple[float, int]]]:
+    """For each prompt the (time, tokens so far) of every chunk it streamed."""
+    from openai import AsyncOpenAI
+
+    async def stream(client, prompt: Window) -> list[tuple[float, int]]:
+        events = []
+        chunks = await client.completions.create(
+            model=model,
+            prompt=prompt,
+            max_tokens=steps,
+            temperature=0.0,
+            stream=True,
+            # A chunk may carry several tokens when the client falls behind.
+            stream_options={"include_usage": True, "continuous_usage_stats": True},
+            extra_body={"ignore_eos": True},
+        )
+        async for chunk in chunks:
+            if chunk.choices:
+                events.append((time.perf_counter(), chunk.usage.completion_tokens))
+        tick()
+        return events
+
+    base_url = f"{server.url}/v1"
+    async with AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+        return await asyncio.gather(*(stream(client, prompt) for prompt in prompts))
+
+
+def summary_table(settings: Settings, results: dict[str, Result]) -> Table:
+    """Memory, accuracy and speed, a row per dtype, each against ``auto``."""
+    cores = len(os.sched_getaffinity(0))
+    table = Table(
+        title=f"KV caches of {settings.model}",
+        caption=f"perplexity: {settings.windows} windows of {WINDOW:,} tokens of Python's "
+        f"reference, ± standard error; decode step: median, {settings.streams} streams at "
+        f"{settings.context:,} tokens, eager, {cores} cores",
+    )
+    memory = f"tokens in {settings.kv_memory_bytes / 2**30:g} GiB"
+    for name in ("KV cache", memory, "", "perplexity", "change", "decode step", ""):
+        table.add_column(name, justify="left" if name == "KV cache" else "right")
+    baseline = results[BASELINE]
+    for dtype, result in results.items():
+        tokens, step = f"{result.kv_tokens:,}", f"{result.step_ms:.1f} ms"
+        more = change = faster = ""
+        if result is not baseline:
+            more = f"{result.kv_tokens / baseline.kv_tokens:.2f}x"
+            change = change_text(result.score, baseline.score)
+            faster = f"{baseline.step_ms / result.step_ms:.2f}x as fast"
+        table.add_row(dtype, tokens, more, f"{result.score.perplexity:.3f}", change, step, faster)
+    return table
+
+
+def answers_table(results: dict[str, Result]) -> Table:
+    """Every question with the answer of each KV cache, those equal to ``auto``'s marked so."""
+    table = Table(title="The same questions, temperature 0", show_lines=True)
+    table.add_column("KV cache")
+    table.add_column("answer")
+    for question, answers in zip(QUESTIONS, answers_by_question(results), strict=True):
+        table.add_row("", f"[bold]{question}[/bold]")
+        for dtype, answer in answers.items():
+            same = dtype != BASELINE and answer == answers[BASELINE]
+            table.add_row(dtype, f"as {BASELINE}, word for word" if same else escape(answer))
+    return table
+
+
+def answers_by_question(results: dict[str, Result]) -> list[dict[str, str]]:
+    """For each question the answer of every dtype."""
+    return [{d: r.answers[i] for d, r in results.items()} for i in range(len(QUESTIONS))]

@@ -1,0 +1,106 @@
+"""``vllm serve`` with quantized KV caches, as a user runs it: HTTP in, text out, clean end."""
+
+from __future__ import annotations
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from kvq_plugin.formats import get_format
+from kvq_plugin.servers import GRACE_SECONDS, Server, ServerError, process_group, serve
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+KV_MEMORY = 256 << 20
+ARGS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(KV_MEMORY)]
+LAYERS, HEADS, HEAD_SIZE = 30, 3, 64  # of SmolLM2-135M
+CLIENTS = 32
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+# One dtype ends by the signal of a terminal, the others by that of a service manager.
+SIGNALS = {
+    "fp8": signal.SIGINT,
+    "int8_per_token_head": signal.SIGTERM,
+    "int4_per_token_head": signal.SIGTERM,
+}
+
+
+@pytest.fixture(scope="module", params=SIGNALS)
+def server(request, smollm2):
+    with serve(smollm2, request.param, args=ARGS) as running:
+        running.dtype, running.model = request.param, str(smollm2)
+        yield running
+
+
+def counting(start: int) -> str:
+    """A prompt whose continuation is known: the next number is ``start + 8``."""
+    return "".join(f"{n}, " for n in range(start, start + 8)).strip()
+
+
+def complete(server: Server, prompt: str, **options):
+    return server.client().completions.create(
+        model=server.model, prompt=prompt, temperature=0.0, max_tokens=8, **options
+    )
+
+
+def test_kv_tokens_follow_from_the_format(server):
+    bytes_per_token = LAYERS * HEADS * get_format(server.dtype).bytes_per_token(HEAD_SIZE)
+    # vLLM keeps one block of 128 tokens back, and a block is all or nothing.
+    assert 0 <= KV_MEMORY // bytes_per_token - server.kv_tokens() <= 2 * 128
+
+
+def test_completion(server):
+    reply = complete(server, counting(21))
+    assert "29" in reply.choices[0].text
+    assert reply.usage.completion_tokens == 8
+
+
+def test_completion_streams_the_same_text(server):
+    chunks = [c for c in complete(server, counting(21), stream=True) if c.choices]
+    assert len(chunks) > 1
+    streamed = "".join(c.choices[0].text for c in chunks)
+    assert streamed == complete(server, counting(21)).choices[0].text
+
+
+def test_chat(server):
+    reply = server.client().chat.completions.create(
+        model=server.model, messages=CAPITAL, temperature=0.0, max_tokens=24
+    )
+    assert "Paris" in reply.choices[0].message.content
+
+
+def test_chat_streams(server):
+    chunks = server.client().chat.completions.create(
+        model=server.model, messages=CAPITAL, temperature=0.0, max_tokens=24, stream=True
+    )
+    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert sum(map(bool, pieces)) > 1
+    assert "Paris" in "".join(pieces)
+
+
+def test_many_clients_at_once(server):
+    """Every one of 32 concurrent clients gets the continuation of its own prompt."""
+    starts = range(11, 11 + 2 * CLIENTS, 2)
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        texts = list(pool.map(lambda s: complete(server, counting(s)).choices[0].text, starts))
+    wrong = [(s, text) for s, text in zip(starts, texts, strict=True) if str(s + 8) not in text]
+    assert not wrong
+
+
+def test_ends_cleanly(server):
+    """Last in the file: exit code 0, and engine and workers end by themselves."""
+    group = server.process.pid
+    assert len(process_group(group)) > 1
+    server.process.send_signal(SIGNALS[server.dtype])
+    assert server.process.wait(GRACE_SECONDS) == 0
+    deadline = time.monotonic() + GRACE_SECONDS
+    while process_group(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process_group(group) == []
+
+
+def test_refusal_shows_the_reason(smollm2):
+    """A server that does not start is reported with the end of its log."""
+    with pytest.raises(ServerError, match="invalid choice"), serve(smollm2, "int7", args=ARGS):
+        pass

@@ -1,0 +1,121 @@
+"""Tiny random models, one per attention feature the built-in model lacks.
+
+Weights have a standard deviation of 0.1, so that softmax is far from uniform and a wrong
+mask, window or bias moves every log-probability by much more than quantization does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB = 512
+STD = 0.1
+_BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": STD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GEMMA = {"query_pre_attn_scalar": 32, "sliding_window": 48}
+
+
+def _llama(**changes) -> dict[str, Any]:
+    return {"model_type": "llama", **_BASE, **changes}
+
+
+#: feature -> configuration. Windows of 48 are shorter than the prompts and than a block.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gqa": _llama(),
+    "mqa": _llama(num_key_value_heads=1),
+    "group_16": _llama(num_attention_heads=16, num_key_value_heads=1),
+    "head_size_80": _llama(hidden_size=320, head_dim=80),
+    "head_size_112": _llama(head_dim=112),
+    "head_size_256": _llama(head_dim=256),
+    "sliding_window": {**_BASE, "model_type": "mistral", "sliding_window": 48},
+    "softcap": {
+        **_BASE,
+        **_GEMMA,
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": None,
+    },
+    "window_and_full_layers": {
+        **_BASE,
+        **_GEMMA,
+        "model_type": "gemma3_text",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "alibi": {
+        "model_type": "bloom",
+        "vocab_size": VOCAB,
+        "hidden_size": 128,
+        "n_layer": 2,
+        "n_head": 4,
+        "initializer_range": STD,
+    },
+    "sinks": {
+        **_BASE,
+        "model_type": "gpt_oss",
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 1.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 512,
+            "truncate": False,
+        },
+    },
+    "kv_sharing": {
+        **_BASE,
+        "model_type": "gemma3n_text",
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [128] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "sliding_window": 48,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": VOCAB,
+        "laurel_rank": 8,
+    },
+}
+
+#: feature -> the change that takes it away, to show that the test would notice.
+WITHOUT: dict[str, dict[str, Any]] = {
+    "sliding_window": {"sliding_window": None},
+    "softcap": {"attn_logit_softcapping": None},
+    "window_and_full_layers": {"sliding_window": 400},
+    "sinks": {"sliding_window": 400},
+}
+
+
+def make(folder: Path, feature: str, **changes) -> Path:
+    """Write the model of *feature*, its configuration updated by *changes*, and return where."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(CONFIGS[feature]) | changes
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, mean=2.0)
+    path = folder / "-".join([feature, *changes])
+    model.save_pretrained(path)
+    return path
