@@ -86,7 +86,7 @@ class ScaleReader:
         if bool((value == ABSENT).all()):
             return torch.tensor(ABSENT)
         if not are_scales(value):
-            self._refuse(loaded, "finite scales > 0", _describe(value))
+            self._refuse(loaded, f"expected finite scales > 0, got {_describe(value)}; ")
         if self.query_group and value.dim():
             value = value.reshape(self.shard.total, -1).amax(1)
         return self.shard.cut(value)
@@ -100,7 +100,7 @@ class ScaleReader:
         value = self._form(loaded)
         is_code = (value == value.round()) & (value >= -128) & (value <= 127)
         if not bool(is_code.all()):
-            self._refuse(loaded, "zero points that are integer codes", _describe(value))
+            self._refuse(loaded, f"expected integer codes of zero, got {_describe(value)}; ")
         return self.shard.cut(value)
 
     def _form(self, loaded: torch.Tensor) -> torch.Tensor:
@@ -108,7 +108,7 @@ class ScaleReader:
         for shape, spellings in self._spellings():
             if tuple(value.shape) in spellings:
                 return value.reshape(shape)
-        self._refuse(loaded, "one of the shapes below", "another shape")
+        self._refuse(loaded, "")
 
     def _spellings(self) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
         """Each form's canonical shape with the shapes accepted for it."""
@@ -119,12 +119,12 @@ class ScaleReader:
             forms.append(((h, d), [(h * d,), (h * d, 1), (1, h * d), (h, d), (h, 1, d)]))
         return forms
 
-    def _refuse(self, loaded: torch.Tensor, expected: str, got: str) -> NoReturn:
+    def _refuse(self, loaded: torch.Tensor, values: str) -> NoReturn:
         accepted = ", ".join(str(s) for _, shapes in self._spellings() for s in shapes)
         raise ValueError(
-            f"{self.layer}: cannot use {self.key} of shape {tuple(loaded.shape)}: expected "
-            f"{expected}, got {got}; accepted shapes are {accepted}. Recalibrate with "
-            "`kvq calibrate`, or use a dtype without static scales, such as int8_per_token_head"
+            f"{self.layer}: cannot use {self.key} of shape {tuple(loaded.shape)}: {values}accepted "
+            f"shapes are {accepted}. Recalibrate with `kvq calibrate`, or use a dtype without "
+            "static scales, such as int8_per_token_head"
         )
 
 

@@ -26,7 +26,8 @@ SCALES = ("q_scale", "k_scale", "v_scale", "prob_scale")
 ZERO_POINTS = ("q_zero_point", "k_zero_point", "v_zero_point")
 _SCALE_BUFFERS = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
 _ZERO_POINT_BUFFERS = ("_k_zero_point", "_v_zero_point")
-_ONES = (torch.tensor(1.0),) * len(_SCALE_BUFFERS)
+# On the CPU by name: this module may first be imported while a model is built on meta.
+_ONES = (torch.tensor(1.0, device="cpu"),) * len(_SCALE_BUFFERS)
 
 
 # Subclassed for its type alone; every method is replaced. vLLM refuses fp8_e5m2 ("not supported

@@ -1,0 +1,152 @@
+"""The command line: what it accepts, what it prints, how it ends."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kvq_plugin import cli, demo, report
+from kvq_plugin.evaluate import BASELINE, Score
+from kvq_plugin.servers import process_group
+
+SETTINGS = demo.Settings("m", [BASELINE, "fp8"], 2, 4, 3000, 64, 1 << 30)
+
+
+def render(table) -> str:
+    output = io.StringIO()
+    Console(file=output, width=140).print(table)
+    return output.getvalue()
+
+
+def test_baseline_is_always_measured_first():
+    assert cli.parse_dtypes("fp8, int8,fp8") == ["auto", "fp8", "int8"]
+    assert cli.parse_dtypes("fp8,auto") == ["auto", "fp8"]
+
+
+@pytest.mark.parametrize("command", ["demo", "eval"])
+def test_unknown_dtype_lists_the_known(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--dtypes", "int7"])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "int7" in message and "int8_per_token_head" in message
+
+
+@pytest.mark.parametrize("option", ["--windows", "--streams", "--context", "--steps"])
+def test_numbers_are_positive(option, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", option, "0"])
+    assert "positive" in capsys.readouterr().err
+
+
+def test_missing_text_is_one_line_not_a_traceback(smollm2, capsys):
+    assert cli.main(["eval", str(smollm2), "--text", "no-such-file.txt"]) == 1
+    assert capsys.readouterr().err.startswith("kvq: ")
+
+
+def test_missing_model_is_one_line_not_a_traceback(tmp_path, capsys):
+    assert cli.main(["eval", str(tmp_path / "nothing-here")]) == 1
+    assert capsys.readouterr().err.startswith("kvq: ")
+
+
+def test_evaluation_table_shows_the_change():
+    scores = {
+        BASELINE: {"text": Score((-2.0, -2.0))},
+        "fp8": {"text": Score((-2.01, -2.03))},
+    }
+    text = render(report.evaluation_table("m", scores, 1))
+    assert "7.389" in text
+    assert "+2.02 % ± 1.02" in text
+
+
+def test_summary_table_compares_with_auto():
+    results = {
+        BASELINE: demo.Result(1000, Score((-2.0, -2.0)), 50.0, ("[::-1]", "b", "c")),
+        "fp8": demo.Result(2000, Score((-2.0, -2.0)), 40.0, ("[::-1]", "B", "c")),
+    }
+    text = render(demo.summary_table(SETTINGS, results))
+    for cell in ("2.00x", "+0.00 %", "40.0 ms", "1.25x as fast"):
+        assert cell in text
+    answers = render(demo.answers_table(results))
+    assert "[::-1]" in answers  # code in an answer is no markup
+    assert "word for word" in answers and "B" in answers
+
+
+def test_streams_that_do_not_fit_are_refused():
+    demo.check_capacity(SETTINGS, 4 * 3064)
+    with pytest.raises(ValueError, match="12,256 tokens of KV cache, and 1 GiB hold 12,255"):
+        demo.check_capacity(SETTINGS, 4 * 3064 - 1)
+
+
+def test_decode_step_leaves_prefill_out(monkeypatch):
+    """Only steps after the last first token, and before the first end, count."""
+    early = [(0.0, 1), (5.0, 2), (10.0, 3), (10.1, 4), (10.2, 5)]
+    late = [(10.0, 1), (10.1, 2), (10.3, 4), (20.0, 5)]  # one chunk carries two tokens
+
+    async def events(*_):
+        return [early, late]
+
+    monkeypatch.setattr(demo, "_stream_all", events)
+    assert demo.decode_step(None, "m", [[1], [2]], 5) == pytest.approx(0.1)
+
+
+def test_decode_step_without_overlap_is_refused(monkeypatch):
+    async def events(*_):
+        return [[(0.0, 1), (1.0, 2)], [(2.0, 1), (3.0, 2)]]
+
+    monkeypatch.setattr(demo, "_stream_all", events)
+    with pytest.raises(ValueError, match="--steps"):
+        demo.decode_step(None, "m", [[1], [2]], 2)
+
+
+FAKE_VLLM = """\
+    #!{python}
+    import os, signal, subprocess, sys, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a server that has to be killed
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    open("{started}", "w").write(f"{{os.getpid()}}")
+    time.sleep(600)
+"""
+
+USER = """\
+    import sys
+    from kvq_plugin import cli, servers
+    servers.vllm_command = lambda: "{vllm}"
+    servers.GRACE_SECONDS = 1.0
+    sys.exit(cli.main(["demo", "--model", "{model}"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_stops_the_server_and_its_children(number, tmp_path, smollm2):
+    """Ctrl-C, kill and a closed terminal: even a server that ignores SIGTERM is gone."""
+    started, vllm = tmp_path / "started", tmp_path / "vllm"
+    fake = FAKE_VLLM.format(python=sys.executable, started=started)
+    vllm.write_text(textwrap.dedent(fake))
+    vllm.chmod(0o755)
+    script = textwrap.dedent(USER.format(vllm=vllm, model=smollm2))
+    root = str(Path(cli.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root, "TMPDIR": str(tmp_path)}
+    user = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        group = int(started.read_text())
+        assert len(process_group(group)) == 2
+        user.send_signal(number)
+        user.communicate(timeout=60)
+    finally:
+        user.kill()
+        user.wait()
+    assert user.returncode == (cli.INTERRUPTED if number is signal.SIGINT else 128 + number)
+    assert process_group(group) == []

@@ -1,0 +1,120 @@
+"""Windows, scores and the two ways to get logprobs; then real engines against their limits."""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from kvq_plugin import evaluate
+from kvq_plugin.evaluate import Score, make_windows
+from kvq_plugin.servers import ServerError
+
+
+class Words:
+    """A tokenizer whose tokens are the lengths of words; BOS is 1000 where asked for."""
+
+    def __init__(self, bos: bool = False):
+        self.bos = [1000] if bos else []
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        ids = [len(word) for word in text.split()]
+        return SimpleNamespace(input_ids=self.bos + ids if add_special_tokens else ids)
+
+
+def test_windows_follow_each_other():
+    assert make_windows(Words(), "a bb ccc dddd eeeee", 2, 2) == [[1, 2], [3, 4]]
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_does():
+    assert make_windows(Words(bos=True), "a bb ccc dddd", 2, 3) == [[1000, 1, 2], [1000, 3, 4]]
+
+
+def test_short_text_is_refused_with_what_it_holds():
+    with pytest.raises(ValueError, match="has 3 tokens, 2 windows of 2 need 4: ask for at most 1"):
+        make_windows(Words(), "a bb ccc", 2, 2)
+
+
+def test_builtin_text_is_the_same_every_time():
+    assert evaluate.builtin_text() == evaluate.read_text(evaluate.BUILTIN_TEXT)
+    assert len(evaluate.builtin_text()) > 400_000
+
+
+def test_perplexity_of_a_uniform_guess():
+    assert Score((math.log(1 / 50),) * 7).perplexity == pytest.approx(50)
+
+
+def test_change_is_that_of_the_perplexities():
+    before, after = Score((-1.0, -2.0, -3.0)), Score((-1.1, -2.0, -3.2))
+    change, error = after.change(before)
+    assert change == pytest.approx(100 * (after.perplexity / before.perplexity - 1))
+    # Differences 0.1, 0, 0.2: sample deviation 0.1, mean 0.1.
+    assert error == pytest.approx(100 * math.exp(0.1) * 0.1 / math.sqrt(3))
+
+
+def test_change_needs_the_same_tokens():
+    with pytest.raises(ValueError):
+        Score((-1.0,)).change(Score((-1.0, -2.0)))
+
+
+def test_offline_reads_the_logprob_of_each_token(monkeypatch):
+    fake = SimpleNamespace(SamplingParams=lambda **given: SimpleNamespace(**given))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    # vLLM lists the token itself and, where they differ, the most likely one.
+    rows = [None, {7: SimpleNamespace(logprob=-1.0), 9: SimpleNamespace(logprob=-0.5)}]
+    rows.append({8: SimpleNamespace(logprob=-2.0)})
+    asked = []
+
+    def generate(prompt, params, use_tqdm):
+        asked.append((prompt, params.prompt_logprobs, params.max_tokens))
+        return [SimpleNamespace(prompt_logprobs=rows)]
+
+    llm = SimpleNamespace(generate=generate)
+    ticks = []
+    score = evaluate.perplexity_offline(llm, [[6, 7, 8]] * 2, lambda: ticks.append(1))
+    assert score.logprobs == (-1.0, -2.0) * 2
+    assert asked == [({"prompt_token_ids": [6, 7, 8]}, 0, 1)] * 2
+    assert len(ticks) == 2
+
+
+def test_http_reads_the_logprob_of_each_token():
+    rows = [None, {"9": {"logprob": -0.5}, "7": {"logprob": -1.0}}, {"8": {"logprob": -2.0}}]
+    reply = SimpleNamespace(choices=[SimpleNamespace(prompt_logprobs=rows)])
+    completions = SimpleNamespace(create=lambda **_: reply)
+    client = SimpleNamespace(completions=completions)
+    assert evaluate.perplexity_http(client, "m", [[6, 7, 8]]).logprobs == (-1.0, -2.0)
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2):
+    """Eight windows of the built-in text: the length the limits below are stated for."""
+    tokenizer = evaluate.load_tokenizer(str(smollm2))
+    return {"builtin": make_windows(tokenizer, evaluate.builtin_text(), 8)}
+
+
+@pytest.fixture(scope="module")
+def unquantized(smollm2, reference) -> Score:
+    return evaluate.evaluate(str(smollm2), evaluate.BASELINE, reference)["builtin"]
+
+
+@pytest.mark.slow
+def test_unquantized_perplexity(unquantized):
+    """11.60 was measured with another engine build; far off would mean a broken conversion."""
+    assert unquantized.perplexity == pytest.approx(11.6, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "percent"), [("int8_per_token_head", 0.3), ("fp8", 1.8)])
+def test_quantized_cache_costs_little(smollm2, reference, unquantized, dtype, percent):
+    scores = evaluate.evaluate(str(smollm2), dtype, reference)
+    change, _ = scores["builtin"].change(unquantized)
+    assert change < percent
+
+
+@pytest.mark.slow
+def test_engine_that_refuses_is_reported(smollm2, reference):
+    """Static int8 without scales: the engine's own words reach the caller."""
+    with pytest.raises(ServerError, match="int8_per_token_head"):
+        evaluate.evaluate(str(smollm2), "int8", reference)
