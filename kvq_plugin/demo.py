@@ -12,7 +12,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, TaskID
@@ -218,32 +220,41 @@ def summary_table(settings: Settings, results: dict[str, Result]) -> Table:
     """Memory, accuracy and speed, a row per dtype, each against ``auto``."""
     cores = len(os.sched_getaffinity(0))
     table = Table(
-        title=f"KV caches of {settings.model}",
-        caption=f"perplexity: {settings.windows} windows of {WINDOW:,} tokens of Python's "
-        f"reference, ± standard error; decode step: median, {settings.streams} streams at "
-        f"{settings.context:,} tokens, eager, {cores} cores",
+        title=f"KV caches of {Path(settings.model).name}",
+        caption=f"Perplexity: {settings.windows} windows of {WINDOW:,} tokens of Python's "
+        f"reference; change ± its standard error. Step: median time between two tokens of "
+        f"{settings.streams} streams at {settings.context:,} tokens each, eager, {cores} cores.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
     )
-    memory = f"tokens in {settings.kv_memory_bytes / 2**30:g} GiB"
-    for name in ("KV cache", memory, "", "perplexity", "change", "decode step", ""):
-        table.add_column(name, justify="left" if name == "KV cache" else "right")
+    table.add_column("KV cache", no_wrap=True)
+    memory = f"tokens in\n{settings.kv_memory_bytes / 2**30:g} GiB"
+    # Broken by hand, so that no figure is: the table fits the 80 columns of a plain terminal.
+    for name in (memory, "", "perplexity", "change, %", "decode\nstep", "speed"):
+        table.add_column(name, justify="right", no_wrap=True)
     baseline = results[BASELINE]
     for dtype, result in results.items():
-        tokens, step = f"{result.kv_tokens:,}", f"{result.step_ms:.1f} ms"
-        more = change = faster = ""
-        if result is not baseline:
-            more = f"{result.kv_tokens / baseline.kv_tokens:.2f}x"
-            change = change_text(result.score, baseline.score)
-            faster = f"{baseline.step_ms / result.step_ms:.2f}x as fast"
-        table.add_row(dtype, tokens, more, f"{result.score.perplexity:.3f}", change, step, faster)
+        change = "" if result is baseline else change_text(result.score, baseline.score)
+        table.add_row(
+            dtype,
+            f"{result.kv_tokens:,}",
+            f"{result.kv_tokens / baseline.kv_tokens:.2f}x",
+            f"{result.score.perplexity:.3f}",
+            change,
+            f"{result.step_ms:.1f} ms",
+            f"{baseline.step_ms / result.step_ms:.2f}x",
+        )
     return table
 
 
 def answers_table(results: dict[str, Result]) -> Table:
     """Every question with the answer of each KV cache, those equal to ``auto``'s marked so."""
-    table = Table(title="The same questions, temperature 0", show_lines=True)
-    table.add_column("KV cache")
+    table = Table(title="The same questions, temperature 0", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("KV cache", no_wrap=True)
     table.add_column("answer")
     for question, answers in zip(QUESTIONS, answers_by_question(results), strict=True):
+        table.add_section()
         table.add_row("", f"[bold]{question}[/bold]")
         for dtype, answer in answers.items():
             same = dtype != BASELINE and answer == answers[BASELINE]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -33,9 +35,9 @@ def progress(console: Console) -> Progress:
 
 
 def change_text(score: Score, baseline: Score) -> str:
-    """``+0.07 % ± 0.03``: the change in perplexity and its standard error."""
+    """``+0.07 ± 0.03``: the change in perplexity and its standard error, in percent."""
     change, error = score.change(baseline)
-    return f"{change:+.2f} % ± {error:.2f}"
+    return f"{change:+.2f} ± {error:.2f}"
 
 
 def run_evaluation(
@@ -68,14 +70,16 @@ def run_evaluation(
 def evaluation_table(model: str, scores: dict[str, dict[str, Score]], windows: int) -> Table:
     """A row per dtype; perplexity and change against ``auto`` per text."""
     table = Table(
-        title=f"Perplexity through the engine: {model}",
+        title=f"Perplexity through the engine: {Path(model).name}",
         caption=f"{windows} windows of {WINDOW:,} tokens; change against {BASELINE} in this run, "
         "± its standard error",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("KV cache")
+    table.add_column("KV cache", no_wrap=True)
     for text in scores[BASELINE]:
-        table.add_column(text, justify="right", overflow="fold")
-        table.add_column("change", justify="right")
+        table.add_column(Path(text).name, justify="right", overflow="fold")
+        table.add_column("change, %", justify="right", no_wrap=True)
     for dtype, by_text in scores.items():
         cells = []
         for text, score in by_text.items():

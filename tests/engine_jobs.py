@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-GREEDY = {"temperature": 0.0, "max_tokens": 16, "logprobs": 1, "ignore_eos": True}
+GREEDY = {"temperature": 0.0, "max_tokens": 16, "logprobs": 2, "ignore_eos": True}
 ENGINE = {
     "enforce_eager": True,
     "skip_tokenizer_init": True,
@@ -55,6 +55,8 @@ class Output:
     Attributes:
         prompt: the prompt's tokens.
         tokens, logprobs: what was generated, and the log-probability of each.
+        margins: nats between the best and the second best token at each step; where it is
+            small, rounding noise (another batch shape, another chunk) may pick the other.
         prompt_logprobs: of each prompt token but the first, if asked for.
         cached: prompt tokens found in the prefix cache.
     """
@@ -62,6 +64,7 @@ class Output:
     prompt: list[int]
     tokens: list[int]
     logprobs: list[float]
+    margins: list[float]
     prompt_logprobs: list[float]
     cached: int
 
@@ -158,20 +161,24 @@ def _generate(llm, prompts: list[list[int]], sampling: dict) -> list[dict]:
     for request in llm.generate(requests, params, use_tqdm=False):
         completion = request.outputs[0]
         tokens = list(completion.token_ids)
+        steps = completion.logprobs or []
         known = zip(request.prompt_token_ids, request.prompt_logprobs or [], strict=False)
         outputs.append(
             {
                 "prompt": list(request.prompt_token_ids),
                 "tokens": tokens,
-                "logprobs": [
-                    step[token].logprob
-                    for step, token in zip(completion.logprobs or [], tokens, strict=False)
-                ],
+                "logprobs": [step[token].logprob for step, token in zip(steps, tokens, strict=True)],
+                "margins": [_margin(step) for step in steps],
                 "prompt_logprobs": [step[token].logprob for token, step in known if step],
                 "cached": request.num_cached_tokens or 0,
             }
         )
     return outputs
+
+
+def _margin(step: dict) -> float:
+    best, second = sorted((entry.logprob for entry in step.values()), reverse=True)[:2]
+    return best - second
 
 
 if __name__ == "__main__":

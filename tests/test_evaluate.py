@@ -100,12 +100,14 @@ def unquantized(smollm2, reference) -> Score:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_unquantized_perplexity(unquantized):
     """11.60 was measured with another engine build; far off would mean a broken conversion."""
     assert unquantized.perplexity == pytest.approx(11.6, rel=0.02)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("dtype", "percent"), [("int8_per_token_head", 0.3), ("fp8", 1.8)])
 def test_quantized_cache_costs_little(smollm2, reference, unquantized, dtype, percent):
     scores = evaluate.evaluate(str(smollm2), dtype, reference)
@@ -114,6 +116,7 @@ def test_quantized_cache_costs_little(smollm2, reference, unquantized, dtype, pe
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_engine_that_refuses_is_reported(smollm2, reference):
     """Static int8 without scales: the engine's own words reach the caller."""
     with pytest.raises(ServerError, match="int8_per_token_head"):

@@ -88,6 +88,21 @@ class Workspace {
 
 thread_local Workspace plan_memory, partial_memory, scratch_memory;
 
+// The result of some context for the rows of an item: softmax(context) before division.
+// Scores are in log2 units. Sums are kept in sixteen lanes, added up once at the end.
+struct State {
+  static constexpr long kPerRow = 1 + 2 * kLanes;
+  float* sum;   // [rows, 16]
+  float* bias;  // [rows, 16] what every channel gets: weight * min, and offsets of the codes
+  float* acc;   // [rows, D]
+  float* max;   // [rows]
+
+  static State at(float* memory, int rows, long d) {
+    float* acc = memory + 2 * rows * kLanes;
+    return {memory, memory + rows * kLanes, acc, acc + rows * d};
+  }
+};
+
 struct Plan {
   const AttendParams* params;
   PageLayout layout;
@@ -97,7 +112,7 @@ struct Plan {
   Unit* units;
   float* partials;
 
-  long partial_size(const Item& i) const { return i.rows * (params->cache.head_size + 3); }
+  long partial_size(const Item& i) const { return i.rows * (params->cache.head_size + State::kPerRow); }
 };
 
 // Context visible to the query token at `position` of a sequence of `length` tokens.
@@ -164,37 +179,27 @@ long make_plan(Plan& plan, int num_threads) {
   return units;
 }
 
-// The result of some context for the rows of an item: softmax(context) before division.
-// Scores are in log2 units.
-struct State {
-  float* max;   // [rows]
-  float* sum;   // [rows]
-  float* bias;  // [rows] sum of weight * min (affine V), added to every channel
-  float* acc;   // [rows, D]
-
-  static State at(float* memory, int rows) {
-    return {memory, memory + rows, memory + 2 * rows, memory + 3 * rows};
-  }
-};
-
 void clear(State s, int rows, long d) {
-  for (int r = 0; r < rows; ++r) {
-    s.max[r] = kMinusInf;
-    s.sum[r] = s.bias[r] = 0.0f;
-  }
-  for (long i = 0; i < rows * d; ++i) s.acc[i] = 0.0f;
+  for (int r = 0; r < rows; ++r) s.max[r] = kMinusInf;
+  memset(s.sum, 0, static_cast<size_t>(rows * (d + 2 * kLanes)) * sizeof(float));
 }
 
 float or_zero(float max) { return max == kMinusInf ? 0.0f : max; }
+
+void merge_rows(float* into, const float* from, long n, float a, float b) {
+  for (long i = 0; i < n; i += kLanes) {
+    save16(into + i, load16(into + i) * a + load16(from + i) * b);
+  }
+}
 
 void merge(State into, State from, int rows, long d) {
   for (int r = 0; r < rows; ++r) {
     const float max = from.max[r] > into.max[r] ? from.max[r] : into.max[r];
     const float a = exp2_1(into.max[r] - or_zero(max)), b = exp2_1(from.max[r] - or_zero(max));
     into.max[r] = max;
-    into.sum[r] = into.sum[r] * a + from.sum[r] * b;
-    into.bias[r] = into.bias[r] * a + from.bias[r] * b;
-    for (long i = r * d; i < (r + 1) * d; ++i) into.acc[i] = into.acc[i] * a + from.acc[i] * b;
+    merge_rows(into.sum + r * kLanes, from.sum + r * kLanes, kLanes, a, b);
+    merge_rows(into.bias + r * kLanes, from.bias + r * kLanes, kLanes, a, b);
+    merge_rows(into.acc + r * d, from.acc + r * d, d, a, b);
   }
 }
 
@@ -225,10 +230,10 @@ struct Kernel {
     typename KeyDot::Query query;
     typename ValueDot::Weights weights;
     alignas(64) float scores[kMaxRows * kTile];
-    alignas(64) float chunk[kMaxRows * (kMaxHead + 3)];
-    alignas(64) float running[kMaxRows * (kMaxHead + 3)];
-    alignas(64) float old_max[kMaxRows], tile_max[kMaxRows], tile_sum[kMaxRows],
-        tile_bias[kMaxRows], factor[kMaxRows], alpha[kMaxRows], gamma[kMaxRows];
+    alignas(64) float chunk[kMaxRows * (kMaxHead + State::kPerRow)];
+    alignas(64) float running[kMaxRows * (kMaxHead + State::kPerRow)];
+    alignas(64) float tile_sum[kMaxRows * kLanes], tile_bias[kMaxRows * kLanes];
+    float tile_max[kMaxRows], factor[kMaxRows], alpha[kMaxRows], gamma[kMaxRows];
     float key_bias[kMaxRows];  // score of a zero code: -q . (scale * zero point)
     float slope[kMaxRows];
     Span span[kMaxRows];
@@ -257,6 +262,9 @@ struct Kernel {
     if (scale) {
       for (long i = 1; i < d; ++i) uniform &= scale[i] == scale[0];
     }
+    // Scores come out in log2 units, or in units of the softcap.
+    const float unit = p.scale * (p.softcap > 0.0f ? 1.0f / p.softcap : kLog2e);
+    const float factor = scale && uniform ? scale[0] * unit : unit;
     alignas(64) float q[kMaxHead];
     for (int r = 0; r < item.rows; ++r) {
       load_row(p.query, token(r), head(r), d, q);
@@ -267,59 +275,74 @@ struct Kernel {
       if (!uniform) {
         for (long i = 0; i < d; ++i) q[i] *= scale[i];
       }
-      KeyDot::set_query(s.query, r, d, q, scale && uniform ? scale[0] : 1.0f);
-      s.key_bias[r] = bias;
+      KeyDot::set_query(s.query, r, d, q, factor);
+      s.key_bias[r] = bias * unit;
       s.position[r] = length - count + (item.first + r) / plan.group;
       s.span[r] = visible(p, s.position[r], length);
       s.slope[r] = p.alibi_slopes ? p.alibi_slopes[head(r)] * kLog2e : 0.0f;
     }
   }
 
-  // Group g (16 tokens) of the sequence's context.
-  const uint8_t* page(long group) const {
-    const long t = group * kLanes;
-    const int32_t block = p.block_table[item.seq * p.block_table_stride + t / p.cache.block_size];
-    return p.cache.data + block * p.cache.block_stride + item.head * p.cache.head_stride;
+  // The pages of the four groups from token t0 on, and the groups' tokens within them. Groups
+  // outside the item's context repeat the nearest one inside it: block tables hold nothing there.
+  struct Places {
+    const uint8_t* page[kGroups];
+    long within[kGroups];
+  };
+
+  Places find(long t0) const {
+    Places places;
+    const long size = p.cache.block_size;
+    const long first = item.begin / kLanes * kLanes, last = (item.end - 1) / kLanes * kLanes;
+    const int32_t* blocks = p.block_table + item.seq * p.block_table_stride;
+    for (int g = 0; g < kGroups; ++g) {
+      long t = t0 + g * kLanes;
+      t = t < first ? first : t > last ? last : t;
+      if (g > 0 && t == t0 + g * kLanes && places.within[g - 1] + kLanes < size &&
+          t - kLanes >= first) {
+        places.page[g] = places.page[g - 1];  // a division less
+        places.within[g] = places.within[g - 1] + kLanes;
+        continue;
+      }
+      const uint32_t block = static_cast<uint32_t>(t) / static_cast<uint32_t>(size);
+      places.page[g] = p.cache.data + blocks[block] * p.cache.block_stride +
+                       item.head * p.cache.head_stride;
+      places.within[g] = t - block * size;
+    }
+    return places;
   }
 
-  Tile locate(long t0, long next) const {
+  Tile locate(long t0, const Places& here, const Places& next) const {
     Tile tile;
     tile.begin = item.begin > t0 ? static_cast<int>(item.begin - t0) : 0;
     tile.end = item.end - t0 < kTile ? static_cast<int>(item.end - t0) : kTile;
-    const long first = (t0 + tile.begin) / kLanes, last = (t0 + tile.end - 1) / kLanes;
-    const long last_next = (item.end - 1) / kLanes;
+    const auto key = [&](const Places& at, int g) {
+      return at.page[g] + plan.layout.key_codes + at.within[g] * d * code_bits(kF.key.code) / 8;
+    };
+    const auto value = [&](const Places& at, int g) {
+      return at.page[g] + plan.layout.value_codes + at.within[g] * d * code_bits(kF.value.code) / 8;
+    };
     for (int g = 0; g < kGroups; ++g) {
-      long group = t0 / kLanes + g;
-      group = group < first ? first : group > last ? last : group;
-      long following = next / kLanes + g;
-      following = following > last_next ? last_next : following;
-      place(group, tile.key[g], tile.value[g], &tile.key_metadata[g], &tile.value_metadata[g]);
-      place(following, tile.next_key[g], tile.next_value[g], nullptr, nullptr);
+      tile.key[g] = key(here, g);
+      tile.value[g] = value(here, g);
+      tile.next_key[g] = key(next, g);
+      tile.next_value[g] = value(next, g);
+      tile.key_metadata[g] = here.page[g] + plan.layout.key_metadata + here.within[g] * 4;
+      tile.value_metadata[g] = here.page[g] + plan.layout.value_metadata + here.within[g] * 4;
     }
     return tile;
-  }
-
-  void place(long group, const uint8_t*& key, const uint8_t*& value, const uint8_t** key_metadata,
-             const uint8_t** value_metadata) const {
-    const uint8_t* base = page(group);
-    const long within = group * kLanes % p.cache.block_size;
-    key = base + plan.layout.key_codes + within * d * code_bits(kF.key.code) / 8;
-    value = base + plan.layout.value_codes + within * d * code_bits(kF.value.code) / 8;
-    if (key_metadata) *key_metadata = base + plan.layout.key_metadata + within * 4;
-    if (value_metadata) *value_metadata = base + plan.layout.value_metadata + within * 4;
   }
 
   void softmax_row(int r, long t0, const F16* key_scale, const F16* key_min, const F16* value_scale,
                    const F16* value_min) {
     const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const bool masked = s.span[r].begin > t0 || s.span[r].end < t0 + kTile;
-    const float scale = p.scale * (p.softcap > 0.0f ? 1.0f / p.softcap : kLog2e);
     F16 x[kGroups], peak = splat(kMinusInf);
     for (int g = 0; g < kGroups; ++g) {
       x[g] = load16(s.scores + r * kTile + g * 16);
       if constexpr (kF.key.per_token) x[g] *= key_scale[g];
       if constexpr (kKeyAffine) x[g] += key_min[g] * s.query.sum[r];
-      x[g] = (x[g] + s.key_bias[r]) * scale;
+      x[g] += s.key_bias[r];
       if (p.softcap > 0.0f) x[g] = tanh16(x[g]) * (p.softcap * kLog2e);
       const I16 t = lane + static_cast<int>(t0 + g * 16);
       if (p.alibi_slopes) x[g] -= __builtin_convertvector(s.position[r] - t, F16) * s.slope[r];
@@ -340,13 +363,12 @@ struct Kernel {
       x[g] = w;
     }
     s.tile_max[r] = max;
-    s.tile_sum[r] = reduce_add(sum);
-    s.tile_bias[r] = kValueAffine ? reduce_add(bias) : 0.0f;
-    s.factor[r] = ValueDot::set_weights(s.weights, r, x);
+    s.factor[r] = ValueDot::set_weights(s.weights, r, x, kF.value.per_token, bias);
+    save16(s.tile_sum + r * kLanes, sum);
+    save16(s.tile_bias + r * kLanes, bias);
   }
 
-  void attend_tile(State state, long t0, long next) {
-    const Tile tile = locate(t0, next);
+  void attend_tile(State state, long t0, const Tile& tile) {
     KeyDot::score(s.query, tile, item.rows, d, s.scores);
     F16 ks[kGroups], km[kGroups], vs[kGroups], vm[kGroups];
     for (int g = 0; g < kGroups; ++g) {
@@ -375,8 +397,8 @@ struct Kernel {
     save16(b, exp2_16(load16(tile_max) - load16(new_max)));
     for (int i = 0; i < n; ++i) {
       const int r = first + i;
-      state.sum[r] = state.sum[r] * a[i] + s.tile_sum[r] * b[i];
-      state.bias[r] = state.bias[r] * a[i] + s.tile_bias[r] * b[i];
+      merge_rows(state.sum + r * kLanes, s.tile_sum + r * kLanes, kLanes, a[i], b[i]);
+      merge_rows(state.bias + r * kLanes, s.tile_bias + r * kLanes, kLanes, a[i], b[i]);
       s.alpha[r] = a[i];
       s.gamma[r] = b[i] * s.factor[r];
     }
@@ -387,7 +409,12 @@ struct Kernel {
     const long start = (item.first_chunk + chunk) * kChunk;
     const long stop = start + kChunk < item.end ? start + kChunk : item.end;
     const long skipped = item.begin > start ? (item.begin - start) / kTile * kTile : 0;
-    for (long t = start + skipped; t < stop; t += kTile) attend_tile(state, t, t + kTile);
+    Places here = find(start + skipped);
+    for (long t = start + skipped; t < stop; t += kTile) {
+      const Places next = find(t + kTile);
+      attend_tile(state, t, locate(t, here, next));
+      here = next;
+    }
   }
 
   void finish(State state) {
@@ -396,7 +423,9 @@ struct Kernel {
     const float* zero =
         p.value_scale.zero_point ? p.value_scale.zero_point + item.head * d : nullptr;
     for (int r = 0; r < item.rows; ++r) {
-      float share = 1.0f, sum = state.sum[r];
+      const float seen = reduce_add(load16(state.sum + r * kLanes));
+      const float bias = reduce_add(load16(state.bias + r * kLanes));
+      float share = 1.0f, sum = seen;
       if (p.sinks) {
         const float sink = p.sinks[head(r)] * kLog2e;
         const float max = state.max[r] > sink ? state.max[r] : sink;
@@ -404,8 +433,8 @@ struct Kernel {
         sum = sum * share + exp2_1(sink - or_zero(max));
       }
       const float factor = sum == 0.0f ? 0.0f : share / sum;
-      const float total = state.sum[r] * factor;  // the weights' sum: below 1 with a sink
-      for (long i = 0; i < d; ++i) row[i] = (state.acc[r * d + i] + state.bias[r]) * factor;
+      const float total = seen * factor;  // the weights' sum: below 1 with a sink
+      for (long i = 0; i < d; ++i) row[i] = (state.acc[r * d + i] + bias) * factor;
       if (zero) {
         for (long i = 0; i < d; ++i) row[i] -= zero[i] * total;
       }
@@ -425,11 +454,11 @@ struct Kernel {
     Kernel k{plan, *plan.params, item, s, plan.params->cache.head_size};
     k.prepare();
     const int rows = item.rows;
-    const State running = State::at(s.running, rows);
+    const State running = State::at(s.running, rows, k.d);
     if (!plan.split) {
       k.attend_chunk(running, 0);
       for (int c = 1; c < item.num_chunks; ++c) {
-        const State chunk = State::at(s.chunk, rows);
+        const State chunk = State::at(s.chunk, rows, k.d);
         k.attend_chunk(chunk, c);
         merge(running, chunk, rows, k.d);
       }
@@ -437,11 +466,11 @@ struct Kernel {
     }
     float* partials = plan.partials + item.partial;
     const long size = plan.partial_size(item);
-    k.attend_chunk(State::at(partials + unit.chunk * size, rows), unit.chunk);
+    k.attend_chunk(State::at(partials + unit.chunk * size, rows, k.d), unit.chunk);
     if (__atomic_sub_fetch(&item.pending, 1, __ATOMIC_ACQ_REL) != 0) return;
-    const State first = State::at(partials, rows);
+    const State first = State::at(partials, rows, k.d);
     for (int c = 1; c < item.num_chunks; ++c) {
-      merge(first, State::at(partials + c * size, rows), rows, k.d);
+      merge(first, State::at(partials + c * size, rows, k.d), rows, k.d);
     }
     k.finish(first);
   }

@@ -99,7 +99,7 @@ struct Fp32Dot {
   }
 
   // Weights of one row; returns the factor their products carry.
-  static float set_weights(Weights& s, int row, const F16* p) {
+  static float set_weights(Weights& s, int row, const F16* p, bool /*scaled*/, F16& /*bias*/) {
     for (int g = 0; g < kGroups; ++g) save16(s.p + row * kTile + g * 16, p[g]);
     return 1.0f;
   }

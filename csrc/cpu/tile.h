@@ -25,22 +25,22 @@ struct Tile {
   int begin, end;  // tokens of the tile that any row may see, within [0, 64]
 };
 
-// Split x into high and low 8-bit limbs: x = 256 * high + low, both in [-128, 127].
-struct Limbs {
-  I16 high, low;
-};
-KVQ_HD Limbs split_limbs(F16 x) {
-  const I16 v = reinterpret_cast<I16>(x + 12582912.0f) - 0x4B400000;
-  const I16 high = (v + 128) >> 8;
-  return {high, v - (high << 8)};
-}
-// Largest integer whose limbs stay in range.
+// Largest integer whose two 8-bit limbs, 256 * high + low with both in [-128, 127], stay in range.
 constexpr float kLimbMax = 32639.0f;
 
 KVQ_HD void save_bytes(int8_t* out, I16 v) {
   typedef int8_t B16 __attribute__((vector_size(16)));
   const B16 b = __builtin_convertvector(v, B16);
   memcpy(out, &b, 16);
+}
+
+// Rounds sixteen values of at most kLimbMax and saves their limbs. Returns the integers.
+KVQ_HD I16 save_limbs(F16 x, int8_t* high, int8_t* low) {
+  // 1.5 * 2^23 rounds to an integer in the mantissa; 128 more makes `low` a flipped low byte.
+  const I16 raised = reinterpret_cast<I16>(x + 12582912.0f) - (0x4B400000 - 128);
+  save_bytes(high, raised >> 8);
+  save_bytes(low, raised ^ 0x80);
+  return raised - 128;
 }
 
 KVQ_HD void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
