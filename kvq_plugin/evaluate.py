@@ -146,7 +146,7 @@ def evaluate(
 
     A second engine in one process would find the memory and threads of the first still held.
     *texts* maps a name to windows; *tick* is called after each window. Raises ServerError with
-    the end of the engine's log when it does not start or fails.
+    the end of the engine's log, which is then kept, when it does not start or fails.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -159,6 +159,7 @@ def evaluate(
         "max_model_len": max(len(w) for windows in texts.values() for w in windows) + 1,
         "enforce_eager": True,  # compiling takes longer than the run
     }
+    log, failed = Path(name), False
     process = context.Process(target=_work, args=(theirs, name, options, dict(texts)))
     process.start()
     theirs.close()
@@ -170,15 +171,16 @@ def evaluate(
                 raise EOFError
             return ours.recv()
 
-        scores = {text: _score(receive, windows, tick) for text, windows in texts.items()}
+        return {text: _score(receive, windows, tick) for text, windows in texts.items()}
     except EOFError:
-        raise ServerError(f"no engine with {kv_cache_dtype}; {log_tail(Path(name))}") from None
+        failed = True
+        raise ServerError(f"the engine with {kv_cache_dtype} failed; {log_tail(log)}") from None
     finally:
         end_group(process.pid)
         process.kill()  # it may not have become the leader of its group yet
         process.join()
-    Path(name).unlink()
-    return scores
+        if not failed:
+            log.unlink()
 
 
 def _work(pipe: Connection, log: str, options: dict, texts: dict[str, list[Window]]) -> None:

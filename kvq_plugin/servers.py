@@ -8,6 +8,7 @@ block is left, by whichever way.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LOG_TAIL_LINES = 25
+ERROR_LINE = re.compile(r"\b\w*(Error|Exception): .*")
 GRACE_SECONDS = 30.0  # an idle vLLM ends in 3 s; a loaded machine needs longer
 
 
@@ -123,8 +125,8 @@ def serve(
         tick: called a few times a second while waiting, for a progress display.
 
     Raises ServerError with the end of the log when the server does not come up, or when a
-    request inside the block fails with an openai error. The log is kept when the block is left
-    by an exception, and removed otherwise.
+    request inside the block fails with an openai error. The log is kept after an error, and
+    removed otherwise.
     """
     from openai import OpenAIError
 
@@ -142,14 +144,20 @@ def serve(
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process, Path(name))
+    failed = False
     try:
         server.wait_until_ready(timeout, tick)
         yield server
     except OpenAIError as error:
+        failed = True
         raise ServerError(f"the server failed: {error}; {server.tail()}") from error
+    except Exception:
+        failed = True
+        raise
     finally:
         server.stop()
-    server.log.unlink()
+        if not failed:
+            server.log.unlink()
 
 
 def vllm_command() -> str:
@@ -204,6 +212,13 @@ def end_group(group: int, patience: float = 0.0) -> None:
 
 
 def log_tail(log: Path) -> str:
-    """The last lines of the file *log*, introduced by its path."""
-    lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    return f"the end of {log}:\n" + "\n".join(lines)
+    """The last lines of the file *log* and any error further up, introduced by its path.
+
+    vLLM's engine and workers tell the cause first; what the API server adds may fill a screen.
+    """
+    lines = log.read_text(errors="replace").splitlines()
+    causes = [found[0] for line in lines[:-LOG_TAIL_LINES] if (found := ERROR_LINE.search(line))]
+    parts = [f"the log is {log}"]
+    if causes:
+        parts += ["errors in it:", *dict.fromkeys(causes)]
+    return "\n".join([*parts, "its end:", *lines[-LOG_TAIL_LINES:]])

@@ -167,7 +167,9 @@ def _generate(llm, prompts: list[list[int]], sampling: dict) -> list[dict]:
             {
                 "prompt": list(request.prompt_token_ids),
                 "tokens": tokens,
-                "logprobs": [step[token].logprob for step, token in zip(steps, tokens, strict=True)],
+                "logprobs": [
+                    step[token].logprob for step, token in zip(steps, tokens, strict=True)
+                ],
                 "margins": [_margin(step) for step in steps],
                 "prompt_logprobs": [step[token].logprob for token, step in known if step],
                 "cached": request.num_cached_tokens or 0,

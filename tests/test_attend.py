@@ -19,6 +19,7 @@ from cases import (
     HEAD_SIZES,
     ISAS,
     LONG_CONTEXT,
+    OFFSET_SLACK,
     ROWS,
     SIGNED_STATIC_ROWS,
     SMALL_BATCH,
@@ -70,8 +71,9 @@ def compare(format, got, expected, bound, nrmse: bool = True) -> None:
         f"{excess.max():.3g} times the bound"
     )
     if nrmse:
-        relative = (error.square().mean() / expected.square().mean()).sqrt()
-        assert relative <= nrmse_bound(format, got.dtype)
+        allowed = nrmse_bound(format, got.dtype) * expected.square().mean().sqrt()
+        rms = error.square().mean().sqrt()
+        assert rms <= allowed + OFFSET_SLACK[format.value.code.kind]
 
 
 # --- shapes --------------------------------------------------------------------------------------
@@ -180,6 +182,14 @@ def test_options(format, option, isa):
 
 
 @every_isa
+@pytest.mark.parametrize("option", ("sinks", "window 16", "softcap", "all"))
+@pytest.mark.parametrize("format", SIGNED_STATIC_ROWS, ids=name_of)
+def test_options_with_zero_points(format, option, isa):
+    """A zero point is subtracted in proportion to the weights' sum, below one with a sink."""
+    check(isa, format, zero_point=True, **OPTIONS[option])
+
+
+@every_isa
 @pytest.mark.parametrize("option", OPTIONS)
 @every_dtype
 def test_options_in_every_dtype(dtype, option, isa):
@@ -237,15 +247,12 @@ def test_token_scales_a_thousand_apart(format, isa):
 @every_isa
 @every_format
 def test_value_rows_of_zero(format, isa):
-    """A uniform zero V gives zero (int4: its own exact minimum), not NaN from 0 / 0 scales."""
+    """A uniform zero V gives zero, not NaN from 0 / 0 scales; and exact but for the offset."""
     p = oracle.build(format, ((40, 3),), kv_heads=1)
     slots = oracle_slots(p, 0)
     zero = torch.zeros(40, 1, 64)
-    static = p.value_static
-    if static is not None and static.zero_point is not None:
-        pytest.fail("built without zero points")
-    reference.store(p.keys[0], zero, p.cache, slots, format, p.key_static, static)
-    assert (run(p, isa) == 0).all()
+    reference.store(p.keys[0], zero, p.cache, slots, format, p.key_static, p.value_static)
+    assert run(p, isa).abs().max() <= OFFSET_SLACK[format.value.code.kind]
 
 
 def oracle_slots(p: oracle.Problem, s: int) -> torch.Tensor:
@@ -272,7 +279,8 @@ def test_every_value_byte_decodes(format, isa):
     assert torch.equal(out.isfinite(), finite)
     assert out[expected.isnan()].isnan().all()
     # One weight, alone in its tile: its limbs are exact up to the rounding of 1 / sum.
-    torch.testing.assert_close(out[finite], expected[finite], rtol=2.0**-20, atol=0)
+    slack = OFFSET_SLACK[format.value.code.kind]
+    torch.testing.assert_close(out[finite], expected[finite], rtol=2.0**-20, atol=slack)
 
 
 @every_isa
@@ -301,7 +309,15 @@ def test_keys_and_values_of_subnormal_codes(format, isa):
         for t in (k, v)
     ]
     q = replace(p, key_static=static, value_static=static, keys=dense[0], values=dense[1])
-    compare(format, run(q, isa), q.expected(), oracle.attention_bound(q))
+    expected, bound = q.expected(), oracle.attention_bound(q)
+    compare(format, run(q, isa), expected, bound)
+    # Nor to fp32 denormals, which vanish once an application asks torch to flush them.
+    if not torch.set_flush_denormal(True):
+        return
+    try:
+        compare(format, oracle.single_threaded(run)(q, isa), expected, bound)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @every_isa
@@ -631,8 +647,9 @@ WRONG = {
         {"query_start_loc": torch.tensor([0, 1], dtype=torch.int32)},
         ("query_start_loc", "2 entries", "2 sequences"),
     ),
+    # A view of a longer table, so that a kernel which does read on reads pages of this cache.
     "table rows": (
-        {"block_table": torch.zeros(1, 3, dtype=torch.int32)},
+        {"block_table": torch.zeros(2, 3, dtype=torch.int32)[:1]},
         ("block_table", "1", "2"),
     ),
     "alibi count": ({"alibi_slopes": torch.zeros(2)}, ("alibi_slopes", "2", "8")),

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from kvq_plugin import cli, demo, report
 from kvq_plugin.evaluate import BASELINE, Score
-from kvq_plugin.servers import process_group
+from kvq_plugin.servers import log_tail, process_group
 
 SETTINGS = demo.Settings("m", [BASELINE, "fp8"], 2, 4, 3000, 64, 1 << 30)
 
@@ -106,6 +106,16 @@ def test_decode_step_without_overlap_is_refused(monkeypatch):
     monkeypatch.setattr(demo, "_stream_all", events)
     with pytest.raises(ValueError, match="--steps"):
         demo.decode_step(None, "m", [[1], [2]], 2)
+
+
+def test_log_tail_brings_the_cause_up(tmp_path):
+    """A worker's error, once, although the API server's traceback is longer than the tail."""
+    log = tmp_path / "log"
+    cause = "(Worker pid=7) ERROR [core.py:1] ValueError: layer 3 has no k_scale"
+    log.write_text("\n".join(["start", cause, cause, *(f"frame {i}" for i in range(60))]))
+    text = log_tail(log)
+    assert text.count("ValueError: layer 3 has no k_scale") == 1
+    assert "frame 59" in text and "frame 0\n" not in text and str(log) in text
 
 
 FAKE_VLLM = """\

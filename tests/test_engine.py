@@ -2,9 +2,11 @@
 scheduled (chunks, cache hits, preemption, speculation) does not change its answer.
 
 Two runs of one request may still part ways: vLLM's matrix products round differently in
-batches of different shapes, and a value at a rounding boundary then becomes another code. So
-answers must agree token for token except from a step on where the two best tokens were a
-near tie, and log-probabilities must agree up to there.
+batches of different shapes, and a value at a rounding boundary then becomes another code
+(``auto`` in bf16 parts ways as often). So answers must agree token for token except from a
+step on where the two best tokens were a near tie, and log-probabilities must agree up to
+there. Stores and attention themselves are exactly invariant: ``test_invariance.py``. The
+coarse codes of int4 amplify a matrix product's last bit too far for this test.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import pytest
 from engine_jobs import Batch, Job, Output, only, run
 
 from kvq_plugin.formats import FORMATS
+
+# Engines start in fixtures, one after another, and a loaded machine takes minutes for it.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 #: Formats that need no scales from a checkpoint, one name each.
 READY = [f.name for f in dict.fromkeys(FORMATS.values()) if f.is_dynamic or f.default_scale]
@@ -153,10 +158,10 @@ def test_the_schedules_happened(by_schedule):
     assert by_schedule["plain"].counters["vllm:num_preemptions"] == 0
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", "int4_per_token_head"])
-def test_chunks_in_bfloat16(by_format, smollm2, texts, name):
+def test_chunks_in_bfloat16(by_format, smollm2, texts):
     job = Job(
-        {**ENGINE, **SCHEDULES["chunks"], "model": str(smollm2), "kv_cache_dtype": name},
+        {**ENGINE, **SCHEDULES["chunks"], "model": str(smollm2), "kv_cache_dtype": "fp8"},
         [Batch(texts, LONG)],
     )
-    _assert_same(by_format[name].batches[0], only(run([job]))[0].batches[0], "bfloat16")
+    result = only(run([job]))[0]
+    _assert_same(by_format["fp8_e4m3"].batches[0], result.batches[0], "bfloat16")

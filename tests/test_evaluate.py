@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -117,7 +118,8 @@ def test_quantized_cache_costs_little(smollm2, reference, unquantized, dtype, pe
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_engine_that_refuses_is_reported(smollm2, reference):
+def test_engine_that_refuses_is_reported(smollm2, reference, monkeypatch, tmp_path):
     """Static int8 without scales: the engine's own words reach the caller."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ServerError, match="int8_per_token_head"):
         evaluate.evaluate(str(smollm2), "int8", reference)

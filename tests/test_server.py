@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -100,7 +101,9 @@ def test_ends_cleanly(server):
     assert process_group(group) == []
 
 
-def test_refusal_shows_the_reason(smollm2):
-    """A server that does not start is reported with the end of its log."""
+def test_refusal_shows_the_reason(smollm2, monkeypatch, tmp_path):
+    """A server that does not start is reported with the end of its log, which stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ServerError, match="invalid choice"), serve(smollm2, "int7", args=ARGS):
         pass
+    assert list(tmp_path.glob("kvq-int7-*.log"))

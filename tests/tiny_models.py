@@ -39,8 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gqa": _llama(),
     "mqa": _llama(num_key_value_heads=1),
     "group_16": _llama(num_attention_heads=16, num_key_value_heads=1),
-    "head_size_80": _llama(hidden_size=320, head_dim=80),
-    "head_size_112": _llama(head_dim=112),
+    "head_size_80": _llama(head_dim=80),
     "head_size_256": _llama(head_dim=256),
     "sliding_window": {**_BASE, "model_type": "mistral", "sliding_window": 48},
     "softcap": {

@@ -68,6 +68,7 @@ struct KernelTable {
   const char* name;
   void (*store)(const StoreParams&, const Runtime&);
   void (*attend)(const AttendParams&, const Runtime&);
+  uint32_t (*read)(const uint8_t* data, long size, const Runtime&);  // for measuring bandwidth
 };
 
 extern const KernelTable kGenericKernels;

@@ -105,10 +105,16 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& cache, const T
   current_kernels().attend(p, runtime());
 }
 
+int64_t read_probe(const Tensor& data) {
+  return current_kernels().read(static_cast<const uint8_t*>(data.data_ptr()), data.numel(),
+                                runtime());
+}
+
 }  // namespace
 }  // namespace kvq
 
 STABLE_TORCH_LIBRARY_IMPL(kvq, CPU, m) {
   m.impl("store", TORCH_BOX(&kvq::store));
   m.impl("attend", TORCH_BOX(&kvq::attend));
+  m.impl("read_probe", TORCH_BOX(&kvq::read_probe));
 }

@@ -9,8 +9,10 @@ namespace kvq {
 namespace KVQ_ISA {
 void store(const StoreParams&, const Runtime&);
 void attend(const AttendParams&, const Runtime&);
+uint32_t read(const uint8_t*, long, const Runtime&);
 }  // namespace KVQ_ISA
 
-const KernelTable KVQ_TABLE = {KVQ_STRING(KVQ_ISA), KVQ_ISA::store, KVQ_ISA::attend};
+const KernelTable KVQ_TABLE = {KVQ_STRING(KVQ_ISA), KVQ_ISA::store, KVQ_ISA::attend,
+                               KVQ_ISA::read};
 
 }  // namespace kvq

@@ -1,0 +1,148 @@
+"""What ``kvq bench`` prints and writes: a table, a CSV and a plot."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kvq_plugin.bench import engine, kernels
+from kvq_plugin.bench.kernels import Row
+from kvq_plugin.report import progress
+
+
+@contextmanager
+def _replacing(path: Path):
+    """A temporary file beside *path* that takes its place when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """All rows, a column per field of :class:`Row`."""
+    with _replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            for row in rows
+        )
+
+
+def write_plot(path: Path, kind: str, rows: Sequence[Row]) -> None:
+    """Tokens per second against stock bf16, a group of bars per shape."""
+    from matplotlib import use
+
+    use("Agg")
+    from matplotlib import pyplot
+
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    names = list(dict.fromkeys(row.candidate for row in rows))
+    figure, axes = pyplot.subplots(figsize=(2.2 * len(shapes) + 2, 4.5), layout="constrained")
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        ratios = [row.ratio for row in rows if row.candidate == name]
+        axes.bar([s + i * width for s in range(len(shapes))], ratios, width, label=name)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    labels = [shape.replace(", ", "\n") for shape in shapes]
+    axes.set_xticks([s + 0.4 - width / 2 for s in range(len(shapes))], labels, fontsize=8)
+    axes.set_ylabel("tokens per second, stock bf16 = 1")
+    axes.set_title(f"{kind}, {rows[0].threads} threads, {rows[0].isa}")
+    axes.legend(fontsize=8, ncols=2)
+    with _replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=150)
+    pyplot.close(figure)
+
+
+def kernel_table(kind: str, rows: Sequence[Row], repeats: int) -> Table:
+    """A section per shape."""
+    table = Table(
+        title=f"{kind}: {rows[0].threads} threads, {rows[0].isa}",
+        caption=f"medians of {repeats} interleaved runs; GB/s of cache bytes and their share of "
+        "the read bandwidth in the same run; speed-ups in KV tokens per second",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for name in ("ms", "GB/s", "share", "Mtok/s", "vs bf16", "vs fp8"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shape = None
+    for row in rows:
+        if row.shape != shape:
+            table.add_section()
+            table.add_row(f"[bold]{row.shape}[/bold]")
+            shape = row.shape
+        table.add_row(
+            row.candidate,
+            f"{row.milliseconds:.2f}",
+            f"{row.gigabytes_per_second:.1f}",
+            f"{row.share:.0%}",
+            f"{row.tokens:.2f}",
+            f"{row.ratio:.2f}x",
+            f"{row.against_fp8:.2f}x",
+        )
+    return table
+
+
+def run_kernels(
+    kind: str, names: Sequence[str], threads: int, repeats: int, out: Path | None
+) -> list[Row]:
+    """Measure, print, and with *out* write ``out/<kind>.csv`` and ``out/<kind>.png``."""
+    console = Console()
+    with progress(console) as bars:
+        total = repeats * len(kernels.KINDS[kind][1])
+        bar = bars.add_task(kind, total=total, stage="")
+        rows = kernels.run(
+            kind,
+            names,
+            threads,
+            repeats,
+            stage=lambda text: bars.update(bar, stage=text),
+            tick=lambda: bars.advance(bar),
+        )
+    console.print(kernel_table(kind, rows, repeats))
+    if out is not None:
+        write_csv(out / f"{kind}.csv", rows)
+        write_plot(out / f"{kind}.png", kind, rows)
+        console.print(f"written: {out / kind}.csv and .png")
+    return rows
+
+
+def run_engines(load: engine.Load, engines: Sequence[engine.Engine]) -> dict[str, float]:
+    """Measure and print the median decode step of each engine; returns milliseconds."""
+    console = Console()
+    with progress(console) as bars:
+        bar = bars.add_task("engine", total=len(engines) + load.bursts, stage="")
+        steps = engine.decode_steps(
+            load,
+            engines,
+            stage=lambda text: bars.update(bar, stage=text),
+            tick=lambda: bars.advance(bar),
+        )
+    medians = engine.medians(steps)
+    baseline = medians[engines[0].name]
+    table = Table(
+        title=f"decode step, {len(load.prompts)} streams at {len(load.prompts[0]):,} tokens, "
+        f"{'eager' if load.eager else 'compiled'}",
+        caption=f"medians of {len(next(iter(steps.values())))} steps in interleaved bursts",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("engine", "median step", f"speed vs {engines[0].name}"):
+        table.add_column(name, no_wrap=True)
+    for name, milliseconds in medians.items():
+        table.add_row(name, f"{milliseconds:.1f} ms", f"{baseline / milliseconds:.2f}x")
+    console.print(table)
+    return medians

@@ -1,0 +1,184 @@
+"""Refusals at start-up, on stand-ins for vLLM's config."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kvq_plugin.formats import FORMATS
+from kvq_plugin.serving import options
+from kvq_plugin.serving.checks import check
+
+pytest.importorskip("vllm")
+
+#: Names vLLM 0.32 accepts on the command line and its CPU backend would corrupt memory with.
+FOREIGN = ("nvfp4", "nvfp4_4over6", "turboquant_k8v4", "ultraquant_4bit", "fp8_inc", "fp8_ds_mla")
+DYNAMIC = "int8_per_token_head"
+
+
+def _config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
+    return SimpleNamespace(
+        additional_config=top.pop("additional_config", {}),
+        kv_transfer_config=top.pop("kv_transfer_config", None),
+        speculative_config=top.pop("speculative_config", None),
+        cache_config=SimpleNamespace(
+            **{"cache_dtype": dtype, "block_size": 128, "kv_cache_dtype_skip_layers": []}
+            | (cache or {})
+        ),
+        parallel_config=SimpleNamespace(
+            **{"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+            | (parallel or {})
+        ),
+        model_config=SimpleNamespace(
+            **{
+                "dtype": torch.bfloat16,
+                "model": "no-such-folder",
+                "hf_config": SimpleNamespace(),
+                "use_mla": False,
+                "is_encoder_decoder": False,
+                "is_hybrid": False,
+                "is_attention_free": False,
+                "get_head_size": lambda: 64,
+                "get_total_num_hidden_layers": lambda: 4,
+            }
+            | (model or {})
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", *FORMATS])
+def test_what_works_is_let_through(dtype):
+    check(_config(dtype))
+
+
+def test_a_config_without_a_model_is_let_through():
+    config = _config()
+    config.model_config = None
+    check(config)
+
+
+@pytest.mark.parametrize("dtype", FOREIGN)
+def test_foreign_dtypes(dtype):
+    with pytest.raises(ValueError, match=f"{dtype} is not implemented.*supported are auto"):
+        check(_config(dtype))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": {"use_mla": True}}, "MLA"),
+        ({"model": {"is_encoder_decoder": True}}, "cross attention"),
+        ({"model": {"is_hybrid": True}}, "state-space"),
+        ({"model": {"is_attention_free": True}}, "without attention"),
+        ({"model": {"get_head_size": lambda: 72}}, "head size 72: supported are 32, 64"),
+        ({"kv_transfer_config": object()}, "KV connector"),
+        ({"parallel": {"decode_context_parallel_size": 2}}, "decode-context-parallel-size 2"),
+        ({"parallel": {"prefill_context_parallel_size": 2}}, "prefill-context-parallel-size 2"),
+        ({"cache": {"block_size": 16}}, "blocks of 16 tokens.*multiples of 32"),
+        ({"cache": {"kv_cache_dtype_skip_layers": ["4"]}}, "'4'.*layer numbers 0 to 3"),
+        ({"cache": {"kv_cache_dtype_skip_layers": ["attention"]}}, "'attention'"),
+        ({"speculative_config": SimpleNamespace(kv_cache_dtype="int8")}, "draft.*calibrated"),
+        ({"speculative_config": SimpleNamespace(kv_cache_dtype="nvfp4")}, "draft.*nvfp4"),
+    ],
+)
+def test_refusals_say_why(change, says):
+    with pytest.raises(ValueError, match=says) as refusal:
+        check(_config(**change))
+    assert "use" in str(refusal.value) or "supported" in str(refusal.value)
+
+
+@pytest.mark.parametrize("change", [{"model": {"use_mla": True}}, {"kv_transfer_config": object()}])
+def test_an_unquantized_cache_is_vllms_business(change):
+    check(_config("auto", **change))
+
+
+def test_an_unquantized_cache_must_have_the_models_dtype():
+    with pytest.raises(ValueError, match="running in bfloat16.*--dtype float16"):
+        check(_config("float16"))
+
+
+def test_skip_layers_that_exist():
+    check(_config(cache={"kv_cache_dtype_skip_layers": ["0", "3", "sliding_window"]}))
+
+
+# --- static scales ---------------------------------------------------------------------
+
+
+def _folder(tmp_path, tensors):
+    save_file({name: torch.ones(1) for name in tensors}, tmp_path / "model.safetensors")
+    return {"model": str(tmp_path)}
+
+
+WEIGHT = "model.layers.0.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "model.layers.0.self_attn.k_scale",
+        "model.layers.0.self_attn.attn.v_scale",
+        "model.layers.0.self_attn.k_proj.k_scale",
+        "model.layers.0.self_attn.kv_scale",
+    ],
+)
+def test_int8_with_scales_in_the_checkpoint(tmp_path, scale):
+    check(_config("int8", model=_folder(tmp_path, [WEIGHT, scale])))
+
+
+@pytest.mark.parametrize("other", [WEIGHT, "model.layers.0.self_attn.k_proj.weight_scale"])
+def test_int8_without_scales(tmp_path, other):
+    model = _folder(tmp_path, [WEIGHT, other])
+    with pytest.raises(ValueError, match="kvq calibrate.*int8_per_token_head"):
+        check(_config("int8", model=model))
+    for name in FORMATS.keys() - {"int8"}:
+        check(_config(name, model=model))
+
+
+def test_int8_names_are_read_from_the_index(tmp_path):
+    index = {"weight_map": {"model.layers.0.self_attn.k_scale": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    check(_config("int8", model={"model": str(tmp_path)}))
+
+
+def test_int8_with_a_declared_scheme_is_left_to_the_loader(tmp_path):
+    model = _folder(tmp_path, [WEIGHT])
+    declared = SimpleNamespace(quantization_config={"kv_cache_scheme": {"num_bits": 8}})
+    check(_config("int8", model=model | {"hf_config": declared}))
+
+
+# --- options ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    window: int = 128
+
+
+def test_options_default_and_parse():
+    assert options.parse({}) == options.Options()
+    assert options.parse(None, Example) == Example(128)
+    assert options.parse({"kvq": {"window": 64}, "other": 1}, Example) == Example(64)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"wndow": 1}, "unknown key 'wndow'.*supported are window; did you mean 'window'"),
+        ({"zzz": 1}, "unknown key 'zzz'.*supported are window$"),
+        (3, "expected a mapping"),
+    ],
+)
+def test_bad_options(given, says):
+    with pytest.raises(ValueError, match=says):
+        options.parse({"kvq": given}, Example)
+
+
+@pytest.mark.parametrize("dtype", ["auto", DYNAMIC])
+def test_unknown_options_are_refused_whatever_the_dtype(dtype):
+    with pytest.raises(ValueError, match="no options exist; remove it"):
+        check(_config(dtype, additional_config={"kvq": {"window": 1}}))
