@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from kvq_plugin import __version__
 from kvq_plugin.evaluate import BASELINE, BUILTIN_TEXT
@@ -13,26 +14,43 @@ from kvq_plugin.formats import FORMATS
 from kvq_plugin.servers import ServerError
 
 INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``kvq`` with *argv* (the process's by default) and return its exit code."""
     options = parser().parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)  # so that servers are stopped then, too
-    try:
-        options.run(options)
-    except KeyboardInterrupt:
-        print("kvq: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except (ServerError, ValueError, OSError) as error:
-        print(f"kvq: {error}", file=sys.stderr)
-        return 1
+    with _leaving_in_order():
+        try:
+            options.run(options)
+        except KeyboardInterrupt:
+            print("kvq: interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except (ServerError, ValueError, OSError) as error:
+            print(f"kvq: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
-def _leave(number: int, _frame) -> None:
-    sys.exit(128 + number)
+@contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Within the block a signal that ends the process unwinds it first, which stops servers."""
+    heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores
+
+    def leave(number: int, _frame) -> None:
+        for again in heard:  # a second signal must not cut the unwinding short
+            signal.signal(again, signal.SIG_IGN)
+        before.clear()
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parser() -> argparse.ArgumentParser:

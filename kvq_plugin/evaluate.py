@@ -9,15 +9,16 @@ windows may be repeated and shared between servers.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
 from kvq_plugin.servers import ServerError, end_group, engine_env, log_tail
@@ -148,10 +149,27 @@ def evaluate(
     *texts* maps a name to windows; *tick* is called after each window. Raises ServerError with
     the end of the engine's log, which is then kept, when it does not start or fails.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    ours, theirs = Pipe()
     handle, name = tempfile.mkstemp(prefix=f"kvq-{kv_cache_dtype}-", suffix=".log")
-    os.close(handle)
+    log, failed = Path(name), False
+    with os.fdopen(handle, "wb") as output, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **engine_env()},
+            start_new_session=True,
+        )
+    ended = os.pidfd_open(process.pid)
+
+    def receive(_: Window) -> list[float]:
+        # The end, too: children of a process that crashed may still hold the pipe open.
+        if ours not in wait([ours, ended]):
+            raise EOFError
+        return ours.recv()
+
     options = {
         "model": model,
         "kv_cache_dtype": kv_cache_dtype,
@@ -159,46 +177,37 @@ def evaluate(
         "max_model_len": max(len(w) for windows in texts.values() for w in windows) + 1,
         "enforce_eager": True,  # compiling takes longer than the run
     }
-    log, failed = Path(name), False
-    process = context.Process(target=_work, args=(theirs, name, options, dict(texts)))
-    process.start()
-    theirs.close()
     try:
-
-        def receive(_: Window) -> list[float]:
-            # The sentinel too: children of a process that crashed may still hold the pipe open.
-            if ours not in wait([ours, process.sentinel]):
-                raise EOFError
-            return ours.recv()
-
+        ours.send((options, [window for windows in texts.values() for window in windows]))
         return {text: _score(receive, windows, tick) for text, windows in texts.items()}
-    except EOFError:
+    except (EOFError, ConnectionError):
         failed = True
         raise ServerError(f"the engine with {kv_cache_dtype} failed; {log_tail(log)}") from None
     finally:
         end_group(process.pid)
-        process.kill()  # it may not have become the leader of its group yet
-        process.join()
+        process.wait()
+        os.close(ended)
+        ours.close()
         if not failed:
             log.unlink()
 
 
-def _work(pipe: Connection, log: str, options: dict, texts: dict[str, list[Window]]) -> None:
-    """The engine's process: sends the logprobs of each window in turn, prints to *log*."""
-    os.setsid()
-    with open(log, "wb", buffering=0) as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    os.environ.update(engine_env())
+def _work(pipe: Connection) -> None:
+    """The engine's process: receives its options and the windows, sends each one's logprobs."""
     try:
+        options, windows = pipe.recv()
         from vllm import LLM
 
         llm = LLM(**options)
-        for windows in texts.values():
-            for window in windows:
-                pipe.send(offline_logprobs(llm, window))
+        for window in windows:
+            pipe.send(offline_logprobs(llm, window))
+        pipe.recv()  # hold the engine until the parent ends the group, or dies
     except Exception:
         traceback.print_exc()
-        os._exit(1)  # at once, and with the pipe closed: the parent is waiting for that
-    with suppress(EOFError):
-        pipe.recv()  # keep the engine until the parent ends the group
+    finally:
+        # The engine's own processes are in this group, and would outlive this one.
+        os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _work(Connection(int(sys.argv[1])))

@@ -71,18 +71,23 @@ def store(
         raise ValueError(f"{slot_mapping.shape[0]} slots for {key.shape[0]} rows of key")
     _check_static(format, key, cache, key_static, value_static)
     if _use_reference():
+        _check_slots(slot_mapping, cache)
         n = slot_mapping.shape[0]
         args = (key[:n], value[:n], cache, slot_mapping, format, key_static, value_static)
         return reference.store(*args)
-    torch.ops.kvq.store(
-        key,
-        value,
-        cache,
-        slot_mapping,
-        format.id,
-        *_pair(key_static, "inverse"),
-        *_pair(value_static, "inverse"),
-    )
+    try:
+        torch.ops.kvq.store(
+            key,
+            value,
+            cache,
+            slot_mapping,
+            format.id,
+            *_pair(key_static, "inverse"),
+            *_pair(value_static, "inverse"),
+        )
+    except RuntimeError:  # looking at the data first would cost every step a few microseconds
+        _check_slots(slot_mapping, cache)
+        raise
 
 
 def attend(
@@ -138,6 +143,10 @@ def attend(
         )
     if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.stride(1) != 1:
         raise ValueError(f"block_table must be int32 [S, blocks], got {_describe(block_table)}")
+    if block_table.shape[0] < seq_lens.shape[0]:
+        raise ValueError(
+            f"block_table has {block_table.shape[0]} rows for {seq_lens.shape[0]} sequences"
+        )
     for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if x is not None:
             _check_vector(name, x, torch.float32)
@@ -145,8 +154,10 @@ def attend(
                 raise ValueError(f"{name} has {x.shape[0]} entries for {query.shape[1]} heads")
     _check_static(format, query, cache, key_static, value_static)
     if _use_reference():
-        out[:] = reference.attend(
-            query,
+        _check_tables(query, cache, block_table, seq_lens, query_start_loc)
+        n = int(query_start_loc[seq_lens.shape[0]])  # rows after it are padding: left alone
+        out[:n] = reference.attend(
+            query[:n],
             cache,
             block_table,
             seq_lens,
@@ -162,23 +173,27 @@ def attend(
             sinks=sinks,
         )
         return
-    torch.ops.kvq.attend(
-        out,
-        query,
-        cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        format.id,
-        scale,
-        *_pair(key_static, "scale"),
-        *_pair(value_static, "scale"),
-        causal,
-        window,
-        softcap,
-        alibi_slopes,
-        sinks,
-    )
+    try:
+        torch.ops.kvq.attend(
+            out,
+            query,
+            cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            format.id,
+            scale,
+            *_pair(key_static, "scale"),
+            *_pair(value_static, "scale"),
+            causal,
+            window,
+            softcap,
+            alibi_slopes,
+            sinks,
+        )
+    except RuntimeError:
+        _check_tables(query, cache, block_table, seq_lens, query_start_loc)
+        raise
 
 
 def _pair(static: StaticScale | None, which: str):
@@ -233,3 +248,25 @@ def _check_static(format, rows, cache, key_static, value_static) -> None:
                 f"{name} scale must be [kv heads, head size] = {list(shape)}, "
                 f"got {list(static.scale.shape)}"
             )
+
+
+def _check_slots(slot_mapping, cache) -> None:
+    slots = cache.shape[0] * cache.shape[2]
+    if slot_mapping.numel() and int(slot_mapping.max()) >= slots:
+        raise ValueError(
+            f"slot_mapping names slot {int(slot_mapping.max())}, the cache has {slots}"
+        )
+
+
+def _check_tables(query, cache, block_table, seq_lens, query_start_loc) -> None:
+    room = block_table.shape[1] * cache.shape[2]
+    if seq_lens.numel() and int(seq_lens.max()) > room:
+        raise ValueError(
+            f"a sequence has {int(seq_lens.max())} tokens, its row of block_table holds {room}"
+        )
+    starts = query_start_loc[: seq_lens.shape[0] + 1]
+    if int(starts[0]) < 0 or int(starts[-1]) > query.shape[0] or bool((starts.diff() < 0).any()):
+        raise ValueError(
+            f"query_start_loc must rise from 0 to at most {query.shape[0]} rows of query, "
+            f"got {starts.tolist()}"
+        )

@@ -205,10 +205,12 @@ def process_group(group: int) -> list[int]:
 def end_group(group: int, patience: float = 0.0) -> None:
     """Give the process group *group* up to *patience* seconds to empty, then kill the rest."""
     deadline = time.monotonic() + patience
-    while process_group(group) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+    try:
+        while process_group(group) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:  # also when a second Ctrl-C cuts the waiting short
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def log_tail(log: Path) -> str:

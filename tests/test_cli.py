@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -118,35 +119,43 @@ def test_log_tail_brings_the_cause_up(tmp_path):
     assert "frame 59" in text and "frame 0\n" not in text and str(log) in text
 
 
-FAKE_VLLM = """\
-    #!{python}
-    import os, signal, subprocess, sys, time
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a server that has to be killed
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    open("{started}", "w").write(f"{{os.getpid()}}")
-    time.sleep(600)
+# Both a server and an engine that ignore SIGTERM, with a child each.
+STUBBORN = """\
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open(os.environ["STARTED"], "w") as file:
+    file.write(str(os.getpgid(0)))
+time.sleep(600)
 """
-
+ENGINE = "class LLM:\n    def __init__(self, **_):\n" + textwrap.indent(STUBBORN, " " * 8)
 USER = """\
-    import sys
-    from kvq_plugin import cli, servers
-    servers.vllm_command = lambda: "{vllm}"
-    servers.GRACE_SECONDS = 1.0
-    sys.exit(cli.main(["demo", "--model", "{model}"]))
+import os, sys
+from kvq_plugin import cli, servers
+servers.vllm_command = lambda: os.environ["FAKE_VLLM"]
+servers.GRACE_SECONDS = 1.0
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signal_stops_the_server_and_its_children(number, tmp_path, smollm2):
-    """Ctrl-C, kill and a closed terminal: even a server that ignores SIGTERM is gone."""
-    started, vllm = tmp_path / "started", tmp_path / "vllm"
-    fake = FAKE_VLLM.format(python=sys.executable, started=started)
-    vllm.write_text(textwrap.dedent(fake))
-    vllm.chmod(0o755)
-    script = textwrap.dedent(USER.format(vllm=vllm, model=smollm2))
-    root = str(Path(cli.__file__).parents[1])
-    env = {**os.environ, "PYTHONPATH": root, "TMPDIR": str(tmp_path)}
-    user = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("command", ["demo --model", "eval"])
+def test_signal_leaves_no_process(command, number, tmp_path, smollm2):
+    """Ctrl-C, kill and a closed terminal, each sent twice: server or engine are gone."""
+    started, server, package = tmp_path / "started", tmp_path / "serve", tmp_path / "vllm"
+    server.write_text(f"#!{sys.executable}\n{STUBBORN}")
+    server.chmod(0o755)
+    package.mkdir()
+    (package / "__init__.py").write_text(ENGINE)
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}:{Path(cli.__file__).parents[1]}",
+        "TMPDIR": str(tmp_path),
+        "STARTED": str(started),
+        "FAKE_VLLM": str(server),
+    }
+    arguments = [sys.executable, "-c", USER, *command.split(), str(smollm2)]
+    user = subprocess.Popen(arguments, env=env, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
         while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
@@ -154,9 +163,13 @@ def test_signal_stops_the_server_and_its_children(number, tmp_path, smollm2):
         group = int(started.read_text())
         assert len(process_group(group)) == 2
         user.send_signal(number)
-        user.communicate(timeout=60)
+        time.sleep(0.3)
+        with suppress(ProcessLookupError):
+            user.send_signal(number)  # as timeout(1) and impatient people do
+        user.wait(60)
     finally:
         user.kill()
         user.wait()
     assert user.returncode == (cli.INTERRUPTED if number is signal.SIGINT else 128 + number)
     assert process_group(group) == []
+    assert not list(tmp_path.glob("kvq-*.log"))

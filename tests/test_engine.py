@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 #: Formats that need no scales from a checkpoint, one name each.
 READY = [f.name for f in dict.fromkeys(FORMATS.values()) if f.is_dynamic or f.default_scale]
 #: Largest rise of the mean negative log-probability of the prompts over the unquantized
-#: run's, in nats. Measured: 0.01 (e4m3), 0.06 (e5m2), 0.01, 0.01, 0.13.
+#: run's, in nats. Measured, in this order: 0.003, 0.050, -0.005, 0.007, 0.179.
 MAX_LOSS = {
     "fp8_e4m3": 0.05,
     "fp8_e5m2": 0.15,
@@ -72,8 +72,9 @@ def texts(tokenizer) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def question(tokenizer) -> list[int]:
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    """One whose answer leads by nats; as a chat, the first token is a coin toss in bf16."""
+    text = "Paris is the capital of France. Berlin is the capital of Germany. Rome is the capital"
+    return tokenizer(text + " of")["input_ids"]
 
 
 # --- formats ---------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def by_format(smollm2, texts, question):
         Batch(texts, LONG),
         Batch(texts, LONG),
         Batch(texts, SCORED),
-        Batch([question], {"max_tokens": 8}),
+        Batch([question], {"max_tokens": 2}),
     ]
     names = ["auto", *READY]
     jobs = [Job({**ENGINE, "model": str(smollm2), "kv_cache_dtype": n}, batches) for n in names]
@@ -107,7 +108,7 @@ def test_format_scores_close_to_auto(by_format, name):
 
 @pytest.mark.parametrize("name", READY)
 def test_format_answers_the_question(by_format, tokenizer, name):
-    assert "Paris" in tokenizer.decode(by_format[name].batches[3][0].tokens)
+    assert "Italy" in tokenizer.decode(by_format[name].batches[3][0].tokens)
 
 
 @pytest.mark.parametrize("name", READY)

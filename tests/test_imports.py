@@ -20,13 +20,13 @@ LEVELS = (
     ("serving", "hf_cache", "model", "servers"),
     ("calibrate", "evaluate"),
     ("report",),
-    ("demo",),
+    ("demo", "bench"),
     ("cli", "__main__"),
 )
 #: The only modules that may import a package at all, anywhere in the file.
 MAY_IMPORT = {
     "triton": {"kernels"},
-    "vllm": {"serving", "calibrate", "evaluate"},
+    "vllm": {"serving", "calibrate", "evaluate", "bench"},
     "transformers": {"hf_cache", "calibrate", "evaluate", "model"},
 }
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

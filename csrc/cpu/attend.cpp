@@ -134,7 +134,7 @@ void for_each_item(const AttendParams& p, int group, const Visit& visit) {
   for (int seq = 0; seq < p.num_seqs; ++seq) {
     const int length = p.seq_lens[seq];
     const int count = p.query_start[seq + 1] - p.query_start[seq];
-    const int rows = length > 0 ? count * group : 0;
+    const int rows = count * group;
     for (int first = 0; first < rows; first += kMaxRows) {
       const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
       const Span low = visible(p, length - count + first / group, length);
@@ -142,7 +142,9 @@ void for_each_item(const AttendParams& p, int group, const Visit& visit) {
       for (int head = 0; head < p.cache.num_kv_heads; ++head) {
         Item i{seq, head, first, n, low.begin, high.end, 0, 0, 0, 0};
         i.first_chunk = static_cast<int>(i.begin / kChunk);
-        i.num_chunks = static_cast<int>((i.end + kChunk - 1) / kChunk) - i.first_chunk;
+        // At least one, so that rows which see nothing are written too: as zeros.
+        const int chunks = static_cast<int>((i.end + kChunk - 1) / kChunk) - i.first_chunk;
+        i.num_chunks = chunks > 1 ? chunks : 1;
         visit(i);
       }
     }
@@ -409,6 +411,7 @@ struct Kernel {
     const long start = (item.first_chunk + chunk) * kChunk;
     const long stop = start + kChunk < item.end ? start + kChunk : item.end;
     const long skipped = item.begin > start ? (item.begin - start) / kTile * kTile : 0;
+    if (stop <= start + skipped) return;
     Places here = find(start + skipped);
     for (long t = start + skipped; t < stop; t += kTile) {
       const Places next = find(t + kTile);

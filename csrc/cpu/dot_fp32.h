@@ -23,17 +23,20 @@ KVQ_HD F16 decode_field(U16 words, int field) {
   } else if constexpr (C == Code::kInt4) {
     return __builtin_convertvector(reinterpret_cast<I16>(c), F16);
   } else {
-    // The exponent field lands in fp32's; one exact multiplication repairs its bias, subnormals
-    // included.
+    // As Float8::decode in codec.h. Subnormals go through an integer conversion: as fp32
+    // subnormals they would vanish where the process flushes those to zero.
     constexpr int kMantissa = C == Code::kFp8E5M2 ? 2 : 3;
     constexpr int kBias = C == Code::kFp8E5M2 ? 15 : 7;
-    constexpr uint32_t kNan = C == Code::kFp8E5M2 ? 0x7Cu : 0x7Eu;
+    constexpr uint32_t kInf = C == Code::kFp8E5M2 ? 0x7Cu : 0x80u;
+    constexpr uint32_t kNan = C == Code::kFp8E5M2 ? 0x7Du : 0x7Fu;
     const U16 mag = c & 0x7Fu;
-    const float rebias = bits_float(static_cast<uint32_t>(127 + 127 - kBias) << 23);
-    const F16 value = reinterpret_cast<F16>(mag << (23 - kMantissa)) * rebias;
-    const U16 bits = reinterpret_cast<U16>(value) | ((c & 0x80u) << 24);
-    const U16 nan = U16{} + 0x7FC00000u;
-    return reinterpret_cast<F16>(mag > kNan ? nan : bits);
+    const F16 small = __builtin_convertvector(reinterpret_cast<I16>(mag), F16) *
+                      bits_float(static_cast<uint32_t>(127 + 1 - kBias - kMantissa) << 23);
+    const U16 normal = (mag << (23 - kMantissa)) + (static_cast<uint32_t>(127 - kBias) << 23);
+    U16 bits = mag < (1u << kMantissa) ? reinterpret_cast<U16>(small) : normal;
+    if constexpr (kInf < 0x80u) bits = mag == kInf ? U16{} + 0x7F800000u : bits;
+    bits = mag >= kNan ? U16{} + 0x7FC00000u : bits;
+    return reinterpret_cast<F16>(bits | ((c & 0x80u) << 24));
   }
 }
 

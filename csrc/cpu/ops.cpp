@@ -1,5 +1,6 @@
 // Tensors to plain pointers: the CPU side of the torch operators. Shapes, dtypes and strides were
-// checked by kvq_plugin/ops.py; no kernel logic lives here.
+// checked by kvq_plugin/ops.py, which also words the errors; what only the data tells is checked
+// here, where it costs nothing. No kernel logic lives here.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -70,6 +71,9 @@ void store(const Tensor& key, const Tensor& value, const Tensor& cache, const Te
   p.slots = static_cast<const int64_t*>(slots.data_ptr());
   p.num_tokens = slots.size(0);
   p.format = static_cast<int>(format);
+  for (long t = 0; t < p.num_tokens; ++t) {
+    STD_TORCH_CHECK(p.slots[t] < cache.size(0) * cache.size(2), "kvq: slot outside the cache");
+  }
   p.key_scale = {floats(key_inverse), floats(key_zero)};
   p.value_scale = {floats(value_inverse), floats(value_zero)};
   current_kernels().store(p, runtime());
@@ -92,6 +96,13 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& cache, const T
   p.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
   p.query_start = static_cast<const int32_t*>(query_start.data_ptr());
   p.num_seqs = seq_lens.size(0);
+  for (long i = 0; i < p.num_seqs; ++i) {
+    STD_TORCH_CHECK(p.seq_lens[i] <= block_table.size(1) * cache.size(2),
+                    "kvq: sequence longer than its row of the block table");
+    STD_TORCH_CHECK(0 <= p.query_start[i] && p.query_start[i] <= p.query_start[i + 1] &&
+                        p.query_start[i + 1] <= query.size(0),
+                    "kvq: query_start_loc does not describe rows of query");
+  }
   p.num_heads = query.size(1);
   p.format = static_cast<int>(format);
   p.scale = static_cast<float>(scale);

@@ -135,7 +135,7 @@ class _Stock:
         cache = torch.zeros(batch.blocks, s.kv_heads, 2 * BLOCK, s.head_size, dtype=element)
         self.key_cache, self.value_cache = cache.chunk(2, dim=2)
         self.bytes_per_token = 2 * s.kv_heads * s.head_size * cache.element_size()
-        self.isa = compat.get_attn_isa(torch.bfloat16, BLOCK, s.head_size, kv_cache_dtype)
+        self.isa = compat._get_attn_isa(torch.bfloat16, BLOCK, s.head_size, kv_cache_dtype)
         self.plan = compat.cpu_attn_get_scheduler_metadata(
             num_reqs=s.batch,
             num_heads=s.heads,

@@ -58,6 +58,11 @@ NAMES: dict[str, str] = {
     "get_tensor_model_parallel_rank": "vllm.distributed.parallel_state",
     "get_tensor_model_parallel_world_size": "vllm.distributed.parallel_state",
     "model_parallel_is_initialized": "vllm.distributed.parallel_state",
+    # benchmarks: vLLM's own CPU kernels
+    "_get_attn_isa": "vllm.v1.attention.backends.cpu_attn",
+    "cpu_attention_with_kv_cache": "vllm._custom_ops",
+    "cpu_attn_get_scheduler_metadata": "vllm._custom_ops",
+    "cpu_attn_reshape_and_cache": "vllm._custom_ops",
 }
 
 #: What is patched or read beside imports: "module:Class" or "module" -> attributes.
