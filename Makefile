@@ -22,6 +22,11 @@ demo: install  ## serve the built-in model with each KV cache and compare; ARGS=
 test: install  ## run the tests; ARGS="-k name" narrows them
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+bench: install  ## time kernels and engines against vLLM's own; CSVs and plots in build/bench
+	$(VENV)/bin/kvq bench attention --out build/bench
+	$(VENV)/bin/kvq bench store --out build/bench
+	$(VENV)/bin/kvq bench engine
+
 lint: install  ## check style, changing nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -57,4 +62,4 @@ $(STAMPS)/plugin: $(STAMPS)/vllm pyproject.toml setup.py CMakeLists.txt $(CPP)
 	  $(PIP) install --quiet --no-build-isolation --editable '.[demo,test,dev]'
 	@touch $@
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test bench lint format clean

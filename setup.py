@@ -16,7 +16,7 @@ class CMakeBuild(build_ext):
         import torch  # a build requirement; found because of --no-build-isolation
 
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = ROOT / "build" / "cmake"  # kept, so that the next build compiles what changed
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",

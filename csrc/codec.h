@@ -47,8 +47,8 @@ KVQ_HD uint16_t float_to_bf16(float x) {
 KVQ_HD float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   const uint32_t mag = h & 0x7FFFu;
-  const uint32_t normal = (mag << 13) + 0x38000000u;           // rebias 15 -> 127
-  const uint32_t special = (mag << 13) + 0x70000000u;          // inf and NaN
+  const uint32_t normal = (mag << 13) + 0x38000000u;                           // rebias 15 -> 127
+  const uint32_t special = (mag << 13) + 0x70000000u;                          // inf and NaN
   const float sub = static_cast<float>(static_cast<int32_t>(mag)) * 0x1p-24f;  // exact
   uint32_t u = mag < 0x0400u ? float_bits(sub) : normal;
   u = mag >= 0x7C00u ? special : u;
@@ -79,8 +79,8 @@ struct Float8 {
   static constexpr uint32_t kMinNormal = static_cast<uint32_t>(127 + 1 - kBias) << 23;
   static constexpr uint32_t kRebias = static_cast<uint32_t>(127 - kBias) << kMantissa;
   // Adding this float puts the format's smallest subnormal into fp32's last place.
-  static constexpr uint32_t kMagic =
-      static_cast<uint32_t>(127 + (1 - kBias - kMantissa) + 23) << 23;
+  static constexpr uint32_t kMagic = static_cast<uint32_t>(127 + (1 - kBias - kMantissa) + 23)
+                                     << 23;
 
   static KVQ_HD uint8_t encode(float x) {
     const uint32_t u = float_bits(x);
@@ -142,7 +142,9 @@ struct Codec<Code::kInt8> {
   static KVQ_HD uint8_t encode(float y) {
     return static_cast<uint8_t>(round_clamped(y, -127.0f, 127.0f) + 128);
   }
-  static KVQ_HD float decode(uint8_t c) { return static_cast<float>(static_cast<int32_t>(c) - 128); }
+  static KVQ_HD float decode(uint8_t c) {
+    return static_cast<float>(static_cast<int32_t>(c) - 128);
+  }
 };
 
 template <>

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from kvq_plugin import __version__
 from kvq_plugin.evaluate import BASELINE, BUILTIN_TEXT
@@ -60,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_eval(commands)
+    _add_bench(commands)
     return top
 
 
@@ -107,6 +110,30 @@ def _add_eval(commands) -> None:
     )
     _add_kv_memory(evaluation)
     evaluation.set_defaults(run=_run_eval)
+
+
+def _add_bench(commands) -> None:
+    bench = commands.add_parser(
+        "bench", help="time our kernels and engines against vLLM's own, interleaved"
+    )
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    kernels = ",".join(dict.fromkeys(format.name for format in FORMATS.values()))
+    for kind, repeats in (("attention", 15), ("store", 15)):
+        each = kinds.add_parser(kind, help=f"{kind} kernels alone, with vLLM's CPU kernels")
+        _add_dtypes(each, kernels)
+        each.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)))
+        each.add_argument("--repeats", type=_positive, default=repeats)
+        each.add_argument("--out", type=Path, help="folder for a CSV and a plot")
+        each.set_defaults(run=_run_bench_kernels, kind=kind)
+    engine = kinds.add_parser("engine", help="median decode step of real engines")
+    engine.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
+    _add_dtypes(engine, f"{BASELINE},fp8,int8_per_token_head,int4_per_token_head")
+    engine.add_argument("--streams", type=_positive, default=6)
+    engine.add_argument("--context", type=_positive, default=7000)
+    engine.add_argument("--bursts", type=_positive, default=8)
+    engine.add_argument("--compiled", action="store_true", help="with torch.compile, not eager")
+    _add_kv_memory(engine)
+    engine.set_defaults(run=_run_bench_engine)
 
 
 def _add_dtypes(command: argparse.ArgumentParser, default: str) -> None:
@@ -177,6 +204,31 @@ def _run_eval(options: argparse.Namespace) -> None:
         windows=options.windows,
         kv_memory_bytes=int(options.kv_memory_gib * 2**30),
     )
+
+
+def _run_bench_kernels(options: argparse.Namespace) -> None:
+    from kvq_plugin.bench import output
+
+    names = [name for name in options.dtypes if name != BASELINE]
+    output.run_kernels(options.kind, names, options.threads, options.repeats, options.out)
+
+
+def _run_bench_engine(options: argparse.Namespace) -> None:
+    from kvq_plugin.bench import engine, output
+    from kvq_plugin.evaluate import builtin_text, load_tokenizer, make_windows
+
+    model = _model(options.model)
+    prompts = make_windows(load_tokenizer(model), builtin_text(), options.streams, options.context)
+    load = engine.Load(
+        model=model,
+        prompts=prompts,
+        bursts=options.bursts,
+        eager=not options.compiled,
+        kv_memory_bytes=int(options.kv_memory_gib * 2**30),
+    )
+    stock = [engine.Engine(f"vLLM {d}", d, plugin=False) for d in (BASELINE, "fp8")]
+    ours = [engine.Engine(d, d) for d in options.dtypes if d != BASELINE]
+    output.run_engines(load, [*stock, *ours])
 
 
 if __name__ == "__main__":

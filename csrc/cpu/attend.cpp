@@ -112,7 +112,9 @@ struct Plan {
   Unit* units;
   float* partials;
 
-  long partial_size(const Item& i) const { return i.rows * (params->cache.head_size + State::kPerRow); }
+  long partial_size(const Item& i) const {
+    return i.rows * (params->cache.head_size + State::kPerRow);
+  }
 };
 
 // Context visible to the query token at `position` of a sequence of `length` tokens.
@@ -162,13 +164,11 @@ long make_plan(Plan& plan, int num_threads) {
   // Few items leave threads idle; many need no merging. 32 per thread evens out ragged lengths.
   plan.split = num_threads > 1 && items < 32L * num_threads && chunks > items;
   const long units = plan.split ? chunks : items;
-  char* memory = static_cast<char*>(
-      plan_memory.reserve(items * static_cast<long>(sizeof(Item)) +
-                          units * static_cast<long>(sizeof(Unit))));
+  char* memory = static_cast<char*>(plan_memory.reserve(items * static_cast<long>(sizeof(Item)) +
+                                                        units * static_cast<long>(sizeof(Unit))));
   plan.items = reinterpret_cast<Item*>(memory);
   plan.units = reinterpret_cast<Unit*>(memory + items * sizeof(Item));
-  plan.partials =
-      plan.split ? static_cast<float*>(partial_memory.reserve(floats * 4)) : nullptr;
+  plan.partials = plan.split ? static_cast<float*>(partial_memory.reserve(floats * 4)) : nullptr;
   long item = 0, unit = 0, partial = 0;
   for_each_item(p, plan.group, [&](Item i) {
     i.partial = partial;
@@ -248,9 +248,7 @@ struct Kernel {
   Scratch& s;
   const long d;
 
-  long token(int r) const {
-    return p.query_start[item.seq] + (item.first + r) / plan.group;
-  }
+  long token(int r) const { return p.query_start[item.seq] + (item.first + r) / plan.group; }
   long head(int r) const {
     return static_cast<long>(item.head) * plan.group + (item.first + r) % plan.group;
   }
@@ -307,8 +305,8 @@ struct Kernel {
         continue;
       }
       const uint32_t block = static_cast<uint32_t>(t) / static_cast<uint32_t>(size);
-      places.page[g] = p.cache.data + blocks[block] * p.cache.block_stride +
-                       item.head * p.cache.head_stride;
+      places.page[g] =
+          p.cache.data + blocks[block] * p.cache.block_stride + item.head * p.cache.head_stride;
       places.within[g] = t - block * size;
     }
     return places;
@@ -374,7 +372,8 @@ struct Kernel {
     KeyDot::score(s.query, tile, item.rows, d, s.scores);
     F16 ks[kGroups], km[kGroups], vs[kGroups], vm[kGroups];
     for (int g = 0; g < kGroups; ++g) {
-      if constexpr (kF.key.per_token) load_metadata<kF.key.code>(tile.key_metadata[g], ks[g], km[g]);
+      if constexpr (kF.key.per_token)
+        load_metadata<kF.key.code>(tile.key_metadata[g], ks[g], km[g]);
       if constexpr (kF.value.per_token) {
         load_metadata<kF.value.code>(tile.value_metadata[g], vs[g], vm[g]);
       }

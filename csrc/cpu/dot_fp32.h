@@ -143,7 +143,8 @@ struct Fp32Dot {
       }
     }
     int r = 0;
-    for (; r + kFp32Rows <= rows; r += kFp32Rows) accumulate_rows<kFp32Rows>(s, r, d, alpha, gamma, acc);
+    for (; r + kFp32Rows <= rows; r += kFp32Rows)
+      accumulate_rows<kFp32Rows>(s, r, d, alpha, gamma, acc);
     for (; r < rows; ++r) accumulate_rows<1>(s, r, d, alpha, gamma, acc);
   }
 };

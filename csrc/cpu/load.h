@@ -26,8 +26,8 @@ using FormatIndices = MakeIndices<kNumFormats>::type;
 inline void load_half(const uint16_t* src, long n, float* dst) {
 #if defined(__F16C__)
   for (long i = 0; i < n; i += 8) {
-    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(
-                                  reinterpret_cast<const __m128i*>(src + i))));
+    _mm256_storeu_ps(dst + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
   }
 #else
   for (long i = 0; i < n; ++i) dst[i] = half_to_float(src[i]);

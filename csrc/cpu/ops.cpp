@@ -57,9 +57,7 @@ void parallel_for(long n, void (*body)(void*, long), void* context) {
   });
 }
 
-Runtime runtime() {
-  return {parallel_for, static_cast<int>(torch::stable::get_num_threads())};
-}
+Runtime runtime() { return {parallel_for, static_cast<int>(torch::stable::get_num_threads())}; }
 
 void store(const Tensor& key, const Tensor& value, const Tensor& cache, const Tensor& slots,
            int64_t format, const OptionalTensor& key_inverse, const OptionalTensor& key_zero,

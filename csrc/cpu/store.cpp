@@ -160,8 +160,7 @@ template <int kFormat>
 void store_format(StoreTask& task, const Runtime& runtime) {
   constexpr Format f = kFormats[kFormat];
   runtime.parallel_for(
-      task.parts,
-      store_part<f.key.code, f.key.per_token, f.value.code, f.value.per_token>, &task);
+      task.parts, store_part<f.key.code, f.key.per_token, f.value.code, f.value.per_token>, &task);
 }
 
 using StoreFunction = void (*)(StoreTask&, const Runtime&);
@@ -179,9 +178,8 @@ namespace KVQ_ISA {
 void store(const StoreParams& p, const Runtime& runtime) {
   StoreTask task{&p, page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size), 1};
   // A decode step of a few rows costs less than waking the other threads does (~5 us).
-  task.parts = p.num_tokens * p.cache.num_kv_heads * p.cache.head_size < 4096
-                   ? 1
-                   : runtime.num_threads;
+  task.parts =
+      p.num_tokens * p.cache.num_kv_heads * p.cache.head_size < 4096 ? 1 : runtime.num_threads;
   pick(p.format, FormatIndices{})(task, runtime);
 }
 

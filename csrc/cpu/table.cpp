@@ -12,7 +12,6 @@ void attend(const AttendParams&, const Runtime&);
 uint32_t read(const uint8_t*, long, const Runtime&);
 }  // namespace KVQ_ISA
 
-const KernelTable KVQ_TABLE = {KVQ_STRING(KVQ_ISA), KVQ_ISA::store, KVQ_ISA::attend,
-                               KVQ_ISA::read};
+const KernelTable KVQ_TABLE = {KVQ_STRING(KVQ_ISA), KVQ_ISA::store, KVQ_ISA::attend, KVQ_ISA::read};
 
 }  // namespace kvq

@@ -2,15 +2,15 @@
 // scratch one thread owns.
 #pragma once
 
-#include "simd.h"
 #include "kernels.h"
+#include "simd.h"
 
 namespace kvq {
 namespace {
 
-constexpr int kTile = 64;              // tokens attended at once: K and V of it fit L1
+constexpr int kTile = 64;                // tokens attended at once: K and V of it fit L1
 constexpr int kGroups = kTile / kLanes;  // 16-token groups; each lies in one page
-constexpr int kMaxRows = 32;           // query rows (tokens x heads of the group) of one item
+constexpr int kMaxRows = 32;             // query rows (tokens x heads of the group) of one item
 constexpr int kMaxHead = 512;
 
 // Where the tile's four groups lie. Groups past the context repeat the last valid one.

@@ -110,7 +110,6 @@ def _work(pipe, log: str, load: Load, engine: Engine) -> None:
         os.dup2(output.fileno(), 2)
     os.environ.update(engine_env())
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a step is one call in this process
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # resting engines must not spin on the cores
     if not engine.plugin:
         os.environ["VLLM_PLUGINS"] = ""
     try:

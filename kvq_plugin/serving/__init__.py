@@ -31,7 +31,7 @@ def register() -> None:
         compat.register_dtype(name, torch.uint8)
     # Registers the quantization method, which vLLM looks up before any config exists.
     importlib.import_module(f"{__name__}.config")
-    compat.override_cpu_backend(f"{__name__}.backend.StockCPUBackend")
+    compat.override_cpu_backend(f"{__name__}.stock.StockCPUBackend")
     compat.on_backend_selection(_choose_backend)
     compat.on_config(_on_config)
 

@@ -2,12 +2,11 @@
 
 vLLM asks a backend *class* how wide a page is, without any config, so there is one class per
 format (:func:`backend_path` names it). Layers that stay unquantized (``auto``, skipped,
-encoder-only) keep vLLM's own kernels through :class:`StockCPUBackend`.
+encoder-only) keep vLLM's own kernels through :mod:`kvq_plugin.serving.stock`.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,12 +23,10 @@ from kvq_plugin.serving.compat import (
     AttentionType,
     CommonAttentionMetadata,
     CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
     KVCacheLayout,
     MultipleOf,
-    get_current_vllm_config,
 )
+from kvq_plugin.serving.stock import require_same_cache
 
 #: Cache dtypes under which vLLM presents one of our layers; an unquantized layer's is wider.
 _CODE_DTYPES = (torch.uint8, torch.int8)
@@ -54,100 +51,6 @@ def backend_path(kv_cache_dtype: str, attn_type: str) -> str | None:
 
 def _class_name(format: KVFormat) -> str:
     return "KVQ_" + format.name
-
-
-def _require_same_cache(impl: Any, kv_cache_dtype: str, target: str | None) -> Any:
-    """The layer whose KV cache *impl* reads instead of its own, or None.
-
-    Raises ValueError when the two layers would disagree on what the bytes mean.
-    """
-    if target is None:
-        return None
-    layer = get_current_vllm_config().compilation_config.static_forward_context.get(target)
-    if layer is None:
-        return None  # vLLM reports a bad target itself, right after this
-    ours, theirs = FORMATS.get(kv_cache_dtype), FORMATS.get(layer.kv_cache_dtype)
-    if ours is not theirs:
-        raise ValueError(
-            f"a layer of KV-cache dtype {kv_cache_dtype} shares the cache of {target}, which is "
-            f"{layer.kv_cache_dtype}: expected the same; name both layers or neither in "
-            "--kv-cache-dtype-skip-layers"
-        )
-    return layer
-
-
-# --- unquantized layers ----------------------------------------------------------------
-
-
-class StockBuilder(CPUAttentionMetadataBuilder):
-    """vLLM's builder, told that its layers are unquantized whatever the run's dtype is."""
-
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
-        stated = vllm_config
-        if vllm_config.cache_config.cache_dtype in FORMATS:
-            stated = copy.copy(vllm_config)
-            stated.cache_config = copy.copy(vllm_config.cache_config)
-            stated.cache_config.cache_dtype = "auto"
-        super().__init__(kv_cache_spec, layer_names, stated, device)
-        self.vllm_config = vllm_config
-
-
-class StockImpl(CPUAttentionBackendImpl):
-    """vLLM's implementation; encoder-only layers of a quantized run read no cache."""
-
-    def __init__(
-        self,
-        num_heads,
-        head_size,
-        scale,
-        num_kv_heads,
-        alibi_slopes,
-        sliding_window,
-        kv_cache_dtype,
-        logits_soft_cap=None,
-        attn_type=AttentionType.DECODER,
-        kv_sharing_target_layer_name=None,
-        **kwargs,
-    ) -> None:
-        _require_same_cache(self, kv_cache_dtype, kv_sharing_target_layer_name)
-        super().__init__(
-            num_heads,
-            head_size,
-            scale,
-            num_kv_heads,
-            alibi_slopes,
-            sliding_window,
-            "auto" if kv_cache_dtype in FORMATS else kv_cache_dtype,
-            logits_soft_cap,
-            attn_type,
-            kv_sharing_target_layer_name,
-            **kwargs,
-        )
-
-
-class StockCPUBackend(CPUAttentionBackend):
-    """What ``CPU_ATTN`` stands for once the plugin is loaded: vLLM's backend for the layers
-    it owns, and the class vLLM 0.33 asks which KV-cache dtypes the platform takes."""
-
-    supported_kv_cache_dtypes: ClassVar[list[str]] = [
-        *CPUAttentionBackend.supported_kv_cache_dtypes,
-        *(n for n in FORMATS if n not in CPUAttentionBackend.supported_kv_cache_dtypes),
-    ]
-
-    @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        return kv_cache_dtype in FORMATS or super().supports_kv_cache_dtype(kv_cache_dtype)
-
-    @staticmethod
-    def get_impl_cls() -> type[StockImpl]:
-        return StockImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[StockBuilder]:
-        return StockBuilder
-
-
-# --- quantized layers ------------------------------------------------------------------
 
 
 @dataclass
@@ -248,7 +151,7 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
         )
         self.sinks = sinks
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self._scale_owner = _require_same_cache(self, kv_cache_dtype, kv_sharing_target_layer_name)
+        self._scale_owner = require_same_cache(kv_cache_dtype, kv_sharing_target_layer_name)
         self._options = {
             "window": self.sliding_window,
             "softcap": self.logits_soft_cap,

@@ -1,0 +1,104 @@
+"""Layers that stay unquantized in a run with the plugin: vLLM's own CPU backend, unchanged but
+for being told that its layers are ``auto`` when the rest of the run is not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+from kvq_plugin.formats import FORMATS
+from kvq_plugin.serving.compat import (
+    AttentionType,
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+    get_current_vllm_config,
+)
+
+
+def require_same_cache(kv_cache_dtype: str, target: str | None) -> Any:
+    """The layer whose KV cache a layer reads instead of its own, or None.
+
+    Raises ValueError when the two layers would disagree on what the bytes mean.
+    """
+    if target is None:
+        return None
+    layer = get_current_vllm_config().compilation_config.static_forward_context.get(target)
+    if layer is None:
+        return None  # vLLM reports a bad target itself, right after this
+    ours, theirs = FORMATS.get(kv_cache_dtype), FORMATS.get(layer.kv_cache_dtype)
+    if ours is not theirs:
+        raise ValueError(
+            f"a layer of KV-cache dtype {kv_cache_dtype} shares the cache of {target}, which is "
+            f"{layer.kv_cache_dtype}: expected the same; name both layers or neither in "
+            "--kv-cache-dtype-skip-layers"
+        )
+    return layer
+
+
+class StockBuilder(CPUAttentionMetadataBuilder):
+    """vLLM's builder, told that its layers are unquantized whatever the run's dtype is."""
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        stated = vllm_config
+        if vllm_config.cache_config.cache_dtype in FORMATS:
+            stated = copy.copy(vllm_config)
+            stated.cache_config = copy.copy(vllm_config.cache_config)
+            stated.cache_config.cache_dtype = "auto"
+        super().__init__(kv_cache_spec, layer_names, stated, device)
+        self.vllm_config = vllm_config
+
+
+class StockImpl(CPUAttentionBackendImpl):
+    """vLLM's implementation; encoder-only layers of a quantized run read no cache."""
+
+    def __init__(
+        self,
+        num_heads,
+        head_size,
+        scale,
+        num_kv_heads,
+        alibi_slopes,
+        sliding_window,
+        kv_cache_dtype,
+        logits_soft_cap=None,
+        attn_type=AttentionType.DECODER,
+        kv_sharing_target_layer_name=None,
+        **kwargs,
+    ) -> None:
+        require_same_cache(kv_cache_dtype, kv_sharing_target_layer_name)
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            "auto" if kv_cache_dtype in FORMATS else kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            **kwargs,
+        )
+
+
+class StockCPUBackend(CPUAttentionBackend):
+    """What ``CPU_ATTN`` stands for once the plugin is loaded: vLLM's backend for the layers
+    it owns, and the class vLLM 0.33 asks which KV-cache dtypes the platform takes."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [
+        *CPUAttentionBackend.supported_kv_cache_dtypes,
+        *(n for n in FORMATS if n not in CPUAttentionBackend.supported_kv_cache_dtypes),
+    ]
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        return kv_cache_dtype in FORMATS or super().supports_kv_cache_dtype(kv_cache_dtype)
+
+    @staticmethod
+    def get_impl_cls() -> type[StockImpl]:
+        return StockImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[StockBuilder]:
+        return StockBuilder
