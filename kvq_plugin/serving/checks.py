@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from kvq_plugin.formats import FORMATS, KVFormat
 from kvq_plugin.serving import options
@@ -202,7 +201,6 @@ def _tensor_names(folder: Path) -> set[str] | None:
     return {name for file in files for name in _header(file)} if files else None
 
 
-def _header(file: Path) -> Iterator[str]:
-    with file.open("rb") as f:
-        (length,) = struct.unpack("<Q", f.read(8))
-        yield from json.loads(f.read(length))
+def _header(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())

@@ -1,0 +1,58 @@
+"""``kvq bench``: what it times is the same attention, and what it writes can be read back."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from kvq_plugin.bench import cases, kernels, output
+from kvq_plugin.bench.timing import interleave
+from kvq_plugin.formats import FORMATS
+
+SHAPES = (
+    cases.Shape(2, 300, 4, 2, 64),
+    cases.Shape(1, 300, 4, 1, 128, new=70),
+)
+NAMES = [format.name for format in dict.fromkeys(FORMATS.values())]
+#: Relative error of the outputs, from KVFormat.max_error: K's error is damped by the scale of
+#: the scores, V's carries over, and vLLM's own bf16 adds 0.3 %.
+SLACK = 2.0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_candidate_computes_the_same_attention(shape):
+    batch = cases._Batch(shape)
+    outputs = {}
+    for name, candidate in cases._candidates(batch, NAMES).items():
+        for sequence in range(shape.batch):
+            candidate.store(batch.key, batch.value, batch.slots(sequence))
+        batch.out.zero_()
+        candidate.attend()
+        outputs[name] = batch.out.float()
+    expected = outputs[kernels.BASELINE]
+    for name in NAMES:
+        error = (outputs[name] - expected).norm() / expected.norm()
+        assert error < SLACK * FORMATS[name].max_error + 0.005, (name, error)
+
+
+def test_candidates_take_turns_and_the_first_round_does_not_count():
+    calls = []
+    timings = interleave({n: (lambda n=n: calls.append(n)) for n in "ab"}, repeats=3)
+    assert calls == ["a", "b"] * 4
+    assert [len(t.seconds) for t in timings.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("kind", kernels.KINDS)
+def test_rows_are_written_and_drawn(monkeypatch, tmp_path, kind):
+    prepare, _, tokens = kernels.KINDS[kind]
+    monkeypatch.setitem(kernels.KINDS, kind, (prepare, SHAPES, tokens))
+    threads = torch.get_num_threads()
+    rows = output.run_kernels(kind, ["int8", "fp8_e4m3"], threads, 2, tmp_path)
+    names = ["stock bf16", "stock fp8", "int8", "fp8_e4m3"]
+    assert [row.candidate for row in rows] == names * len(SHAPES)
+    with (tmp_path / f"{kind}.csv").open() as file:
+        assert [line["candidate"] for line in csv.DictReader(file)] == names * len(SHAPES)
+    assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{kind}.csv", f"{kind}.png"]
