@@ -35,7 +35,9 @@ from kvq_plugin.report import change_text, progress
 from kvq_plugin.servers import Server, serve
 
 QUESTIONS = (
-    "What is the capital of France?",
+    # Nothing that bf16 itself leaves to a coin toss: "the capital of France" begins with "The" or
+    # "L" at a margin of 0.1 nats.
+    "Name the three primary colors.",
     "Explain in two sentences why the sky is blue.",
     "Write a Python function that reverses a string.",
 )

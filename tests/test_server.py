@@ -18,7 +18,9 @@ KV_MEMORY = 256 << 20
 ARGS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(KV_MEMORY)]
 LAYERS, HEADS, HEAD_SIZE = 30, 3, 64  # of SmolLM2-135M
 CLIENTS = 32
-CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+#: The answer leads by 2.7 nats with every KV cache; at a near tie, rounding would decide.
+QUESTION = [{"role": "user", "content": "What is the boiling point of water?"}]
+ANSWER = "100"
 # One dtype ends by the signal of a terminal, the others by that of a service manager.
 SIGNALS = {
     "fp8": signal.SIGINT,
@@ -66,18 +68,18 @@ def test_completion_streams_the_same_text(server):
 
 def test_chat(server):
     reply = server.client().chat.completions.create(
-        model=server.model, messages=CAPITAL, temperature=0.0, max_tokens=24
+        model=server.model, messages=QUESTION, temperature=0.0, max_tokens=24
     )
-    assert "Paris" in reply.choices[0].message.content
+    assert ANSWER in reply.choices[0].message.content
 
 
 def test_chat_streams(server):
     chunks = server.client().chat.completions.create(
-        model=server.model, messages=CAPITAL, temperature=0.0, max_tokens=24, stream=True
+        model=server.model, messages=QUESTION, temperature=0.0, max_tokens=24, stream=True
     )
     pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
     assert sum(map(bool, pieces)) > 1
-    assert "Paris" in "".join(pieces)
+    assert ANSWER in "".join(pieces)
 
 
 def test_many_clients_at_once(server):
