@@ -59,21 +59,17 @@ KVQ_HD void save_pair(uint8_t* p, __m512bh even, __m512bh odd) {
   _mm512_store_si512(p + 64, (__m512i)odd);
 }
 
-// Sixteen values as bf16 limbs (high + low keeps 16 bits of mantissa), in the pair order that
-// the decoder gives codes: 0, 2, 1, 3 of every four. Returns whether the low limbs are all zero.
-KVQ_HD bool save_limbs(F16 x, uint32_t* high, uint32_t* low) {
-  const __m512 v = reinterpret_cast<__m512>(x);
-  const __m256i h = (__m256i)_mm512_cvtneps_pbh(v);
-  const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
-  const __m512 rest = _mm512_sub_ps(v, back);
-  const __m256i l = (__m256i)_mm512_cvtneps_pbh(rest);
-  constexpr int kOrder = 0 | 2 << 2 | 1 << 4 | 3 << 6;
-  const auto arrange = [](__m256i b) {
-    return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(b, kOrder), kOrder);
-  };
-  _mm256_store_si256(reinterpret_cast<__m256i*>(high), arrange(h));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(low), arrange(l));
-  return _mm512_cmp_ps_mask(rest, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
+// Sixteen values as bf16 limbs, high + low, 16 bits of mantissa in all. Per four lanes, in the
+// pair order that the decoder gives codes: high 0 2 1 3, then low 0 2 1 3.
+KVQ_HD __m512i bf16_limbs(__m512 x, __mmask16& inexact) {
+  const __m512i bits = _mm512_castps_si512(x),
+                top = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+  const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(bits, top)));
+  inexact |= _mm512_cmp_ps_mask(rest, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  const __m512i both =
+      _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(bits, 16), _mm512_castps_si512(rest));
+  const __m512i order = _mm512_set4_epi32(0x0F0E0706, 0x0B0A0302, 0x0D0C0504, 0x09080100);
+  return _mm512_shuffle_epi8(both, order);
 }
 
 // acc += pairs of bf16; asm for the reason given in dot_vnni.h.
@@ -86,26 +82,28 @@ struct Bf16Dot {
   static constexpr int kWord = 4;
 
   struct Query {
-    alignas(64) uint32_t high[kMaxRows * kMaxHead / 2];
-    alignas(64) uint32_t low[kMaxRows * kMaxHead / 2];
+    // [row/4][dim/4][row%4][limb][2 pairs]: one line holds four dims of four rows.
+    alignas(64) uint32_t limbs[kMaxRows * kMaxHead];
     float step[kMaxRows];
     float sum[kMaxRows];  // affine codes only; no 8-bit float is
     bool exact[kMaxRows];
-    alignas(64) uint8_t decoded[kMaxHead * kTile * 2];
   };
   struct Weights {
-    alignas(64) uint32_t high[kMaxRows * kTile / 2];
-    alignas(64) uint32_t low[kMaxRows * kTile / 2];
+    alignas(64) uint32_t limbs[kMaxRows * kTile];  // [row][token/4][limb][2 pairs]
+  };
+  struct Tiles {  // a tile's K or V, decoded
     alignas(64) uint8_t decoded[kMaxHead * kTile * 2];
   };
 
   static void set_query(Query& s, int row, long d, const float* q, float uniform) {
-    bool exact = true;
+    __mmask16 inexact = 0;
+    uint32_t* to = s.limbs + row / kBlockRows * (kBlockRows * kMaxHead) + row % kBlockRows * 4;
     for (long i = 0; i < d; i += kLanes) {
-      const long at = (row * d + i) / 2;
-      exact &= save_limbs(load16(q + i), s.high + at, s.low + at);
+      alignas(64) uint32_t words[kLanes];
+      _mm512_store_si512(words, bf16_limbs(reinterpret_cast<__m512>(load16(q + i)), inexact));
+      for (int j = 0; j < 4; ++j) memcpy(to + (i / 4 + j) * (kBlockRows * 4), words + j * 4, 16);
     }
-    s.exact[row] = exact;
+    s.exact[row] = inexact == 0;
     s.step[row] = uniform;
     s.sum[row] = 0.0f;
   }
@@ -118,20 +116,25 @@ struct Bf16Dot {
   static void decode_key(const Tile& tile, long d, uint8_t* decoded) {
     const Bf16Decoder<C> decode;
     for (long w = 0; w < d / kWord; ++w) {
+#pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) {
-        prefetch(tile.next_key[g] + w * 64);
+        prefetch(tile.next.key[g] + w * 64);
         __m512bh even, odd;
-        decode(_mm512_loadu_si512(tile.key[g] + w * 64), even, odd);
+        decode(_mm512_loadu_si512(tile.now.key[g] + w * 64), even, odd);
         save_pair(decoded + (w * kGroups + g) * 128, even, odd);
       }
     }
   }
 
   template <int R, bool kExact, bool kDecoded>
-  static void score_rows(const Query& s, const Tile& tile, int row, long d, float* scores) {
+  static void score_rows(const Query& s, const Tiles& tiles, const Tile& tile, int row, long d,
+                         float* scores) {
     const Bf16Decoder<C> decode;
+    const uint32_t* q = s.limbs + row * kMaxHead;
     __m512 acc[R][kGroups];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) acc[r][g] = _mm512_setzero_ps();
     }
     for (long w = 0; w < d / kWord; ++w) {
@@ -139,24 +142,26 @@ struct Bf16Dot {
       for (int g = 0; g < kGroups; ++g) {
         __m512bh even, odd;
         if constexpr (kDecoded) {
-          load_pair(s.decoded + (w * kGroups + g) * 128, even, odd);
+          load_pair(tiles.decoded + (w * kGroups + g) * 128, even, odd);
         } else {
-          prefetch(tile.next_key[g] + w * 64);
-          decode(_mm512_loadu_si512(tile.key[g] + w * 64), even, odd);
+          prefetch(tile.next.key[g] + w * 64);
+          decode(_mm512_loadu_si512(tile.now.key[g] + w * 64), even, odd);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          const long at = (row + r) * d / 2 + w * 2;
-          dpbf16(acc[r][g], even, broadcast(s.high + at));
-          dpbf16(acc[r][g], odd, broadcast(s.high + at + 1));
+          const uint32_t* at = q + w * (kBlockRows * 4) + r * 4;
+          dpbf16(acc[r][g], even, broadcast(at));
+          dpbf16(acc[r][g], odd, broadcast(at + 1));
           if constexpr (!kExact) {
-            dpbf16(acc[r][g], even, broadcast(s.low + at));
-            dpbf16(acc[r][g], odd, broadcast(s.low + at + 1));
+            dpbf16(acc[r][g], even, broadcast(at + 2));
+            dpbf16(acc[r][g], odd, broadcast(at + 3));
           }
         }
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) {
         _mm512_storeu_ps(scores + (row + r) * kTile + g * 16,
                          _mm512_mul_ps(acc[r][g], _mm512_set1_ps(s.step[row + r])));
@@ -165,40 +170,37 @@ struct Bf16Dot {
   }
 
   template <int R, bool kDecoded>
-  static void score_block(const Query& s, const Tile& tile, int row, long d, float* scores) {
+  static void score_block(const Query& s, const Tiles& tiles, const Tile& tile, int row, long d,
+                          float* scores) {
     bool exact = true;
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) exact &= s.exact[row + r];
     // A zero low limb adds exact zeros, so a row's result does not depend on its neighbours.
-    if (exact) return score_rows<R, true, kDecoded>(s, tile, row, d, scores);
-    score_rows<R, false, kDecoded>(s, tile, row, d, scores);
+    if (exact) return score_rows<R, true, kDecoded>(s, tiles, tile, row, d, scores);
+    score_rows<R, false, kDecoded>(s, tiles, tile, row, d, scores);
   }
 
-  template <bool kDecoded>
-  static void score_all(const Query& s, const Tile& tile, int rows, long d, float* scores) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) score_block<4, kDecoded>(s, tile, r, d, scores);
-    switch (rows - r) {
-      case 3:
-        return score_block<3, kDecoded>(s, tile, r, d, scores);
-      case 2:
-        return score_block<2, kDecoded>(s, tile, r, d, scores);
-      case 1:
-        return score_block<1, kDecoded>(s, tile, r, d, scores);
-    }
+  static void score(const Query& s, Tiles& tiles, const Tile& tile, int rows, long d,
+                    float* scores) {
+    if (rows > kBlockRows) decode_key(tile, d, tiles.decoded);
+    for_row_blocks(rows, [&](auto n, int row) {
+      constexpr int R = decltype(n)::value;
+      if (rows > kBlockRows) return score_block<R, true>(s, tiles, tile, row, d, scores);
+      score_block<R, false>(s, tiles, tile, row, d, scores);
+    });
   }
 
-  static void score(Query& s, const Tile& tile, int rows, long d, float* scores) {
-    if (rows <= 4) return score_all<false>(s, tile, rows, d, scores);
-    decode_key(tile, d, s.decoded);
-    score_all<true>(s, tile, rows, d, scores);
-  }
-
-  static float set_weights(Weights& s, int row, const F16* p, bool /*scaled*/, F16& /*bias*/) {
-    for (int g = 0; g < kGroups; ++g) {
-      const int at = (row * kTile + g * kLanes) / 2;
-      save_limbs(p[g], s.high + at, s.low + at);
-    }
-    return 1.0f;
+  template <int N, bool kScaled>
+  static KVQ_HD void set_weights(Weights& s, int row, const F16 (&w)[N][kGroups], F16 (&unit)[N],
+                                 F16* /*bias*/) {
+    __mmask16 unused = 0;
+    unroll<N>([&](auto r) KVQ_UNROLLED {
+      unit[r] = splat(1.0f);
+      unroll<kGroups>([&](auto g) KVQ_UNROLLED {
+        _mm512_store_si512(s.limbs + (row + r) * kTile + g * kLanes,
+                           bf16_limbs(reinterpret_cast<__m512>(w[r][g]), unused));
+      });
+    });
   }
 
   // Which bytes of the four tokens from `token` on any row sees. Stale bytes may decode to NaN,
@@ -217,8 +219,8 @@ struct Bf16Dot {
       const __m512i live = live_bytes(tile, w * kWord);
       const long at = (w % kWord) * d * 4;
       for (long i = 0; i < d * 4; i += 64) {
-        prefetch(tile.next_value[w / kWord] + at + i);
-        const __m512i line = _mm512_loadu_si512(tile.value[w / kWord] + at + i);
+        prefetch(tile.next.value[w / kWord] + at + i);
+        const __m512i line = _mm512_loadu_si512(tile.now.value[w / kWord] + at + i);
         __m512bh even, odd;
         decode(_mm512_and_si512(line, live), even, odd);
         save_pair(decoded + (w * d * 4 + i) * 2, even, odd);
@@ -227,84 +229,73 @@ struct Bf16Dot {
   }
 
   template <int R, int N, bool kDecoded, bool kEdge>
-  static void accumulate_rows(const Weights& s, const Tile& tile, int row, long d, long dim,
-                              const float* alpha, const float* gamma, float* acc) {
+  static void accumulate_rows(const Weights& s, const Tiles& tiles, const Tile& tile, int row,
+                              long d, long dim, const float* alpha, const float* gamma,
+                              float* acc) {
     const Bf16Decoder<C> decode;
     __m512 t[R][N];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
       for (int j = 0; j < N; ++j) t[r][j] = _mm512_setzero_ps();
     }
     for (int w = 0; w < kTile / kWord; ++w) {
       const long at = (w % kWord * d + dim) * 4;
-      const uint32_t* high = s.high + (row * kTile + w * kWord) / 2;
-      const uint32_t* low = s.low + (row * kTile + w * kWord) / 2;
+      const uint32_t* p = s.limbs + row * kTile + w * kWord;
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
         __m512bh even, odd;
         if constexpr (kDecoded) {
-          load_pair(s.decoded + ((w * d + dim) * 4 + j * 64) * 2, even, odd);
+          load_pair(tiles.decoded + ((w * d + dim) * 4 + j * 64) * 2, even, odd);
         } else {
-          prefetch(tile.next_value[w / kWord] + at + j * 64);
-          __m512i line = _mm512_loadu_si512(tile.value[w / kWord] + at + j * 64);
+          prefetch(tile.next.value[w / kWord] + at + j * 64);
+          __m512i line = _mm512_loadu_si512(tile.now.value[w / kWord] + at + j * 64);
           if constexpr (kEdge) line = _mm512_and_si512(line, live_bytes(tile, w * kWord));
           decode(line, even, odd);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          dpbf16(t[r][j], even, broadcast(high + r * kTile / 2));
-          dpbf16(t[r][j], odd, broadcast(high + r * kTile / 2 + 1));
-          dpbf16(t[r][j], even, broadcast(low + r * kTile / 2));
-          dpbf16(t[r][j], odd, broadcast(low + r * kTile / 2 + 1));
+          dpbf16(t[r][j], even, broadcast(p + r * kTile));
+          dpbf16(t[r][j], odd, broadcast(p + r * kTile + 1));
+          dpbf16(t[r][j], even, broadcast(p + r * kTile + 2));
+          dpbf16(t[r][j], odd, broadcast(p + r * kTile + 3));
         }
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
       for (int j = 0; j < N; ++j) {
         float* a = acc + (row + r) * d + dim + j * 16;
-        save16(a, load16(a) * alpha[row + r] + reinterpret_cast<F16>(t[r][j]) * gamma[row + r]);
+        const F16 product = reinterpret_cast<F16>(t[r][j]) * gamma[row + r];
+        save16(a, fma(load16(a), splat(alpha[row + r]), product));
       }
     }
   }
 
   template <int R, bool kDecoded, bool kEdge>
-  static void accumulate_block(const Weights& s, const Tile& tile, int row, long d,
-                               const float* alpha, const float* gamma, float* acc) {
+  static void accumulate_block(const Weights& s, const Tiles& tiles, const Tile& tile, int row,
+                               long d, const float* alpha, const float* gamma, float* acc) {
     long i = 0;
     for (; i + 64 <= d; i += 64) {
-      accumulate_rows<R, 4, kDecoded, kEdge>(s, tile, row, d, i, alpha, gamma, acc);
+      accumulate_rows<R, 4, kDecoded, kEdge>(s, tiles, tile, row, d, i, alpha, gamma, acc);
     }
     for (; i < d; i += 16) {
-      accumulate_rows<R, 1, kDecoded, kEdge>(s, tile, row, d, i, alpha, gamma, acc);
+      accumulate_rows<R, 1, kDecoded, kEdge>(s, tiles, tile, row, d, i, alpha, gamma, acc);
     }
   }
 
-  template <bool kDecoded, bool kEdge>
-  static void accumulate_all(const Weights& s, const Tile& tile, int rows, long d,
-                             const float* alpha, const float* gamma, float* acc) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      accumulate_block<4, kDecoded, kEdge>(s, tile, r, d, alpha, gamma, acc);
-    }
-    switch (rows - r) {
-      case 3:
-        return accumulate_block<3, kDecoded, kEdge>(s, tile, r, d, alpha, gamma, acc);
-      case 2:
-        return accumulate_block<2, kDecoded, kEdge>(s, tile, r, d, alpha, gamma, acc);
-      case 1:
-        return accumulate_block<1, kDecoded, kEdge>(s, tile, r, d, alpha, gamma, acc);
-    }
-  }
-
-  static void accumulate(Weights& s, const Tile& tile, int rows, long d, const float* alpha,
-                         const float* gamma, float* acc) {
-    if (rows > 4) {
-      decode_value(tile, d, s.decoded);
-      return accumulate_all<true, false>(s, tile, rows, d, alpha, gamma, acc);
-    }
-    if (tile.begin > 0 || tile.end < kTile) {
-      return accumulate_all<false, true>(s, tile, rows, d, alpha, gamma, acc);
-    }
-    accumulate_all<false, false>(s, tile, rows, d, alpha, gamma, acc);
+  static void accumulate(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
+                         const float* alpha, const float* gamma, float* acc) {
+    const bool decoded = rows > kBlockRows, edge = tile.begin > 0 || tile.end < kTile;
+    if (decoded) decode_value(tile, d, tiles.decoded);
+    for_row_blocks(rows, [&](auto n, int row) {
+      constexpr int R = decltype(n)::value;
+      if (decoded)
+        return accumulate_block<R, true, false>(s, tiles, tile, row, d, alpha, gamma, acc);
+      if (edge) return accumulate_block<R, false, true>(s, tiles, tile, row, d, alpha, gamma, acc);
+      accumulate_block<R, false, false>(s, tiles, tile, row, d, alpha, gamma, acc);
+    });
   }
 };
 

@@ -47,10 +47,11 @@ struct Fp32Dot {
   struct Query {
     alignas(64) float q[kMaxRows * kMaxHead];
     float sum[kMaxRows];
-    alignas(64) float decoded[kTile * kMaxHead];
   };
   struct Weights {
     alignas(64) float p[kMaxRows * kTile];
+  };
+  struct Tiles {  // a tile's K or V, decoded
     alignas(64) float decoded[kTile * kMaxHead];
   };
 
@@ -65,15 +66,16 @@ struct Fp32Dot {
   }
 
   template <int R>
-  static void score_rows(const Query& s, int row, long d, float* scores) {
+  static void score_rows(const Query& s, const Tiles& tiles, int row, long d, float* scores) {
     for (int g = 0; g < kGroups; g += kFp32Lanes) {
       F16 acc[R][kFp32Lanes] = {};
       for (long i = 0; i < d; ++i) {
         F16 k[kFp32Lanes];
-        for (int j = 0; j < kFp32Lanes; ++j) k[j] = load16(s.decoded + i * kTile + (g + j) * 16);
+        for (int j = 0; j < kFp32Lanes; ++j)
+          k[j] = load16(tiles.decoded + i * kTile + (g + j) * 16);
         for (int r = 0; r < R; ++r) {
           const float q = s.q[(row + r) * d + i];
-          for (int j = 0; j < kFp32Lanes; ++j) acc[r][j] += k[j] * q;
+          for (int j = 0; j < kFp32Lanes; ++j) acc[r][j] = fma(k[j], splat(q), acc[r][j]);
         }
       }
       for (int r = 0; r < R; ++r) {
@@ -85,67 +87,71 @@ struct Fp32Dot {
   }
 
   // scores[row][token] = q . code, for all rows.
-  static void score(Query& s, const Tile& tile, int rows, long d, float* scores) {
+  static void score(const Query& s, Tiles& tiles, const Tile& tile, int rows, long d,
+                    float* scores) {
     for (int g = 0; g < kGroups; ++g) {
       for (long w = 0; w < d / kWord; ++w) {
-        prefetch(tile.next_key[g] + w * 64);
+        prefetch(tile.next.key[g] + w * 64);
         U16 words;
-        memcpy(&words, tile.key[g] + w * 64, 64);
+        memcpy(&words, tile.now.key[g] + w * 64, 64);
         for (int f = 0; f < kWord; ++f) {
-          save16(s.decoded + (w * kWord + f) * kTile + g * 16, decode_field<C>(words, f));
+          save16(tiles.decoded + (w * kWord + f) * kTile + g * 16, decode_field<C>(words, f));
         }
       }
     }
     int r = 0;
-    for (; r + kFp32Rows <= rows; r += kFp32Rows) score_rows<kFp32Rows>(s, r, d, scores);
-    for (; r < rows; ++r) score_rows<1>(s, r, d, scores);
+    for (; r + kFp32Rows <= rows; r += kFp32Rows) score_rows<kFp32Rows>(s, tiles, r, d, scores);
+    for (; r < rows; ++r) score_rows<1>(s, tiles, r, d, scores);
   }
 
-  // Weights of one row; returns the factor their products carry.
-  static float set_weights(Weights& s, int row, const F16* p, bool /*scaled*/, F16& /*bias*/) {
-    for (int g = 0; g < kGroups; ++g) save16(s.p + row * kTile + g * 16, p[g]);
-    return 1.0f;
+  template <int N, bool kScaled>
+  static KVQ_HD void set_weights(Weights& s, int row, const F16 (&w)[N][kGroups], F16 (&unit)[N],
+                                 F16* /*bias*/) {
+    for (int r = 0; r < N; ++r) {
+      unit[r] = splat(1.0f);
+      for (int g = 0; g < kGroups; ++g) save16(s.p + (row + r) * kTile + g * kLanes, w[r][g]);
+    }
   }
 
   template <int R>
-  static void accumulate_rows(const Weights& s, int row, long d, const float* alpha,
-                              const float* gamma, float* acc) {
+  static void accumulate_rows(const Weights& s, const Tiles& tiles, int row, long d,
+                              const float* alpha, const float* gamma, float* acc) {
     for (long i = 0; i < d; i += kLanes) {
       F16 t[R] = {};
       for (int n = 0; n < kTile; ++n) {
-        const F16 v = load16(s.decoded + n * d + i);
-        for (int r = 0; r < R; ++r) t[r] += v * s.p[(row + r) * kTile + n];
+        const F16 v = load16(tiles.decoded + n * d + i);
+        for (int r = 0; r < R; ++r) t[r] = fma(v, splat(s.p[(row + r) * kTile + n]), t[r]);
       }
       for (int r = 0; r < R; ++r) {
         float* a = acc + (row + r) * d + i;
-        save16(a, load16(a) * alpha[row + r] + t[r] * gamma[row + r]);
+        save16(a, fma(load16(a), splat(alpha[row + r]), t[r] * gamma[row + r]));
       }
     }
   }
 
   // acc[row] = acc[row] * alpha[row] + (weights . code) * gamma[row].
-  static void accumulate(Weights& s, const Tile& tile, int rows, long d, const float* alpha,
-                         const float* gamma, float* acc) {
+  static void accumulate(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
+                         const float* alpha, const float* gamma, float* acc) {
     for (int g = 0; g < kGroups; ++g) {
       for (int w = 0; w < kLanes / kWord; ++w) {
         for (long i = 0; i < d; i += kLanes) {
           const long at = (w * d + i) * 4;
-          prefetch(tile.next_value[g] + at);
+          prefetch(tile.next.value[g] + at);
           U16 words;
-          memcpy(&words, tile.value[g] + at, 64);
+          memcpy(&words, tile.now.value[g] + at, 64);
           for (int f = 0; f < kWord; ++f) {
             const int token = g * 16 + w * kWord + f;
             // Stale bytes may decode to NaN, and 0 * NaN is not 0.
             const bool live = token >= tile.begin && token < tile.end;
-            save16(s.decoded + token * d + i, live ? decode_field<C>(words, f) : F16{});
+            save16(tiles.decoded + token * d + i, live ? decode_field<C>(words, f) : F16{});
           }
         }
       }
     }
     int r = 0;
     for (; r + kFp32Rows <= rows; r += kFp32Rows)
-      accumulate_rows<kFp32Rows>(s, r, d, alpha, gamma, acc);
-    for (; r < rows; ++r) accumulate_rows<1>(s, r, d, alpha, gamma, acc);
+      accumulate_rows<kFp32Rows>(s, tiles, r, d, alpha, gamma, acc);
+    for (; r < rows; ++r) accumulate_rows<1>(s, tiles, r, d, alpha, gamma, acc);
   }
 };
 

@@ -2,7 +2,7 @@
 // four xmm registers), and the base-2 exponential the softmax needs.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -15,6 +15,48 @@ typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 
+// a * b + c. Sums of products are fused by name, never by the compiler (-ffp-contract=off): it
+// would choose differently in each instantiation, and a row's bits depend on its neighbours.
+#if defined(__AVX512F__)
+KVQ_HD F16 fma(F16 a, F16 b, F16 c) {
+  return reinterpret_cast<F16>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+}
+#elif defined(__FMA__)
+KVQ_HD F16 fma(F16 a, F16 b, F16 c) {
+  __m256 x[2], y[2], z[2];
+  memcpy(x, &a, 64);
+  memcpy(y, &b, 64);
+  memcpy(z, &c, 64);
+  for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+  memcpy(&c, z, 64);
+  return c;
+}
+#else
+KVQ_HD F16 fma(F16 a, F16 b, F16 c) { return a * b + c; }
+#endif
+
+// Four rows' numbers, one a lane.
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+
+KVQ_HD F4 load4(const void* p) {
+  F4 v;
+  memcpy(&v, p, 16);
+  return v;
+}
+
+KVQ_HD void save4(void* p, F4 v) { memcpy(p, &v, 16); }
+
+KVQ_HD F4 fma(F4 a, F4 b, F4 c) {
+#if defined(__FMA__)
+  return reinterpret_cast<F4>(_mm_fmadd_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b),
+                                           reinterpret_cast<__m128>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
 KVQ_HD F16 load16(const void* p) {
   F16 v;
   memcpy(&v, p, 64);
@@ -25,14 +67,33 @@ KVQ_HD void save16(void* p, F16 v) { memcpy(p, &v, 64); }
 
 KVQ_HD F16 splat(float x) { return F16{} + x; }
 
+// The larger of two, lane by lane; where either is NaN, b.
+KVQ_HD F16 max16(F16 a, F16 b) {
 #if defined(__AVX512F__)
-KVQ_HD float reduce_max(F16 v) { return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v)); }
+  return reinterpret_cast<F16>(
+      _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return b < a ? a : b;
+#endif
+}
+
+#if defined(__AVX512F__)
+// The largest lane, in all lanes: a trip through a scalar register costs ten cycles more.
+KVQ_HD F16 peak16(F16 x) {
+  __m512 v = reinterpret_cast<__m512>(x);
+  v = _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0x4E));
+  v = _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
+  v = _mm512_max_ps(v, _mm512_permute_ps(v, 0x4E));
+  v = _mm512_max_ps(v, _mm512_permute_ps(v, 0xB1));
+  return reinterpret_cast<F16>(v);
+}
+
 KVQ_HD float reduce_add(F16 v) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v)); }
 #else
-KVQ_HD float reduce_max(F16 v) {
+KVQ_HD F16 peak16(F16 v) {
   float m = v[0];
   for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  return splat(m);
 }
 
 KVQ_HD float reduce_add(F16 v) {
@@ -43,30 +104,28 @@ KVQ_HD float reduce_add(F16 v) {
 }
 #endif
 
-// 2^x for x <= 0 with a relative error below 3e-7; -inf gives 0, NaN stays NaN.
-KVQ_HD F16 exp2_16(F16 x) {
-  const I16 tiny = x < -126.0f;
-  const F16 bounded = tiny ? F16{} : x;
-  const F16 shifted = bounded + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
-  const I16 exponent = reinterpret_cast<I16>(shifted) - 0x4B400000;
-  const F16 f = bounded - (shifted - 12582912.0f);
+// 2^x for x <= 0 with a relative error below 3e-7. Below -125 it stays at 2^-125; NaN stays NaN.
+template <class F, class I>
+KVQ_HD F exp2_bounded(F bounded) {
+  const F shifted = bounded + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
+  const F f = bounded - (shifted - 12582912.0f);
   // Minimax on [-0.5, 0.5].
-  F16 p = f * 1.3398874e-3f + 9.6184373e-3f;
-  p = p * f + 5.5503324e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
-  const F16 power = reinterpret_cast<F16>((exponent + 127) << 23);
-  const F16 result = p * power;
-  return tiny ? F16{} : result;
+  F p = fma(f, F{} + 1.3398874e-3f, F{} + 9.6184373e-3f);
+  p = fma(p, f, F{} + 5.5503324e-2f);
+  p = fma(p, f, F{} + 2.4022651e-1f);
+  p = fma(p, f, F{} + 6.9314718e-1f);
+  p = fma(p, f, F{} + 1.0f);
+  // The integer sits in the low bits of `shifted`: add it to the exponent.
+  return reinterpret_cast<F>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << 23));
 }
 
-KVQ_HD float exp2_1(float x) { return exp2_16(splat(x))[0]; }
+KVQ_HD F16 exp2(F16 x) { return exp2_bounded<F16, I16>(max16(splat(-125.0f), x)); }
+KVQ_HD F4 exp2(F4 x) { return exp2_bounded<F4, I4>(x < -125.0f ? F4{} - 125.0f : x); }
 
 // Cephes-style tanh through exp2 of a non-positive argument.
 KVQ_HD F16 tanh16(F16 x) {
   const F16 magnitude = x < 0.0f ? -x : x;
-  const F16 e = exp2_16(magnitude * -2.885390082f);  // exp(-2|x|)
+  const F16 e = exp2(magnitude * -2.885390082f);  // exp(-2|x|)
   const F16 t = (1.0f - e) / (1.0f + e);
   return x < 0.0f ? -t : t;
 }

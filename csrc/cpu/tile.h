@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "load.h"
 #include "simd.h"
 
 namespace kvq {
@@ -13,35 +14,58 @@ constexpr int kGroups = kTile / kLanes;  // 16-token groups; each lies in one pa
 constexpr int kMaxRows = 32;             // query rows (tokens x heads of the group) of one item
 constexpr int kMaxHead = 512;
 
-// Where the tile's four groups lie. Groups past the context repeat the last valid one.
-struct Tile {
+// Where four groups of one kv head lie.
+struct Lines {
   const uint8_t* key[kGroups];
   const uint8_t* value[kGroups];
   const uint8_t* key_metadata[kGroups];
   const uint8_t* value_metadata[kGroups];
-  // The next tile's, for the prefetcher, which neither crosses pages nor follows block tables.
-  const uint8_t* next_key[kGroups];
-  const uint8_t* next_value[kGroups];
+};
+
+// Groups past the context repeat the last valid one. `next` is what comes after this tile, for the
+// prefetcher, which neither crosses pages nor follows block tables.
+struct Tile {
+  Lines now, next;
   int begin, end;  // tokens of the tile that any row may see, within [0, 64]
 };
 
+constexpr int kBlockRows = 4;  // rows that share each load of a line
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+  constexpr operator int() const { return N; }
+};
+
+// body(Int<0>{}), ..., body(Int<N - 1>{}): indices that are constants in the front end. With loops
+// and unroll pragmas gcc 12 kept some accumulator arrays in memory (half the speed).
+#define KVQ_UNROLLED __attribute__((always_inline))
+template <class F, int... I>
+KVQ_HD void unroll_list(const F& body, IndexList<I...>) {
+  (body(Int<I>{}), ...);
+}
+template <int N, class F>
+KVQ_HD void unroll(const F& body) {
+  unroll_list(body, typename MakeIndices<N>::type{});
+}
+
+// visit(Int<R>, first row) for every block of four rows and for what is left of them.
+template <class Visit>
+KVQ_HD void for_row_blocks(int rows, const Visit& visit) {
+  int r = 0;
+  for (; r + kBlockRows <= rows; r += kBlockRows) visit(Int<kBlockRows>{}, r);
+  switch (rows - r) {
+    case 3:
+      return visit(Int<3>{}, r);
+    case 2:
+      return visit(Int<2>{}, r);
+    case 1:
+      return visit(Int<1>{}, r);
+  }
+}
+
 // Largest integer whose two 8-bit limbs, 256 * high + low with both in [-128, 127], stay in range.
 constexpr float kLimbMax = 32639.0f;
-
-KVQ_HD void save_bytes(int8_t* out, I16 v) {
-  typedef int8_t B16 __attribute__((vector_size(16)));
-  const B16 b = __builtin_convertvector(v, B16);
-  memcpy(out, &b, 16);
-}
-
-// Rounds sixteen values of at most kLimbMax and saves their limbs. Returns the integers.
-KVQ_HD I16 save_limbs(F16 x, int8_t* high, int8_t* low) {
-  // 1.5 * 2^23 rounds to an integer in the mantissa; 128 more makes `low` a flipped low byte.
-  const I16 raised = reinterpret_cast<I16>(x + 12582912.0f) - (0x4B400000 - 128);
-  save_bytes(high, raised >> 8);
-  save_bytes(low, raised ^ 0x80);
-  return raised - 128;
-}
 
 KVQ_HD void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 

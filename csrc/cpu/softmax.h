@@ -1,0 +1,195 @@
+// From a tile's scores to its weights: scales, masks, the running maximum, the exponential.
+#pragma once
+
+#include "plan.h"
+
+namespace kvq {
+namespace {
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kMinusInf = -__builtin_inff();
+
+constexpr bool is_affine(Code c) { return c == Code::kInt4; }
+
+// The low halves of sixteen words, fp16, as fp32.
+KVQ_HD F16 halves(U16 words) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words));
+  return reinterpret_cast<F16>(_mm512_cvtph_ps(h));
+#else
+  F16 x;
+  for (int i = 0; i < 16; ++i) x[i] = half_to_float(static_cast<uint16_t>(words[i]));
+  return x;
+#endif
+}
+
+// Per-token scale and min of one stream, over the tile's groups.
+struct TokenScales {
+  F16 scale[kGroups], minimum[kGroups];
+
+  template <Code C>
+  KVQ_HD void load(const uint8_t* const* words, const uint8_t* const* next) {
+    for (int g = 0; g < kGroups; ++g) {
+      prefetch(next[g]);
+      if constexpr (is_affine(C)) {
+        U16 w;
+        memcpy(&w, words[g], 64);
+        scale[g] = halves(w);
+        minimum[g] = halves(w >> 16);
+      } else {
+        scale[g] = load16(words[g]);
+      }
+    }
+  }
+};
+
+// What the softmax knows of an item's rows.
+struct RowFacts {
+  float key_bias[kMaxRows];  // score of a zero code: -q . (scale * zero point)
+  float slope[kMaxRows];     // ALiBi, in log2 units
+  Span span[kMaxRows];
+  int position[kMaxRows];
+  float softcap;
+  bool shaped;  // softcap or ALiBi: scores go through shape() first
+};
+
+template <int kFormat, class KeyDot, class ValueDot>
+struct TileSoftmax {
+  static constexpr Stream kKey = kFormats[kFormat].key, kValue = kFormats[kFormat].value;
+  static constexpr bool kKeyAffine = kKey.per_token && is_affine(kKey.code);
+  static constexpr bool kValueAffine = kValue.per_token && is_affine(kValue.code);
+
+  const typename KeyDot::Query& query;
+  typename ValueDot::Weights& weights;
+  const RowFacts& facts;
+  float* scores;  // [rows, 64] in, weights on the way out
+  float* alpha;   // [rows] out: what the accumulators shrink by
+  float* gamma;   // [rows] out: what one unit of the tile's products is worth
+  TokenScales key, value;
+
+  KVQ_HD void load(const Tile& tile) {
+    if constexpr (kKey.per_token) {
+      key.load<kKey.code>(tile.now.key_metadata, tile.next.key_metadata);
+    }
+    if constexpr (kValue.per_token) {
+      value.load<kValue.code>(tile.now.value_metadata, tile.next.value_metadata);
+    }
+  }
+
+  KVQ_HD F16 scaled(F16 x, int row, int g) const {
+    if constexpr (kKey.per_token) x *= key.scale[g];
+    if constexpr (kKeyAffine) x = fma(key.minimum[g], splat(query.sum[row]), x);
+    if constexpr (!kKey.per_token) x += facts.key_bias[row];
+    return x;
+  }
+
+  static KVQ_HD I16 tokens(long t0, int g) {
+    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane + static_cast<int>(t0 + g * kLanes);
+  }
+
+  // Softcap and ALiBi, for the models that have them.
+  void shape(int rows, long t0) const {
+    for (int r = 0; r < rows; ++r) {
+      for (int g = 0; g < kGroups; ++g) {
+        float* at = scores + r * kTile + g * kLanes;
+        F16 x = scaled(load16(at), r, g);
+        if (facts.softcap > 0.0f) x = tanh16(x) * (facts.softcap * kLog2e);
+        const F16 distance = __builtin_convertvector(facts.position[r] - tokens(t0, g), F16);
+        save16(at, fma(distance, splat(-facts.slope[r]), x));
+      }
+    }
+  }
+
+  // One row's scores, scaled and masked, and the largest of them in all lanes.
+  template <bool kMasked, bool kShaped>
+  KVQ_HD F16 prepare(int row, long t0, F16 (&x)[kGroups]) const {
+    F16 peak = splat(kNothing);
+    unroll<kGroups>([&](auto g) KVQ_UNROLLED {
+      x[g] = load16(scores + row * kTile + g * kLanes);
+      if constexpr (!kShaped) x[g] = scaled(x[g], row, g);
+      if constexpr (kMasked) {
+        const Span s = facts.span[row];
+        const I16 t = tokens(t0, g);
+        x[g] = (t >= s.begin) & (t < s.end) ? x[g] : splat(kMinusInf);
+      }
+      peak = max16(peak, x[g]);
+    });
+    return peak16(peak);
+  }
+
+  // Scores to weights, in place. Returns their sum; `bias` is what the mins add.
+  template <bool kMasked>
+  KVQ_HD F16 weigh(F16 peak, F16 (&x)[kGroups], F16& bias) const {
+    F16 sum{}, poison{};
+    bias = F16{};
+    unroll<kGroups>([&](auto g) KVQ_UNROLLED {
+      F16 p = exp2(x[g] - peak);
+      if constexpr (kMasked) p = x[g] == kMinusInf ? F16{} : p;
+      sum += p;
+      // A token that some row must not see may hold stale metadata, NaN even.
+      if constexpr (kValueAffine) {
+        const F16 m = value.minimum[g];
+        bias = fma(p, kMasked ? (p == 0.0f ? F16{} : m) : m, bias);
+      }
+      if constexpr (kValue.per_token) {
+        const F16 w = p * value.scale[g];
+        p = kMasked ? (p == 0.0f ? F16{} : w) : w;
+        poison += p;
+      }
+      x[g] = p;
+    });
+    // Weights become integers, which drop a NaN scale; the sum keeps it.
+    if constexpr (kValue.per_token) sum = fma(poison, F16{}, sum);
+    return sum;
+  }
+
+  // Up to four rows, two at a time (what fits the registers), then their running state together.
+  template <int R, bool kMasked, bool kShaped>
+  void block(State state, int row, long t0) {
+    F4 peaks{}, units{};
+    F16 sum[R], bias[R];
+    unroll<(R + 1) / 2>([&](auto pair) KVQ_UNROLLED {
+      constexpr int r = 2 * decltype(pair)::value, n = r + 1 < R ? 2 : 1;
+      F16 x[n][kGroups], peak[n], unit[n];
+      unroll<n>([&](auto i)
+                    KVQ_UNROLLED { peak[i] = prepare<kMasked, kShaped>(row + r + i, t0, x[i]); });
+      unroll<n>([&](auto i)
+                    KVQ_UNROLLED { sum[r + i] = weigh<kMasked>(peak[i], x[i], bias[r + i]); });
+      ValueDot::template set_weights<n, kValue.per_token>(weights, row + r, x, unit, &bias[r]);
+      unroll<n>([&](auto i) KVQ_UNROLLED {
+        peaks[r + i.value] = peak[i][0];
+        units[r + i.value] = unit[i][0];
+      });
+    });
+    const Shares<F4> s = shares(load4(state.max + row), peaks);
+    save4(state.max + row, s.max);
+    save4(alpha + row, s.a);
+    save4(gamma + row, s.b * units);
+    unroll<R>([&](auto r) KVQ_UNROLLED {
+      const long at = (row + r) * kLanes;
+      const F16 a = splat(s.a[r.value]), b = splat(s.b[r.value]);
+      merge_lanes(state.sum + at, sum[r], a, b);
+      merge_lanes(state.bias + at, bias[r], a, b);
+    });
+  }
+
+  void run(State state, int rows, long t0) {
+    if (facts.shaped) shape(rows, t0);
+    for_row_blocks(rows, [&](auto n, int row) {
+      constexpr int R = decltype(n)::value;
+      bool masked = false;
+      for (int r = row; r < row + R; ++r) {
+        masked |= facts.span[r].begin > t0 || facts.span[r].end < t0 + kTile;
+      }
+      if (facts.shaped) {
+        masked ? block<R, true, true>(state, row, t0) : block<R, false, true>(state, row, t0);
+      } else {
+        masked ? block<R, true, false>(state, row, t0) : block<R, false, false>(state, row, t0);
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace kvq
