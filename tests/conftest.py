@@ -8,6 +8,9 @@ import pytest
 
 from kvq_plugin.model import builtin_model
 
+# So that an assert in a shared helper reports its values as one in a test does.
+pytest.register_assert_rewrite("attending")
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
