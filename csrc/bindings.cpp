@@ -59,7 +59,7 @@ template <kvq::Code C>
 void convert(float* values, uint8_t* codes, long n, bool encode) {
   for (long i = 0; i < n; ++i) {
     if (encode) {
-      codes[i] = kvq::Codec<C>::encode(values[i]);
+      codes[i] = kvq::encode<C>(values[i]);
     } else {
       values[i] = kvq::Codec<C>::decode(codes[i]);
     }

@@ -1,5 +1,7 @@
 // Encoders and decoders, shared by every CPU ISA and by nvcc: integer and IEEE round-to-nearest
-// operations only, so that the bytes in the cache are the same everywhere.
+// operations only, so that the bytes in the cache are the same everywhere. Encoders are written
+// for F floats and U words of the same number of lanes: one (float, uint32_t), or a vector of
+// GCC's extension (cpu/simd.h).
 //
 // Compile with -ffp-contract=off (or use _rn intrinsics): a fused multiply-add would round once
 // where the specification rounds twice. Everything has internal linkage: the header is compiled
@@ -30,6 +32,14 @@ KVQ_HD float bits_float(uint32_t u) {
   float x;
   memcpy(&x, &u, 4);
   return x;
+}
+
+template <class To, class From>
+KVQ_HD To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "lanes differ");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
 }
 
 // 16-bit floats ---------------------------------------------------------------------------
@@ -82,21 +92,20 @@ struct Float8 {
   static constexpr uint32_t kMagic = static_cast<uint32_t>(127 + (1 - kBias - kMantissa) + 23)
                                      << 23;
 
-  static KVQ_HD uint8_t encode(float x) {
-    const uint32_t u = float_bits(x);
-    uint32_t a = u & 0x7FFFFFFFu;
-    const bool is_nan = a > 0x7F800000u;
-    a = a > kMaxBits ? kMaxBits : a;
-    const uint32_t normal =
-        ((a + ((1u << (kShift - 1)) - 1u) + ((a >> kShift) & 1u)) >> kShift) - kRebias;
-    const uint32_t sub = float_bits(bits_float(a) + bits_float(kMagic)) - kMagic;
-    uint32_t code = a < kMinNormal ? sub : normal;
-    const uint32_t sign = (u >> 24) & 0x80u;
-    if (kFnuz) {
-      code = code ? (code | sign) : 0u;
-      return static_cast<uint8_t>(is_nan ? 0x80u : code);
+  template <class F, class U>
+  static KVQ_HD U encode(F x) {
+    const U u = bits_as<U>(x), magnitude = u & 0x7FFFFFFFu;
+    const U a = magnitude > kMaxBits ? U{} + kMaxBits : magnitude;
+    const U normal = ((a + ((1u << (kShift - 1)) - 1u) + ((a >> kShift) & 1u)) >> kShift) - kRebias;
+    const U sub = bits_as<U>(bits_as<F>(a) + bits_float(kMagic)) - kMagic;
+    const U code = a < kMinNormal ? sub : normal;
+    const U sign = (u >> 24) & 0x80u;
+    if constexpr (kFnuz) {
+      const U finite = code == 0u ? U{} : code | sign;
+      return magnitude > 0x7F800000u ? U{} + 0x80u : finite;
+    } else {
+      return (magnitude > 0x7F800000u ? U{} + kNan : code) | sign;
     }
-    return static_cast<uint8_t>((is_nan ? kNan : code) | sign);
   }
 
   static KVQ_HD float decode(uint8_t c) {
@@ -122,25 +131,28 @@ using E4M3Fnuz = Float8<3, 8, 0x43700000u /* 240 */, 0x80u, true>;
 
 // Integers --------------------------------------------------------------------------------
 
-// Round to nearest even after clamping to [low, high], |bounds| < 2^22; NaN becomes 0.
-// 1.5 * 2^23 pushes the fraction out of the mantissa, which rounds it as IEEE does.
-KVQ_HD int32_t round_clamped(float y, float low, float high) {
-  y = y == y ? y : 0.0f;
-  y = y < low ? low : y;
-  y = y > high ? high : y;
-  return static_cast<int32_t>(float_bits(y + 12582912.0f)) - 0x4B400000;
+// Round to nearest even after clamping to [low, high], |bounds| < 2^22; NaN becomes 0. The
+// integers, negative ones modulo 2^32. 1.5 * 2^23 pushes the fraction out of the mantissa, which
+// rounds it as IEEE does.
+template <class F, class U>
+KVQ_HD U round_clamped(F y, float low, float high) {
+  y = y == y ? y : F{};
+  y = y < low ? F{} + low : y;
+  y = y > high ? F{} + high : y;
+  return bits_as<U>(y + 12582912.0f) - 0x4B400000u;
 }
 
-// The codec of a code: `encode` takes a value already divided by its scale and returns the
-// unsigned byte (or field) that the page holds; `decode` is its inverse before scaling.
+// The codec of a code: `encode` takes values already divided by their scale and returns the
+// unsigned bytes (or fields) that the page holds; `decode` is its inverse before scaling.
 template <Code C>
 struct Codec;
 
 template <>
 struct Codec<Code::kInt8> {
   static constexpr float kMax = 127.0f;
-  static KVQ_HD uint8_t encode(float y) {
-    return static_cast<uint8_t>(round_clamped(y, -127.0f, 127.0f) + 128);
+  template <class F, class U>
+  static KVQ_HD U encode(F y) {
+    return round_clamped<F, U>(y, -127.0f, 127.0f) + 128u;
   }
   static KVQ_HD float decode(uint8_t c) {
     return static_cast<float>(static_cast<int32_t>(c) - 128);
@@ -150,15 +162,19 @@ struct Codec<Code::kInt8> {
 template <>
 struct Codec<Code::kInt4> {
   static constexpr float kMax = 15.0f;
-  static KVQ_HD uint8_t encode(float y) {
-    return static_cast<uint8_t>(round_clamped(y, 0.0f, 15.0f));
+  template <class F, class U>
+  static KVQ_HD U encode(F y) {
+    return round_clamped<F, U>(y, 0.0f, 15.0f);
   }
   static KVQ_HD float decode(uint8_t c) { return static_cast<float>(static_cast<int32_t>(c)); }
 };
 
 template <class F>
 struct FloatCodec {
-  static KVQ_HD uint8_t encode(float y) { return F::encode(y); }
+  template <class Lanes, class U>
+  static KVQ_HD U encode(Lanes y) {
+    return F::template encode<Lanes, U>(y);
+  }
   static KVQ_HD float decode(uint8_t c) { return F::decode(c); }
 };
 template <>
@@ -173,6 +189,12 @@ template <>
 struct Codec<Code::kFp8E4M3Fnuz> : FloatCodec<E4M3Fnuz> {
   static constexpr float kMax = 240.0f;
 };
+
+// One value, one code.
+template <Code C>
+KVQ_HD uint8_t encode(float y) {
+  return static_cast<uint8_t>(Codec<C>::template encode<float, uint32_t>(y));
+}
 
 }  // namespace
 }  // namespace kvq

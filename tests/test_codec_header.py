@@ -26,7 +26,7 @@ SOURCE = """
 #include "codec.h"
 #define EXPORT extern "C" __attribute__((visibility("default")))
 template <kvq::Code C> void encode(const float* x, uint8_t* y, long n) {
-  for (long i = 0; i < n; ++i) y[i] = kvq::Codec<C>::encode(x[i]);
+  for (long i = 0; i < n; ++i) y[i] = kvq::encode<C>(x[i]);
 }
 template <kvq::Code C> void decode(const uint8_t* x, float* y, long n) {
   for (long i = 0; i < n; ++i) y[i] = kvq::Codec<C>::decode(x[i]);

@@ -5,6 +5,8 @@
 
 namespace kvq {
 
+constexpr int kMaxHead = 512;  // channels
+
 enum class Activation : int { kBFloat16 = 0, kHalf = 1, kFloat = 2 };
 
 // One strided activation tensor [tokens, heads, D]; the last dim is contiguous.

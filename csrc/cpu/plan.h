@@ -2,11 +2,10 @@
 // item's context into chunks of 512 tokens at fixed positions.
 #pragma once
 
-#include <stdlib.h>
-
 #include "kernels.h"
 #include "state.h"
 #include "tile.h"
+#include "workspace.h"
 
 namespace kvq {
 namespace {
@@ -28,28 +27,6 @@ struct Item {
 // One thread's share: some chunks of an item. If not all, each leaves a partial result.
 struct Unit {
   int item, begin, end;
-};
-
-// Memory that only grows: a decode step must not pay page faults.
-class Workspace {
- public:
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  ~Workspace() { __builtin_free(data_); }
-  void* reserve(long bytes) {
-    if (bytes > size_) {
-      __builtin_free(data_);
-      data_ = nullptr;
-      size_ = 0;
-      if (posix_memalign(&data_, 64, static_cast<size_t>(bytes)) != 0) __builtin_trap();
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  long size_ = 0;
 };
 
 thread_local Workspace plan_memory, partial_memory, scratch_memory;

@@ -77,6 +77,26 @@ KVQ_HD F16 max16(F16 a, F16 b) {
 #endif
 }
 
+KVQ_HD F16 min16(F16 a, F16 b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F16>(
+      _mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// The largest of sixteen integers.
+KVQ_HD int32_t largest(I16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(v));
+#else
+  int32_t m = v[0];
+  for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+
 #if defined(__AVX512F__)
 // The largest lane, in all lanes: a trip through a scalar register costs ten cycles more.
 KVQ_HD F16 peak16(F16 x) {
@@ -103,6 +123,26 @@ KVQ_HD float reduce_add(F16 v) {
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
 #endif
+
+// The low halves of sixteen words, fp16, as fp32.
+KVQ_HD F16 halves(U16 words) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words));
+  return reinterpret_cast<F16>(_mm512_cvtph_ps(h));
+#elif defined(__F16C__)
+  uint16_t h[16];
+  __m256 x[2];
+  for (int i = 0; i < 16; ++i) h[i] = static_cast<uint16_t>(words[i]);
+  for (int i = 0; i < 2; ++i) {
+    x[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h + i * 8)));
+  }
+  return load16(x);
+#else
+  F16 x;
+  for (int i = 0; i < 16; ++i) x[i] = half_to_float(static_cast<uint16_t>(words[i]));
+  return x;
+#endif
+}
 
 // 2^x for x <= 0 with a relative error below 3e-7. Below -125 it stays at 2^-125; NaN stays NaN.
 template <class F, class I>

@@ -11,18 +11,6 @@ constexpr float kMinusInf = -__builtin_inff();
 
 constexpr bool is_affine(Code c) { return c == Code::kInt4; }
 
-// The low halves of sixteen words, fp16, as fp32.
-KVQ_HD F16 halves(U16 words) {
-#if defined(__AVX512F__)
-  const __m256i h = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words));
-  return reinterpret_cast<F16>(_mm512_cvtph_ps(h));
-#else
-  F16 x;
-  for (int i = 0; i < 16; ++i) x[i] = half_to_float(static_cast<uint16_t>(words[i]));
-  return x;
-#endif
-}
-
 // Per-token scale and min of one stream, over the tile's groups.
 struct TokenScales {
   F16 scale[kGroups], minimum[kGroups];

@@ -12,7 +12,6 @@ namespace {
 constexpr int kTile = 64;                // tokens attended at once: K and V of it fit L1
 constexpr int kGroups = kTile / kLanes;  // 16-token groups; each lies in one page
 constexpr int kMaxRows = 32;             // query rows (tokens x heads of the group) of one item
-constexpr int kMaxHead = 512;
 
 // Where four groups of one kv head lie.
 struct Lines {
