@@ -19,9 +19,9 @@ KVQ_HD F16 decode_field(U16 words, int field) {
   constexpr int kBits = code_bits(C);
   const U16 c = (words >> (8 * (field % 4) + kBits * (field / 4))) & ((1u << kBits) - 1u);
   if constexpr (C == Code::kInt8) {
-    return __builtin_convertvector(reinterpret_cast<I16>(c) - 128, F16);
+    return convert<F16>(cast<I16>(c) - 128);
   } else if constexpr (C == Code::kInt4) {
-    return __builtin_convertvector(reinterpret_cast<I16>(c), F16);
+    return convert<F16>(cast<I16>(c));
   } else {
     // As Float8::decode in codec.h. Subnormals go through an integer conversion: as fp32
     // subnormals they would vanish where the process flushes those to zero.
@@ -30,13 +30,13 @@ KVQ_HD F16 decode_field(U16 words, int field) {
     constexpr uint32_t kInf = C == Code::kFp8E5M2 ? 0x7Cu : 0x80u;
     constexpr uint32_t kNan = C == Code::kFp8E5M2 ? 0x7Du : 0x7Fu;
     const U16 mag = c & 0x7Fu;
-    const F16 small = __builtin_convertvector(reinterpret_cast<I16>(mag), F16) *
+    const F16 small = convert<F16>(cast<I16>(mag)) *
                       bits_float(static_cast<uint32_t>(127 + 1 - kBias - kMantissa) << 23);
     const U16 normal = (mag << (23 - kMantissa)) + (static_cast<uint32_t>(127 - kBias) << 23);
-    U16 bits = mag < (1u << kMantissa) ? reinterpret_cast<U16>(small) : normal;
-    if constexpr (kInf < 0x80u) bits = mag == kInf ? U16{} + 0x7F800000u : bits;
-    bits = mag >= kNan ? U16{} + 0x7FC00000u : bits;
-    return reinterpret_cast<F16>(bits | ((c & 0x80u) << 24));
+    U16 bits = select(mag < (1u << kMantissa), cast<U16>(small), normal);
+    if constexpr (kInf < 0x80u) bits = select(mag == kInf, U16{} + 0x7F800000u, bits);
+    bits = select(mag >= kNan, U16{} + 0x7FC00000u, bits);
+    return cast<F16>(bits | ((c & 0x80u) << 24));
   }
 }
 
@@ -92,8 +92,7 @@ struct Fp32Dot {
     for (int g = 0; g < kGroups; ++g) {
       for (long w = 0; w < d / kWord; ++w) {
         prefetch(tile.next.key[g] + w * 64);
-        U16 words;
-        memcpy(&words, tile.now.key[g] + w * 64, 64);
+        const U16 words = load<U16>(tile.now.key[g] + w * 64);
         for (int f = 0; f < kWord; ++f) {
           save16(tiles.decoded + (w * kWord + f) * kTile + g * 16, decode_field<C>(words, f));
         }
@@ -137,8 +136,7 @@ struct Fp32Dot {
         for (long i = 0; i < d; i += kLanes) {
           const long at = (w * d + i) * 4;
           prefetch(tile.next.value[g] + at);
-          U16 words;
-          memcpy(&words, tile.now.value[g] + at, 64);
+          const U16 words = load<U16>(tile.now.value[g] + at);
           for (int f = 0; f < kWord; ++f) {
             const int token = g * 16 + w * kWord + f;
             // Stale bytes may decode to NaN, and 0 * NaN is not 0.

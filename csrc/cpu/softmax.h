@@ -16,10 +16,18 @@ KVQ_HD F16 halves(U16 words) {
 #if defined(__AVX512F__)
   const __m256i h = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words));
   return reinterpret_cast<F16>(_mm512_cvtph_ps(h));
+#elif defined(__AVX2__)
+  // Packing takes 4 words of either half in turn; the permutation sorts that out.
+  const U16 low = words & 0xFFFFu;
+  const __m256i h = _mm256_permute4x64_epi64(
+      _mm256_packus_epi32(reinterpret_cast<__m256i>(low.low), reinterpret_cast<__m256i>(low.high)),
+      0xD8);
+  return {reinterpret_cast<F8>(_mm256_cvtph_ps(_mm256_castsi256_si128(h))),
+          reinterpret_cast<F8>(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)))};
 #else
-  F16 x;
+  alignas(64) float x[16];
   for (int i = 0; i < 16; ++i) x[i] = half_to_float(static_cast<uint16_t>(words[i]));
-  return x;
+  return load16(x);
 #endif
 }
 
@@ -32,8 +40,7 @@ struct TokenScales {
     for (int g = 0; g < kGroups; ++g) {
       prefetch(next[g]);
       if constexpr (is_affine(C)) {
-        U16 w;
-        memcpy(&w, words[g], 64);
+        const U16 w = kvq::load<U16>(words[g]);
         scale[g] = halves(w);
         minimum[g] = halves(w >> 16);
       } else {
@@ -84,8 +91,8 @@ struct TileSoftmax {
   }
 
   static KVQ_HD I16 tokens(long t0, int g) {
-    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane + static_cast<int>(t0 + g * kLanes);
+    static constexpr int32_t kLane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return kvq::load<I16>(kLane) + static_cast<int>(t0 + g * kLanes);
   }
 
   // Softcap and ALiBi, for the models that have them.
@@ -95,7 +102,7 @@ struct TileSoftmax {
         float* at = scores + r * kTile + g * kLanes;
         F16 x = scaled(load16(at), r, g);
         if (facts.softcap > 0.0f) x = tanh16(x) * (facts.softcap * kLog2e);
-        const F16 distance = __builtin_convertvector(facts.position[r] - tokens(t0, g), F16);
+        const F16 distance = convert<F16>(facts.position[r] - tokens(t0, g));
         save16(at, fma(distance, splat(-facts.slope[r]), x));
       }
     }
@@ -111,7 +118,7 @@ struct TileSoftmax {
       if constexpr (kMasked) {
         const Span s = facts.span[row];
         const I16 t = tokens(t0, g);
-        x[g] = (t >= s.begin) & (t < s.end) ? x[g] : splat(kMinusInf);
+        x[g] = select((t >= s.begin) & (t < s.end), x[g], splat(kMinusInf));
       }
       peak = max16(peak, x[g]);
     });
@@ -125,16 +132,16 @@ struct TileSoftmax {
     bias = F16{};
     unroll<kGroups>([&](auto g) KVQ_UNROLLED {
       F16 p = exp2(x[g] - peak);
-      if constexpr (kMasked) p = x[g] == kMinusInf ? F16{} : p;
+      if constexpr (kMasked) p = select(x[g] == kMinusInf, F16{}, p);
       sum += p;
       // A token that some row must not see may hold stale metadata, NaN even.
       if constexpr (kValueAffine) {
         const F16 m = value.minimum[g];
-        bias = fma(p, kMasked ? (p == 0.0f ? F16{} : m) : m, bias);
+        bias = fma(p, kMasked ? select(p == 0.0f, F16{}, m) : m, bias);
       }
       if constexpr (kValue.per_token) {
         const F16 w = p * value.scale[g];
-        p = kMasked ? (p == 0.0f ? F16{} : w) : w;
+        p = kMasked ? select(p == 0.0f, F16{}, w) : w;
         poison += p;
       }
       x[g] = p;
