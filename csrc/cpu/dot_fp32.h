@@ -1,5 +1,6 @@
 // Portable dot products: decode the tile to fp32 once, then fp32 multiply-adds over it. Used for
-// every code on AVX2 and generic machines, and for 8-bit floats on AVX-512 without BF16 + VBMI.
+// every code on AVX2 and generic machines, and for 8-bit floats on those with integer dot products
+// but without AVX-512 BF16 + VBMI.
 #pragma once
 
 #include "tile.h"

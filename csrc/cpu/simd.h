@@ -14,7 +14,8 @@ namespace kvq {
 namespace {
 
 // Two vectors, or two pairs, as one twice as wide. GCC's own vectors wider than a register compare
-// and select lane by lane in scalar code (gcc 12; softmax of AVX2 was 8 times the instructions).
+// and select lane by lane in scalar code (gcc 12: 17,753 instructions for AVX2's softmax of four
+// masked rows, 1,574 in pairs).
 template <class T>
 struct Pair {
   T low, high;

@@ -15,12 +15,10 @@ namespace {
 // One pass over lines serves kVnniRows rows and takes span(rows) vectors at once: 16 accumulators
 // of 32 registers, or 8 of 16.
 #if defined(__AVX512VNNI__)
-#define KVQ_MM(op) _mm512_##op
 typedef __m512i Native;
 constexpr int kVnniRows = 4;
 constexpr int span(int /*rows*/) { return 2; }
 #else
-#define KVQ_MM(op) _mm256_##op
 typedef __m256i Native;
 constexpr int kVnniRows = 2;
 constexpr int span(int rows) { return rows == 1 ? 4 : 2; }
@@ -79,8 +77,12 @@ KVQ_HD Ints low_halves(Ints x, Ints y) {
 }
 
 KVQ_HD Ints shuffle_bytes(Ints x, Ints order) {
-  return reinterpret_cast<Ints>(
-      KVQ_MM(shuffle_epi8)(reinterpret_cast<Native>(x), reinterpret_cast<Native>(order)));
+  const Native a = reinterpret_cast<Native>(x), b = reinterpret_cast<Native>(order);
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Ints>(_mm512_shuffle_epi8(a, b));
+#else
+  return reinterpret_cast<Ints>(_mm256_shuffle_epi8(a, b));
+#endif
 }
 
 // Modulo 2^32.
