@@ -42,6 +42,12 @@ KVQ_HD To bits_as(From from) {
   return to;
 }
 
+// mask ? a : b, lane by lane.
+template <class M, class T>
+KVQ_HD T select(M mask, T a, T b) {
+  return mask ? a : b;
+}
+
 // 16-bit floats ---------------------------------------------------------------------------
 
 KVQ_HD float bf16_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
@@ -95,16 +101,16 @@ struct Float8 {
   template <class F, class U>
   static KVQ_HD U encode(F x) {
     const U u = bits_as<U>(x), magnitude = u & 0x7FFFFFFFu;
-    const U a = magnitude > kMaxBits ? U{} + kMaxBits : magnitude;
+    const U a = select(magnitude > kMaxBits, U{} + kMaxBits, magnitude);
     const U normal = ((a + ((1u << (kShift - 1)) - 1u) + ((a >> kShift) & 1u)) >> kShift) - kRebias;
     const U sub = bits_as<U>(bits_as<F>(a) + bits_float(kMagic)) - kMagic;
-    const U code = a < kMinNormal ? sub : normal;
+    const U code = select(a < kMinNormal, sub, normal);
     const U sign = (u >> 24) & 0x80u;
     if constexpr (kFnuz) {
-      const U finite = code == 0u ? U{} : code | sign;
-      return magnitude > 0x7F800000u ? U{} + 0x80u : finite;
+      const U finite = select(code == 0u, U{}, code | sign);
+      return select(magnitude > 0x7F800000u, U{} + 0x80u, finite);
     } else {
-      return (magnitude > 0x7F800000u ? U{} + kNan : code) | sign;
+      return select(magnitude > 0x7F800000u, U{} + kNan, code) | sign;
     }
   }
 
@@ -136,9 +142,9 @@ using E4M3Fnuz = Float8<3, 8, 0x43700000u /* 240 */, 0x80u, true>;
 // rounds it as IEEE does.
 template <class F, class U>
 KVQ_HD U round_clamped(F y, float low, float high) {
-  y = y == y ? y : F{};
-  y = y < low ? F{} + low : y;
-  y = y > high ? F{} + high : y;
+  y = select(y == y, y, F{});
+  y = select(y < low, F{} + low, y);
+  y = select(y > high, F{} + high, y);
   return bits_as<U>(y + 12582912.0f) - 0x4B400000u;
 }
 

@@ -18,7 +18,7 @@ template <Code C>
 struct DotOf {
   using type = Fp32Dot<C>;
 };
-#if defined(__AVX512VNNI__)
+#if defined(KVQ_VNNI)
 template <>
 struct DotOf<Code::kInt8> {
   using type = VnniDot<Code::kInt8>;

@@ -2,6 +2,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(KVQ_X86)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace kvq {
@@ -10,6 +14,15 @@ namespace {
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
+}
+// gcc 12 has no name for AVX-VNNI in __builtin_cpu_supports.
+bool has_avx2_vnni() {
+#if defined(KVQ_X86)
+  unsigned a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVXVNNI);
+#else
+  return false;
+#endif
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -21,7 +34,7 @@ bool has_avx512_bf16() {
          __builtin_cpu_supports("avx512vbmi");
 }
 
-const KernelTable* g_supported[5];
+const KernelTable* g_supported[6];
 const KernelTable* g_current = nullptr;
 
 }  // namespace
@@ -33,6 +46,7 @@ const KernelTable* const* supported_kernels() {
 #if defined(KVQ_X86)
     if (has_avx512_bf16()) g_supported[n++] = &kAvx512Bf16Kernels;
     if (has_avx512()) g_supported[n++] = &kAvx512Kernels;
+    if (has_avx2_vnni()) g_supported[n++] = &kAvx2VnniKernels;
     if (has_avx2()) g_supported[n++] = &kAvx2Kernels;
 #endif
     g_supported[n] = &kGenericKernels;

@@ -1,5 +1,6 @@
 // Portable dot products: decode the tile to fp32 once, then fp32 multiply-adds over it. Used for
-// every code on AVX2 and generic machines, and for 8-bit floats on AVX-512 without BF16 + VBMI.
+// every code on AVX2 and generic machines, and for 8-bit floats on those with integer dot products
+// but without AVX-512 BF16 + VBMI.
 #pragma once
 
 #include "tile.h"
@@ -7,10 +8,16 @@
 namespace kvq {
 namespace {
 
+// Rows of a pass over the decoded tile, and the F16 of it that a pass of so many rows takes.
 #if defined(__AVX512F__)
-constexpr int kFp32Rows = 4, kFp32Lanes = 4;  // 16 zmm accumulators
+constexpr int kFp32Rows = 4;
+constexpr int fp32_span(int /*rows*/) { return 4; }  // 16 zmm accumulators
+#elif defined(__AVX2__)
+constexpr int kFp32Rows = 2;
+constexpr int fp32_span(int rows) { return rows == 1 ? 4 : 2; }  // 8 ymm accumulators
 #else
-constexpr int kFp32Rows = 2, kFp32Lanes = 2;  // 8 ymm accumulators
+constexpr int kFp32Rows = 2;
+constexpr int fp32_span(int rows) { return rows == 1 ? 2 : 1; }  // 8 xmm accumulators
 #endif
 
 // A field of sixteen 32-bit words as fp32 values of code C.
@@ -19,24 +26,24 @@ KVQ_HD F16 decode_field(U16 words, int field) {
   constexpr int kBits = code_bits(C);
   const U16 c = (words >> (8 * (field % 4) + kBits * (field / 4))) & ((1u << kBits) - 1u);
   if constexpr (C == Code::kInt8) {
-    return __builtin_convertvector(reinterpret_cast<I16>(c) - 128, F16);
+    return convert<F16>(cast<I16>(c) - 128);
   } else if constexpr (C == Code::kInt4) {
-    return __builtin_convertvector(reinterpret_cast<I16>(c), F16);
+    return convert<F16>(cast<I16>(c));
   } else {
     // As Float8::decode in codec.h. Subnormals go through an integer conversion: as fp32
     // subnormals they would vanish where the process flushes those to zero.
     constexpr int kMantissa = C == Code::kFp8E5M2 ? 2 : 3;
     constexpr int kBias = C == Code::kFp8E5M2 ? 15 : 7;
-    constexpr uint32_t kInf = C == Code::kFp8E5M2 ? 0x7Cu : 0x80u;
-    constexpr uint32_t kNan = C == Code::kFp8E5M2 ? 0x7Du : 0x7Fu;
-    const U16 mag = c & 0x7Fu;
-    const F16 small = __builtin_convertvector(reinterpret_cast<I16>(mag), F16) *
-                      bits_float(static_cast<uint32_t>(127 + 1 - kBias - kMantissa) << 23);
-    const U16 normal = (mag << (23 - kMantissa)) + (static_cast<uint32_t>(127 - kBias) << 23);
-    U16 bits = mag < (1u << kMantissa) ? reinterpret_cast<U16>(small) : normal;
-    if constexpr (kInf < 0x80u) bits = mag == kInf ? U16{} + 0x7F800000u : bits;
-    bits = mag >= kNan ? U16{} + 0x7FC00000u : bits;
-    return reinterpret_cast<F16>(bits | ((c & 0x80u) << 24));
+    constexpr int kInf = C == Code::kFp8E5M2 ? 0x7C : 0x80;
+    constexpr int kNan = C == Code::kFp8E5M2 ? 0x7D : 0x7F;
+    const I16 mag = cast<I16>(c & 0x7Fu);  // signed: SSE and AVX2 compare no others
+    const F16 small =
+        convert<F16>(mag) * bits_float(static_cast<uint32_t>(127 + 1 - kBias - kMantissa) << 23);
+    const I16 normal = (mag << (23 - kMantissa)) + ((127 - kBias) << 23);
+    I16 bits = select(mag < (1 << kMantissa), cast<I16>(small), normal);
+    if constexpr (kInf < 0x80) bits = select(mag == kInf, I16{} + 0x7F800000, bits);
+    bits = select(mag >= kNan, I16{} + 0x7FC00000, bits);
+    return cast<F16>(cast<U16>(bits) | ((c & 0x80u) << 24));
   }
 }
 
@@ -67,22 +74,22 @@ struct Fp32Dot {
 
   template <int R>
   static void score_rows(const Query& s, const Tiles& tiles, int row, long d, float* scores) {
-    for (int g = 0; g < kGroups; g += kFp32Lanes) {
-      F16 acc[R][kFp32Lanes] = {};
+    constexpr int kSpan = fp32_span(R);
+    for (int g = 0; g < kGroups; g += kSpan) {
+      F16 sum[R][kSpan] = {};
       for (long i = 0; i < d; ++i) {
-        F16 k[kFp32Lanes];
-        for (int j = 0; j < kFp32Lanes; ++j)
-          k[j] = load16(tiles.decoded + i * kTile + (g + j) * 16);
-        for (int r = 0; r < R; ++r) {
-          const float q = s.q[(row + r) * d + i];
-          for (int j = 0; j < kFp32Lanes; ++j) acc[r][j] = fma(k[j], splat(q), acc[r][j]);
-        }
+        F16 k[kSpan];
+        const float* at = tiles.decoded + i * kTile + g * kLanes;
+        unroll<kSpan>([&](auto j) KVQ_UNROLLED { k[j] = load16(at + j * kLanes); });
+        unroll<R>([&](auto r) KVQ_UNROLLED {
+          const F16 q = splat(s.q[(row + r) * d + i]);
+          unroll<kSpan>([&](auto j) KVQ_UNROLLED { sum[r][j] = fma(k[j], q, sum[r][j]); });
+        });
       }
-      for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < kFp32Lanes; ++j) {
-          save16(scores + (row + r) * kTile + (g + j) * 16, acc[r][j]);
-        }
-      }
+      unroll<R>([&](auto r) KVQ_UNROLLED {
+        float* out = scores + (row + r) * kTile + g * kLanes;
+        unroll<kSpan>([&](auto j) KVQ_UNROLLED { save16(out + j * kLanes, sum[r][j]); });
+      });
     }
   }
 
@@ -92,16 +99,14 @@ struct Fp32Dot {
     for (int g = 0; g < kGroups; ++g) {
       for (long w = 0; w < d / kWord; ++w) {
         prefetch(tile.next.key[g] + w * 64);
-        U16 words;
-        memcpy(&words, tile.now.key[g] + w * 64, 64);
-        for (int f = 0; f < kWord; ++f) {
+        const U16 words = load<U16>(tile.now.key[g] + w * 64);
+        unroll<kWord>([&](auto f) KVQ_UNROLLED {
           save16(tiles.decoded + (w * kWord + f) * kTile + g * 16, decode_field<C>(words, f));
-        }
+        });
       }
     }
-    int r = 0;
-    for (; r + kFp32Rows <= rows; r += kFp32Rows) score_rows<kFp32Rows>(s, tiles, r, d, scores);
-    for (; r < rows; ++r) score_rows<1>(s, tiles, r, d, scores);
+    for_row_blocks<kFp32Rows>(
+        rows, [&](auto n, int row) { score_rows<decltype(n)::value>(s, tiles, row, d, scores); });
   }
 
   template <int N, bool kScaled>
@@ -113,20 +118,27 @@ struct Fp32Dot {
     }
   }
 
-  template <int R>
-  static void accumulate_rows(const Weights& s, const Tiles& tiles, int row, long d,
+  // 16 * kSpan channels from `dim` on.
+  template <int R, int kSpan>
+  static void accumulate_rows(const Weights& s, const Tiles& tiles, int row, long d, long dim,
                               const float* alpha, const float* gamma, float* acc) {
-    for (long i = 0; i < d; i += kLanes) {
-      F16 t[R] = {};
-      for (int n = 0; n < kTile; ++n) {
-        const F16 v = load16(tiles.decoded + n * d + i);
-        for (int r = 0; r < R; ++r) t[r] = fma(v, splat(s.p[(row + r) * kTile + n]), t[r]);
-      }
-      for (int r = 0; r < R; ++r) {
-        float* a = acc + (row + r) * d + i;
-        save16(a, fma(load16(a), splat(alpha[row + r]), t[r] * gamma[row + r]));
-      }
+    F16 sum[R][kSpan] = {};
+    for (int n = 0; n < kTile; ++n) {
+      F16 v[kSpan];
+      const float* at = tiles.decoded + n * d + dim;
+      unroll<kSpan>([&](auto j) KVQ_UNROLLED { v[j] = load16(at + j * kLanes); });
+      unroll<R>([&](auto r) KVQ_UNROLLED {
+        const F16 p = splat(s.p[(row + r) * kTile + n]);
+        unroll<kSpan>([&](auto j) KVQ_UNROLLED { sum[r][j] = fma(v[j], p, sum[r][j]); });
+      });
     }
+    unroll<R>([&](auto r) KVQ_UNROLLED {
+      float* a = acc + (row + r) * d + dim;
+      const F16 shrink = splat(alpha[row + r]), unit = splat(gamma[row + r]);
+      unroll<kSpan>([&](auto j) KVQ_UNROLLED {
+        save16(a + j * kLanes, fma(load16(a + j * kLanes), shrink, sum[r][j] * unit));
+      });
+    });
   }
 
   // acc[row] = acc[row] * alpha[row] + (weights . code) * gamma[row].
@@ -137,21 +149,24 @@ struct Fp32Dot {
         for (long i = 0; i < d; i += kLanes) {
           const long at = (w * d + i) * 4;
           prefetch(tile.next.value[g] + at);
-          U16 words;
-          memcpy(&words, tile.now.value[g] + at, 64);
-          for (int f = 0; f < kWord; ++f) {
+          const U16 words = load<U16>(tile.now.value[g] + at);
+          unroll<kWord>([&](auto f) KVQ_UNROLLED {
             const int token = g * 16 + w * kWord + f;
             // Stale bytes may decode to NaN, and 0 * NaN is not 0.
             const bool live = token >= tile.begin && token < tile.end;
             save16(tiles.decoded + token * d + i, live ? decode_field<C>(words, f) : F16{});
-          }
+          });
         }
       }
     }
-    int r = 0;
-    for (; r + kFp32Rows <= rows; r += kFp32Rows)
-      accumulate_rows<kFp32Rows>(s, tiles, r, d, alpha, gamma, acc);
-    for (; r < rows; ++r) accumulate_rows<1>(s, tiles, r, d, alpha, gamma, acc);
+    for_row_blocks<kFp32Rows>(rows, [&](auto n, int row) {
+      constexpr int R = decltype(n)::value, kSpan = fp32_span(R);
+      long i = 0;
+      for (; i + kSpan * kLanes <= d; i += kSpan * kLanes) {
+        accumulate_rows<R, kSpan>(s, tiles, row, d, i, alpha, gamma, acc);
+      }
+      for (; i < d; i += kLanes) accumulate_rows<R, 1>(s, tiles, row, d, i, alpha, gamma, acc);
+    });
   }
 };
 

@@ -75,6 +75,7 @@ struct KernelTable {
 
 extern const KernelTable kGenericKernels;
 extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx2VnniKernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAvx512Bf16Kernels;
 

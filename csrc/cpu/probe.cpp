@@ -21,9 +21,7 @@ void read_piece(void* context, long index) {
   U16 sum[8] = {};
   for (long i = 0; i + 512 <= size; i += 512) {
     for (int j = 0; j < 8; ++j) {
-      U16 line;
-      memcpy(&line, begin + i + j * 64, 64);
-      sum[j] ^= line;
+      sum[j] ^= load<U16>(begin + i + j * 64);
     }
   }
   uint32_t all = 0;

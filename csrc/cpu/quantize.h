@@ -13,22 +13,60 @@ constexpr float kAmaxFloor = 0x1p-100f;
 constexpr float kHalfMax = 65504.0f;
 constexpr float kFloatMax = 0x1.fffffep127f;
 
-typedef uint8_t B16 __attribute__((vector_size(16)));
-typedef uint16_t H16 __attribute__((vector_size(32)));
+KVQ_HD U16 words_of(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U16>(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+  const __m128i* half = reinterpret_cast<const __m128i*>(from);
+  return {reinterpret_cast<U8>(_mm256_cvtepu16_epi32(_mm_loadu_si128(half))),
+          reinterpret_cast<U8>(_mm256_cvtepu16_epi32(_mm_loadu_si128(half + 1)))};
+#else
+  uint32_t words[kLanes];
+  for (int i = 0; i < kLanes; ++i) words[i] = from[i];
+  return load<U16>(words);
+#endif
+}
+
+KVQ_HD U16 words_of(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U16>(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return {reinterpret_cast<U8>(_mm256_cvtepu8_epi32(bytes)),
+          reinterpret_cast<U8>(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+#else
+  uint32_t words[kLanes];
+  for (int i = 0; i < kLanes; ++i) words[i] = from[i];
+  return load<U16>(words);
+#endif
+}
+
+// Sixteen words below 256, as bytes.
+KVQ_HD void save_bytes(uint8_t* out, U16 words) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(words)));
+#elif defined(__AVX2__)
+  // Packing goes 128 bits by 128 bits; the permutation puts their quarters in order.
+  const __m256i h = _mm256_permute4x64_epi64(
+      _mm256_packus_epi32(reinterpret_cast<__m256i>(words.low),
+                          reinterpret_cast<__m256i>(words.high)),
+      0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm_packus_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+#else
+  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<uint8_t>(words[i]);
+#endif
+}
 
 // Sixteen activations from element `at` on.
 template <Activation A>
 KVQ_HD F16 load_lanes(const void* data, long at) {
   if constexpr (A == Activation::kFloat) return load16(static_cast<const float*>(data) + at);
   const uint16_t* from = static_cast<const uint16_t*>(data) + at;
-#if defined(__AVX512F__)
-  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  const U16 words = reinterpret_cast<U16>(_mm512_cvtepu16_epi32(h));
-#else
-  H16 h;
-  memcpy(&h, from, 32);
-  const U16 words = __builtin_convertvector(h, U16);
-#endif
+  const U16 words = words_of(from);
   if constexpr (A == Activation::kBFloat16) return bits_as<F16>(words << 16);
   return halves(words);
 }
@@ -60,7 +98,7 @@ struct Extent {
     low = min16(low, v);
     high = max16(high, v);
     const I16 m = bits_as<I16>(v) & 0x7FFFFFFF;
-    magnitude = m > magnitude ? m : magnitude;
+    magnitude = select(m > magnitude, m, magnitude);
   }
 };
 
@@ -124,21 +162,10 @@ KVQ_HD U16 encode_lanes(const float* x, long i, const RowScale& row, const Stati
       // Round before adding the zero point, so that it does not move ties.
       constexpr float kLimit = 4 * Codec<C>::kMax;
       const I16 whole = bits_as<I16>(round_clamped<F16, U16>(y, -kLimit, kLimit));
-      y = __builtin_convertvector(whole, F16) + load16(channels.zero_point + i);
+      y = convert<F16>(whole) + load16(channels.zero_point + i);
     }
   }
   return Codec<C>::template encode<F16, U16>(y);
-}
-
-// The low bytes of sixteen words.
-KVQ_HD void save_bytes(uint8_t* out, U16 words) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
-                   _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(words)));
-#else
-  const B16 bytes = __builtin_convertvector(words, B16);
-  memcpy(out, &bytes, 16);
-#endif
 }
 
 // Every eight codes become a word, channels 4 to 7 in the high nibbles. In place is fine.
@@ -160,14 +187,7 @@ template <Code C>
 KVQ_HD U16 fields(const uint8_t* codes, long d, int from, int to) {
   U16 words{};
   for (int f = from; f < to; ++f) {
-    B16 bytes;
-    memcpy(&bytes, codes + f * d, 16);
-#if defined(__AVX512F__)
-    const U16 c = reinterpret_cast<U16>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes)));
-#else
-    const U16 c = __builtin_convertvector(bytes, U16);
-#endif
-    words |= c << field_shift<C>(f);
+    words |= words_of(codes + f * d) << field_shift<C>(f);
   }
   return words;
 }

@@ -20,8 +20,7 @@ struct TokenScales {
     for (int g = 0; g < kGroups; ++g) {
       prefetch(next[g]);
       if constexpr (is_affine(C)) {
-        U16 w;
-        memcpy(&w, words[g], 64);
+        const U16 w = kvq::load<U16>(words[g]);
         scale[g] = halves(w);
         minimum[g] = halves(w >> 16);
       } else {
@@ -72,8 +71,8 @@ struct TileSoftmax {
   }
 
   static KVQ_HD I16 tokens(long t0, int g) {
-    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane + static_cast<int>(t0 + g * kLanes);
+    static constexpr int32_t kLane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return kvq::load<I16>(kLane) + static_cast<int>(t0 + g * kLanes);
   }
 
   // Softcap and ALiBi, for the models that have them.
@@ -83,7 +82,7 @@ struct TileSoftmax {
         float* at = scores + r * kTile + g * kLanes;
         F16 x = scaled(load16(at), r, g);
         if (facts.softcap > 0.0f) x = tanh16(x) * (facts.softcap * kLog2e);
-        const F16 distance = __builtin_convertvector(facts.position[r] - tokens(t0, g), F16);
+        const F16 distance = convert<F16>(facts.position[r] - tokens(t0, g));
         save16(at, fma(distance, splat(-facts.slope[r]), x));
       }
     }
@@ -99,7 +98,7 @@ struct TileSoftmax {
       if constexpr (kMasked) {
         const Span s = facts.span[row];
         const I16 t = tokens(t0, g);
-        x[g] = (t >= s.begin) & (t < s.end) ? x[g] : splat(kMinusInf);
+        x[g] = select((t >= s.begin) & (t < s.end), x[g], splat(kMinusInf));
       }
       peak = max16(peak, x[g]);
     });
@@ -113,16 +112,16 @@ struct TileSoftmax {
     bias = F16{};
     unroll<kGroups>([&](auto g) KVQ_UNROLLED {
       F16 p = exp2(x[g] - peak);
-      if constexpr (kMasked) p = x[g] == kMinusInf ? F16{} : p;
+      if constexpr (kMasked) p = select(x[g] == kMinusInf, F16{}, p);
       sum += p;
       // A token that some row must not see may hold stale metadata, NaN even.
       if constexpr (kValueAffine) {
         const F16 m = value.minimum[g];
-        bias = fma(p, kMasked ? (p == 0.0f ? F16{} : m) : m, bias);
+        bias = fma(p, kMasked ? select(p == 0.0f, F16{}, m) : m, bias);
       }
       if constexpr (kValue.per_token) {
         const F16 w = p * value.scale[g];
-        p = kMasked ? (p == 0.0f ? F16{} : w) : w;
+        p = kMasked ? select(p == 0.0f, F16{}, w) : w;
         poison += p;
       }
       x[g] = p;

@@ -40,8 +40,8 @@ template <class F>
 KVQ_HD Shares<F> shares(F x, F y) {
   const F one = F{} + 1.0f;
   const auto first = x >= y;
-  const F e = exp2(first ? y - x : x - y);
-  return {first ? one : e, first ? e : one, first ? x : y};
+  const F e = exp2(select(first, y - x, x - y));
+  return {select(first, one, e), select(first, e, one), select(first, x, y)};
 }
 
 KVQ_HD void merge_lanes(float* into, F16 from, F16 a, F16 b) {

@@ -68,18 +68,14 @@ KVQ_HD void write_value(const uint8_t* codes, const Run& run, long d, uint8_t* o
     uint8_t* line = out + word * d * 4;
     if (to - from == kWord) {
       for (long i = 0; i < d; i += kLanes, line += 64) {
-        U16 filled = fields<C>(rows + i, d, 0, kWord);
-        memcpy(line, &filled, 64);
+        save(line, fields<C>(rows + i, d, 0, kWord));
       }
       continue;
     }
     uint32_t keep = ~0u;
     for (int f = from; f < to; ++f) keep &= ~(((1u << kBits) - 1u) << field_shift<C>(f));
     for (long i = 0; i < d; i += kLanes, line += 64) {
-      U16 old;
-      memcpy(&old, line, 64);
-      old = (old & keep) | fields<C>(rows + i, d, from, to);
-      memcpy(line, &old, 64);
+      save(line, (load<U16>(line) & keep) | fields<C>(rows + i, d, from, to));
     }
   }
 }

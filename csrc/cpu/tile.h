@@ -48,19 +48,15 @@ KVQ_HD void unroll(const F& body) {
   unroll_list(body, typename MakeIndices<N>::type{});
 }
 
-// visit(Int<R>, first row) for every block of four rows and for what is left of them.
-template <class Visit>
+// visit(Int<R>, first row) for every block of N rows and for what is left of them.
+template <int N = kBlockRows, class Visit>
 KVQ_HD void for_row_blocks(int rows, const Visit& visit) {
   int r = 0;
-  for (; r + kBlockRows <= rows; r += kBlockRows) visit(Int<kBlockRows>{}, r);
-  switch (rows - r) {
-    case 3:
-      return visit(Int<3>{}, r);
-    case 2:
-      return visit(Int<2>{}, r);
-    case 1:
-      return visit(Int<1>{}, r);
-  }
+  for (; r + N <= rows; r += N) visit(Int<N>{}, r);
+  unroll<N - 1>([&](auto i) KVQ_UNROLLED {
+    constexpr int left = N - 1 - decltype(i)::value;
+    if (rows - r == left) visit(Int<left>{}, r);
+  });
 }
 
 // Largest integer whose two 8-bit limbs, 256 * high + low with both in [-128, 127], stay in range.

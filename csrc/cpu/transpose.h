@@ -9,8 +9,10 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kSide = 16;
-#else
+#elif defined(__AVX2__)
 constexpr int kSide = 8;
+#else
+constexpr int kSide = 4;
 #endif
 typedef uint32_t Side __attribute__((vector_size(kSide * 4)));
 
@@ -39,8 +41,8 @@ KVQ_HD void transpose(const uint32_t* in, long stride, long lines, uint8_t* out)
       for (int i = 0; i < kSide; ++i) memcpy(&row[i], in + (t + i) * stride + w, sizeof(Side));
       swap_step<1>(row, Indices{});
       swap_step<2>(row, Indices{});
-      swap_step<4>(row, Indices{});
-      if constexpr (kSide == 16) swap_step<kSide / 2>(row, Indices{});
+      if constexpr (kSide > 4) swap_step<4>(row, Indices{});
+      if constexpr (kSide > 8) swap_step<8>(row, Indices{});
       for (int i = 0; i < kSide && w + i < lines; ++i) {
         memcpy(out + (w + i) * 64 + t * 4, &row[i], sizeof(Side));
       }

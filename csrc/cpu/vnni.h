@@ -1,0 +1,101 @@
+// The vectors that integer dot products run on: a whole line (zmm) with AVX-512 VNNI, half a line
+// (ymm) with AVX-VNNI.
+#pragma once
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define KVQ_VNNI 1
+
+#include <immintrin.h>
+
+#include "tile.h"
+
+namespace kvq {
+namespace {
+
+// One pass over lines serves kVnniRows rows and takes span(rows) vectors at once: 16 accumulators
+// of 32 registers, or 8 of 16.
+#if defined(__AVX512VNNI__)
+typedef __m512i Native;
+constexpr int kVnniRows = 4;
+constexpr int span(int /*rows*/) { return 2; }
+#else
+typedef __m256i Native;
+constexpr int kVnniRows = 2;
+constexpr int span(int rows) { return rows == 1 ? 4 : 2; }
+#endif
+constexpr int kVector = sizeof(Native);
+constexpr int kPerLine = 64 / kVector;
+constexpr int kVectorLanes = kVector / 4;
+
+typedef int32_t Ints __attribute__((vector_size(kVector)));
+typedef uint32_t Words __attribute__((vector_size(kVector)));
+typedef float Floats __attribute__((vector_size(kVector)));
+
+// Vector i of sixteen lanes; and sixteen lanes, zeros behind a vector's own.
+#if defined(__AVX512VNNI__)
+KVQ_HD Floats part(F16 x, int /*i*/) { return x; }
+KVQ_HD F16 widened(Floats x) { return x; }
+#else
+KVQ_HD Floats part(F16 x, int i) { return i == 0 ? x.low : x.high; }
+KVQ_HD F16 widened(Floats x) { return {x, Floats{}}; }
+#endif
+
+KVQ_HD Ints broadcast(const int8_t* p) {
+  int32_t w;
+  memcpy(&w, p, 4);
+  return Ints{} + w;
+}
+
+// acc += u8 . s8. Written as asm because gcc 12 shuffles sixteen accumulators through register
+// copies when the intrinsic builds them (a quarter of the loop; seen in its disassembly).
+KVQ_HD void dpbusd(Ints& acc, Ints u8, Ints s8) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+#else
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(u8), "x"(s8));
+#endif
+}
+
+// The same four words in every 16 bytes.
+KVQ_HD Ints quads(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const __m128i q = reinterpret_cast<__m128i>(U4{a, b, c, d});
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Ints>(_mm512_broadcast_i32x4(q));
+#else
+  return reinterpret_cast<Ints>(_mm256_broadcastsi128_si256(q));
+#endif
+}
+
+// The low halves of x's words, with those of y above them.
+KVQ_HD Ints low_halves(Ints x, Ints y) {
+  const Native a = reinterpret_cast<Native>(x), b = reinterpret_cast<Native>(y << 16);
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Ints>(_mm512_mask_blend_epi16(0xAAAAAAAAu, a, b));
+#else
+  return reinterpret_cast<Ints>(_mm256_blend_epi16(a, b, 0xAA));
+#endif
+}
+
+KVQ_HD Ints shuffle_bytes(Ints x, Ints order) {
+  const Native a = reinterpret_cast<Native>(x), b = reinterpret_cast<Native>(order);
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Ints>(_mm512_shuffle_epi8(a, b));
+#else
+  return reinterpret_cast<Ints>(_mm256_shuffle_epi8(a, b));
+#endif
+}
+
+// Modulo 2^32.
+KVQ_HD uint32_t total_of(Words x) {
+#if defined(__AVX512VNNI__)
+  return static_cast<uint32_t>(_mm512_reduce_add_epi32(reinterpret_cast<Native>(x)));
+#else
+  uint32_t sum = 0;
+  for (int i = 0; i < kVectorLanes; ++i) sum += x[i];
+  return sum;
+#endif
+}
+
+}  // namespace
+}  // namespace kvq
+#endif
