@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import (
     ACTIVATIONS,
+    ATTEND_ISAS,
     BATCHES,
     BLOCK_SIZES,
     GRANULARITIES,
@@ -32,7 +33,7 @@ from cases import (
 from kvq_plugin import ops, reference
 from kvq_plugin.formats import Kind, get_format
 
-every_isa = pytest.mark.parametrize("isa", ISAS)
+every_isa = pytest.mark.parametrize("isa", ATTEND_ISAS)
 every_format = pytest.mark.parametrize("format", ROWS, ids=name_of)
 every_dtype = pytest.mark.parametrize("dtype", ACTIVATIONS, ids=name_of)
 NAN = float("nan")
@@ -566,6 +567,19 @@ def test_instruction_sets_agree():
     p = oracle.build(get_format("int8_per_token_head"), BATCHES["mixed"])
     outputs = [run(p, isa) for isa in ISAS]
     assert any(not torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ATTEND_ISAS if isa.startswith("amx")])
+@pytest.mark.parametrize("head_size", (16, 48, 64, 112, 128, 512))
+@every_format
+def test_tiles_give_the_bits_of_avx512(format, head_size, isa):
+    """Sums of integers are exact in any order. Five rows are the fewest that tiles are used for,
+    sixteen fill one, thirty-two two; and values of four pages lie unevenly."""
+    for group, block_size in ((5, 128), (16, 64), (17, 32), (32, 16)):
+        batch = ((150, 1), (64, 1), (200, 3))
+        p = oracle.build(format, batch, group=group, kv_heads=2, head_size=head_size,
+                         block_size=block_size)  # fmt: skip
+        assert torch.equal(run(p, isa), run(p, "avx512_bf16"))
 
 
 # --- arguments -----------------------------------------------------------------------------------
