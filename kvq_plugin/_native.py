@@ -41,7 +41,7 @@ def load() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set in use: ``generic``, ``avx2``, ``avx2_vnni``, ``avx512`` or ``avx512_bf16``."""
+    """The instruction set in use, from ``generic`` to ``amx`` (``supported_isas`` lists them)."""
     return load().kvq_current_isa().decode()
 
 

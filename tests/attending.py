@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import (
     ACTIVATIONS,
-    ISAS,
+    ATTEND_ISAS,
     OFFSET_SLACK,
     ROWS,
     SMALL_BATCH,
@@ -20,7 +20,7 @@ from cases import (
 
 from kvq_plugin import ops
 
-every_isa = pytest.mark.parametrize("isa", ISAS)
+every_isa = pytest.mark.parametrize("isa", ATTEND_ISAS)
 every_format = pytest.mark.parametrize("format", ROWS, ids=name_of)
 every_dtype = pytest.mark.parametrize("dtype", ACTIVATIONS, ids=name_of)
 NAN = float("nan")

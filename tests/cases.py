@@ -111,6 +111,10 @@ def instruction_sets() -> list[str]:
 
 ISAS = instruction_sets()
 
+#: AMX's kernels with its instructions emulated: what a machine without AMX runs of them. It is
+#: no instruction set of its own, and only attention differs from ``avx512_bf16``.
+ATTEND_ISAS = [*ISAS, *(["amx_emulated"] if "avx512_bf16" in ISAS else [])]
+
 
 def use_isa(isa: str):
     """Context manager that runs the compiled ops with *isa*'s function table."""

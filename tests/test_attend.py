@@ -12,6 +12,7 @@ import pytest
 import torch
 from attending import check, compare, every_dtype, every_format, every_isa, run, slots_of
 from cases import (
+    ATTEND_ISAS,
     BATCHES,
     BLOCK_SIZES,
     GRANULARITIES,
@@ -270,3 +271,16 @@ def test_keys_and_values_of_subnormal_codes(format, isa):
 def test_query_of_zeros_averages_the_values(format, isa):
     p = oracle.build(format, ((37, 1), (64, 5)), query_gain=0.0)
     compare(format, run(p, isa), p.expected(), oracle.attention_bound(p))
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ATTEND_ISAS if isa.startswith("amx")])
+@pytest.mark.parametrize("head_size", (16, 48, 64, 112, 128, 512))
+@every_format
+def test_tiles_give_the_bits_of_avx512(format, head_size, isa):
+    """Sums of integers are exact in any order. Five rows are the fewest that tiles are used for,
+    sixteen fill one, thirty-two two; and values of four pages lie unevenly."""
+    for group, block_size in ((5, 128), (16, 64), (17, 32), (32, 16)):
+        batch = ((150, 1), (64, 1), (200, 3))
+        p = oracle.build(format, batch, group=group, kv_heads=2, head_size=head_size,
+                         block_size=block_size)  # fmt: skip
+        assert torch.equal(run(p, isa), run(p, "avx512_bf16"))

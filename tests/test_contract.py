@@ -18,7 +18,7 @@ from kvq_plugin.layout import PageLayout
 
 ROOT = Path(__file__).parent.parent
 #: Every instruction set there is a build of, best first.
-KNOWN_ISAS = ["avx512_bf16", "avx512", "avx2_vnni", "avx2", "generic"]
+KNOWN_ISAS = ["amx", "avx512_bf16", "avx512", "avx2_vnni", "avx2", "generic"]
 
 pytestmark = pytest.mark.skipif(
     ISAS == ["reference"], reason="KVQ_KERNELS=reference: there is no library to compare with"
@@ -74,6 +74,14 @@ def test_use_isa_switches_and_restores():
     with pytest.raises(RuntimeError, match="inside"), _native.use_isa("generic"):
         raise RuntimeError("inside")
     assert _native.isa() == before
+
+
+def test_emulated_tiles_can_be_asked_for_but_are_not_offered():
+    assert "amx_emulated" not in _native.supported_isas()
+    if "avx512_bf16" not in ISAS:
+        pytest.skip("they need what surrounds the tiles: AVX-512 BF16")
+    with _native.use_isa("amx_emulated"):
+        assert _native.isa() == "amx_emulated"
 
 
 def test_unknown_instruction_set_is_refused():

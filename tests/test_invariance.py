@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import ATTEND_ISAS, ISAS, use_isa
 
 from kvq_plugin import ops
 from kvq_plugin.formats import FORMATS
@@ -73,8 +74,15 @@ class Sequences:
         return out
 
 
+@pytest.fixture(params=[ISAS[0], *(isa for isa in ATTEND_ISAS if isa not in ISAS)])
+def isa(request):
+    """The best one here, and what there is beside the real ones."""
+    with use_isa(request.param):
+        yield
+
+
 @pytest.fixture(params=CASES, ids=lambda c: f"{c[0].name}-{str(c[1]).removeprefix('torch.')}")
-def case(request):
+def case(request, isa):
     """Sequences, their cache written at once, and the attention of all of them at once."""
     sequences = Sequences(*request.param)
     cache = sequences.cache(0)

@@ -4,6 +4,7 @@
 // running result in order; whether one thread does all chunks of an item or many threads do some
 // each changes nothing. So a row's output depends on its own sequence alone, bit for bit: not on
 // the batch, the number of threads, or how a prompt was cut into prefill chunks.
+#include "dot_amx.h"
 #include "dot_bf16.h"
 #include "dot_fp32.h"
 #include "dot_vnni.h"
@@ -18,14 +19,21 @@ template <Code C>
 struct DotOf {
   using type = Fp32Dot<C>;
 };
+#if defined(KVQ_AMX)
+template <Code C>
+using IntegerDot = AmxDot<C>;
+#elif defined(KVQ_VNNI)
+template <Code C>
+using IntegerDot = VnniDot<C>;
+#endif
 #if defined(KVQ_VNNI)
 template <>
 struct DotOf<Code::kInt8> {
-  using type = VnniDot<Code::kInt8>;
+  using type = IntegerDot<Code::kInt8>;
 };
 template <>
 struct DotOf<Code::kInt4> {
-  using type = VnniDot<Code::kInt4>;
+  using type = IntegerDot<Code::kInt4>;
 };
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
@@ -237,6 +245,10 @@ struct Kernel {
              *reinterpret_cast<Scratch*>(memory),
              reinterpret_cast<Head*>(memory + sizeof(Scratch)),
              plan.params->cache.head_size};
+#if defined(KVQ_AMX)
+    const TileSession session(
+        item.rows > kBlockRows && (kUsesTiles<KeyDot> || kUsesTiles<ValueDot>), item.rows);
+#endif
     for (int h = 0; h < item.heads; ++h) k.prepare(h);
     const int rows = item.rows;
     const auto running = [&](int h) { return State::at(k.heads[h].running, rows); };

@@ -5,6 +5,10 @@
 #if defined(KVQ_X86)
 #include <cpuid.h>
 #endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
@@ -34,7 +38,23 @@ bool has_avx512_bf16() {
          __builtin_cpu_supports("avx512vbmi");
 }
 
-const KernelTable* g_supported[6];
+// Linux gives a process the 8 KB of tile registers when it asks; where that is refused, by a
+// sandbox for one, the first use of a tile would be an illegal instruction.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h of Linux 5.16
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+// gcc's answer includes that the system saves the tiles (XCR0 bits 17 and 18).
+bool has_amx() {
+  return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-int8") && may_use_tiles();
+}
+
+const KernelTable* g_supported[7];
 const KernelTable* g_current = nullptr;
 
 }  // namespace
@@ -44,6 +64,7 @@ const KernelTable* const* supported_kernels() {
     __builtin_cpu_init();
     int n = 0;
 #if defined(KVQ_X86)
+    if (has_amx()) g_supported[n++] = &kAmxKernels;
     if (has_avx512_bf16()) g_supported[n++] = &kAvx512Bf16Kernels;
     if (has_avx512()) g_supported[n++] = &kAvx512Kernels;
     if (has_avx2_vnni()) g_supported[n++] = &kAvx2VnniKernels;
@@ -61,6 +82,12 @@ bool use_kernels(const char* name) {
       return true;
     }
   }
+#if defined(KVQ_X86)
+  if (std::strcmp(kAmxEmulatedKernels.name, name) == 0 && has_avx512_bf16()) {
+    g_current = &kAmxEmulatedKernels;
+    return true;
+  }
+#endif
   return false;
 }
 

@@ -78,11 +78,14 @@ extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx2VnniKernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAvx512Bf16Kernels;
+extern const KernelTable kAmxKernels;
+extern const KernelTable kAmxEmulatedKernels;  // kAmxKernels with the tiles in plain C++
 
 // Tables this processor can run, best first, ended by null.
 const KernelTable* const* supported_kernels();
 // The table in use: the best one, or what KVQ_ISA or use_kernels() asked for.
 const KernelTable& current_kernels();
+// By name: a supported table, or "amx_emulated", which is for tests and listed nowhere.
 bool use_kernels(const char* name);
 
 }  // namespace kvq

@@ -50,10 +50,10 @@ KVQ_HD void save_bytes(uint8_t* out, U16 words) {
                    _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(words)));
 #elif defined(__AVX2__)
   // Packing goes 128 bits by 128 bits; the permutation puts their quarters in order.
-  const __m256i h = _mm256_permute4x64_epi64(
-      _mm256_packus_epi32(reinterpret_cast<__m256i>(words.low),
-                          reinterpret_cast<__m256i>(words.high)),
-      0xD8);
+  const __m256i h =
+      _mm256_permute4x64_epi64(_mm256_packus_epi32(reinterpret_cast<__m256i>(words.low),
+                                                   reinterpret_cast<__m256i>(words.high)),
+                               0xD8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
                    _mm_packus_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
 #else
