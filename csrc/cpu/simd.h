@@ -177,6 +177,20 @@ KVQ_HD void save4(void* p, F4 v) { save(p, v); }
 KVQ_HD F16 load16(const void* p) { return load<F16>(p); }
 KVQ_HD void save16(void* p, F16 v) { save(p, v); }
 
+// Past the caches, to an address on a cache line; fence() before others may read.
+KVQ_HD void stream16(void* p, U16 v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#else
+  save(p, v);
+#endif
+}
+KVQ_HD void fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // Not F16{} + x, which is an addition: x may be -0.
 KVQ_HD F16 splat(float x) { return x - F16{}; }
 

@@ -11,6 +11,8 @@
 namespace kvq {
 namespace {
 
+constexpr long kStreamedTokens = 256;
+
 // `count` tokens from `token` on go to consecutive slots of one group.
 struct Run {
   int64_t slot;
@@ -23,6 +25,8 @@ struct StoreTask {
   const Run* runs;
   long num_runs;
   int parts;
+  long share;  // neighbouring slots, whole groups, that one part writes
+  bool stream;
 };
 
 // Codes of one run, for some heads, before they are laid out.
@@ -37,7 +41,7 @@ struct Batch {
 };
 
 // K words run over channels: the sixteen tokens of a group share each line.
-template <Code C>
+template <Code C, bool kStream>
 KVQ_HD void write_key(uint8_t* codes, const Run& run, long d, uint8_t* out) {
   constexpr int kWord = 32 / code_bits(C);
   const long words = d / kWord;
@@ -46,7 +50,7 @@ KVQ_HD void write_key(uint8_t* codes, const Run& run, long d, uint8_t* out) {
   if (run.count == kGroup) {
     for (long w = 0; w < words; w += kGroup) {
       const long lines = words - w < kGroup ? words - w : kGroup;
-      transpose(rows + w, words, lines, out + w * 64);
+      transpose<kStream>(rows + w, words, lines, out + w * 64);
     }
     return;
   }
@@ -57,7 +61,7 @@ KVQ_HD void write_key(uint8_t* codes, const Run& run, long d, uint8_t* out) {
 }
 
 // V words run over tokens: what the run does not fill of them stays.
-template <Code C>
+template <Code C, bool kStream>
 KVQ_HD void write_value(const uint8_t* codes, const Run& run, long d, uint8_t* out) {
   constexpr int kBits = code_bits(C), kWord = 32 / kBits;
   const int first = static_cast<int>(run.slot % kGroup), last = first + run.count;
@@ -68,7 +72,8 @@ KVQ_HD void write_value(const uint8_t* codes, const Run& run, long d, uint8_t* o
     uint8_t* line = out + word * d * 4;
     if (to - from == kWord) {
       for (long i = 0; i < d; i += kLanes, line += 64) {
-        save(line, fields<C>(rows + i, d, 0, kWord));
+        const U16 filled = fields<C>(rows + i, d, 0, kWord);
+        kStream ? stream16(line, filled) : save(line, filled);
       }
       continue;
     }
@@ -142,13 +147,15 @@ struct Writer {
     }
   }
 
+  template <bool kStream>
   void write(Batch& b, const Run& run, long begin, long end) const {
     const size_t metadata = static_cast<size_t>(run.count) * 4;
     const long position = run.slot % size * 4;
     encode<kKey.code, kKey.per_token>(b, p.key, p.key_scale, run, begin, end);
     for (long h = begin; h < end; ++h) {
       uint8_t* to = page(run, h);
-      write_key<kKey.code>(b.codes + (h - begin) * kGroup * d, run, d, to + key_group(run));
+      write_key<kKey.code, kStream>(b.codes + (h - begin) * kGroup * d, run, d,
+                                    to + key_group(run));
       if constexpr (kKey.per_token) {
         memcpy(to + task.layout.key_metadata + position, b.metadata[h - begin], metadata);
       }
@@ -156,7 +163,8 @@ struct Writer {
     encode<kValue.code, kValue.per_token>(b, p.value, p.value_scale, run, begin, end);
     for (long h = begin; h < end; ++h) {
       uint8_t* to = page(run, h);
-      write_value<kValue.code>(b.codes + (h - begin) * kGroup * d, run, d, to + value_group(run));
+      write_value<kValue.code, kStream>(b.codes + (h - begin) * kGroup * d, run, d,
+                                        to + value_group(run));
       if constexpr (kValue.per_token) {
         memcpy(to + task.layout.value_metadata + position, b.metadata[h - begin], metadata);
       }
@@ -172,15 +180,21 @@ struct Writer {
     const long step = Batch::heads(w.d);
     const Run *run = nullptr, *last = task.runs + task.num_runs;
     for (const Run* next = task.runs;; ++next) {
-      while (next < last && next->slot / kGroup % task.parts != part) ++next;
-      if (next < last) w.fetch(*next, 0, p.cache.num_kv_heads);
+      while (next < last && next->slot / task.share % task.parts != part) ++next;
+      const bool whole = next < last && task.stream && next->count == kGroup;
+      if (next < last && !whole) w.fetch(*next, 0, p.cache.num_kv_heads);
       for (long h = 0; run && h < p.cache.num_kv_heads; h += step) {
         const long end = h + step < p.cache.num_kv_heads ? h + step : p.cache.num_kv_heads;
-        w.write(batch, *run, h, end);
+        if (task.stream && run->count == kGroup) {
+          w.template write<true>(batch, *run, h, end);
+        } else {
+          w.template write<false>(batch, *run, h, end);
+        }
       }
-      if (next >= last) return;
+      if (next >= last) break;
       run = next;
     }
+    if (task.stream) fence();
   }
 };
 
@@ -225,12 +239,17 @@ void store(const StoreParams& p, const Runtime& runtime) {
       runs[n++] = {slot, static_cast<int>(t), 1};
     }
   }
-  StoreTask task{&p, page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size), runs,
-                 n, 1};
+  const PageLayout layout = page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size);
+  // A long prompt's pages do not fit the caches anyway; lines written whole need not be read.
+  const long place = static_cast<long>(reinterpret_cast<uintptr_t>(p.cache.data)) |
+                     p.cache.block_stride | p.cache.head_stride;
+  StoreTask task{
+      &p, layout, runs, n, 1, kGroup, p.num_tokens >= kStreamedTokens && place % 64 == 0};
   // A decode step of a few rows costs less than waking the other threads does (~5 us). Threads
   // take parts as they get free; four each even them out.
   const bool alone = p.num_tokens * p.cache.num_kv_heads * p.cache.head_size < 4096;
   task.parts = alone || runtime.num_threads == 1 ? 1 : runtime.num_threads * 4;
+  while (task.share < 256 && task.share * task.parts * 2 <= p.num_tokens) task.share *= 2;
   runtime.parallel_for(task.parts, pick(p.key.type, p.format), &task);
 }
 

@@ -33,6 +33,8 @@ KVQ_HD void swap_step(Side (&row)[kSide], IndexList<I...>) {
 }
 
 // out[w][t] = in[t * stride + w], for `lines` of the sixteen w; reads sixteen words of each row.
+// kStream: past the caches.
+template <bool kStream>
 KVQ_HD void transpose(const uint32_t* in, long stride, long lines, uint8_t* out) {
   using Indices = MakeIndices<kSide>::type;
   for (int t = 0; t < kLanes; t += kSide) {
@@ -44,7 +46,12 @@ KVQ_HD void transpose(const uint32_t* in, long stride, long lines, uint8_t* out)
       if constexpr (kSide > 4) swap_step<4>(row, Indices{});
       if constexpr (kSide > 8) swap_step<8>(row, Indices{});
       for (int i = 0; i < kSide && w + i < lines; ++i) {
-        memcpy(out + (w + i) * 64 + t * 4, &row[i], sizeof(Side));
+        uint8_t* at = out + (w + i) * 64 + t * 4;
+        if constexpr (kStream && kSide == kLanes) {
+          stream16(at, load<U16>(&row[i]));
+        } else {
+          memcpy(at, &row[i], sizeof(Side));
+        }
       }
     }
   }
