@@ -71,7 +71,7 @@ OUTPUT_FLOOR = {torch.bfloat16: 1e-38, torch.float16: 2.0**-25, torch.float32: 1
 # RMS error over RMS output for N(0, 1) data. Rounding to a p-bit significand costs at most
 # 2**-p / sqrt(3) RMS: 2.3e-3 for bf16, 2.8e-4 for fp16. The limbs add, as independent uniform
 # errors: q 2**-16 * max|q| / sqrt(3) = 2.6e-5 (max|q| = 3) and p at most
-# 2**-16 * sqrt(64 / 12) = 3.5e-5 (one token of a 64-token tile dominates); 1e-4 is twice their
+# 2**-16 * sqrt(64 / 3) = 7e-5 (one token of a 64-token tile dominates); 1e-4 is about their
 # sum. A single 8-bit limb would cost 3e-3 and fail every fp32 and fp16 case.
 LIMB_NRMSE = 1e-4
 # Affine codes are unsigned: kernels multiply the limbs with c in [0, 15], whose RMS is
@@ -101,7 +101,7 @@ REFERENCE_RTOL = 1e-5
 
 
 def instruction_sets() -> list[str]:
-    """Every instruction set this CPU can run, lowest first; "reference" under KVQ_KERNELS."""
+    """Every instruction set this CPU can run, best first; "reference" under KVQ_KERNELS."""
     if os.environ.get("KVQ_KERNELS") == "reference":
         return ["reference"]
     from kvq_plugin import _native
