@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import tempfile
 import time
@@ -39,6 +40,12 @@ def server(request, smollm2):
 def counting(start: int) -> str:
     """A prompt whose continuation is known: the next number is ``start + 8``."""
     return "".join(f"{n}, " for n in range(start, start + 8)).strip()
+
+
+def continues(start: int, text: str) -> bool:
+    """Whether *text* goes on where ``counting(start)`` ends, give or take a number or two."""
+    number = re.search(r"\d+", text)
+    return number is not None and abs(int(number[0]) - (start + 8)) <= 4
 
 
 def complete(server: Server, prompt: str, **options):
@@ -83,11 +90,15 @@ def test_chat_streams(server):
 
 
 def test_many_clients_at_once(server):
-    """Every one of 32 concurrent clients gets the continuation of its own prompt."""
-    starts = range(11, 11 + 2 * CLIENTS, 2)
+    """Every one of 32 concurrent clients gets the continuation of its own prompt.
+
+    At 4 bits the model may skip a number, and which one differs with the batch; prompts are 25
+    apart, so that the number it goes on with still tells whose prompt it continues.
+    """
+    starts = range(11, 11 + 25 * CLIENTS, 25)
     with ThreadPoolExecutor(CLIENTS) as pool:
         texts = list(pool.map(lambda s: complete(server, counting(s)).choices[0].text, starts))
-    wrong = [(s, text) for s, text in zip(starts, texts, strict=True) if str(s + 8) not in text]
+    wrong = [(s, text) for s, text in zip(starts, texts, strict=True) if not continues(s, text)]
     assert not wrong
 
 
