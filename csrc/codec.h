@@ -48,6 +48,14 @@ KVQ_HD T select(M mask, T a, T b) {
   return mask ? a : b;
 }
 
+// The smaller and the larger number, lane by lane, NaN not being one. A class, so that simd.h can
+// name instructions.
+template <class T>
+struct Order {
+  static KVQ_HD T lesser(T a, T b) { return select(a < b, a, b); }
+  static KVQ_HD T greater(T a, T b) { return select(a > b, a, b); }
+};
+
 // 16-bit floats ---------------------------------------------------------------------------
 
 KVQ_HD float bf16_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
@@ -101,8 +109,10 @@ struct Float8 {
   template <class F, class U>
   static KVQ_HD U encode(F x) {
     const U u = bits_as<U>(x), magnitude = u & 0x7FFFFFFFu;
-    const U a = select(magnitude > kMaxBits, U{} + kMaxBits, magnitude);
-    const U normal = ((a + ((1u << (kShift - 1)) - 1u) + ((a >> kShift) & 1u)) >> kShift) - kRebias;
+    const U a = Order<U>::lesser(magnitude, U{} + kMaxBits);
+    // Rounding to even and the other bias in one addition: it carries into the code's exponent.
+    constexpr uint32_t kRound = (1u << (kShift - 1)) - 1u - (kRebias << kShift);
+    const U normal = (a + ((a >> kShift) & 1u) + kRound) >> kShift;
     const U sub = bits_as<U>(bits_as<F>(a) + bits_float(kMagic)) - kMagic;
     const U code = select(a < kMinNormal, sub, normal);
     const U sign = (u >> 24) & 0x80u;
@@ -143,8 +153,7 @@ using E4M3Fnuz = Float8<3, 8, 0x43700000u /* 240 */, 0x80u, true>;
 template <class F, class U>
 KVQ_HD U round_clamped(F y, float low, float high) {
   y = select(y == y, y, F{});
-  y = select(y < low, F{} + low, y);
-  y = select(y > high, F{} + high, y);
+  y = Order<F>::lesser(Order<F>::greater(y, F{} + low), F{} + high);
   return bits_as<U>(y + 12582912.0f) - 0x4B400000u;
 }
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14  # pages touched from now on
-_MADV_COLLAPSE = 25  # pages touched already; Linux 6.1
+_MADV_DONTNEED = 4
+_MADV_HUGEPAGE = 14
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @cache
 def allowed() -> bool:
-    """Whether this system wants huge pages at all; collapsing alone would not ask."""
+    """Whether this system gives huge pages to who asks."""
     try:
         return "[never]" not in _SETTING.read_text()
     except OSError:
@@ -29,18 +29,29 @@ def allowed() -> bool:
 
 
 def advise(memory: torch.Tensor) -> bool:
-    """Ask for huge pages under *memory*, contents kept; True when the system agreed to all of it.
+    """Put a fresh cache, *memory*, on huge pages; False where that did not happen.
 
-    Only whole huge pages inside the tensor's storage are concerned. Anything the system declines
-    (no such setting, too little contiguous memory) leaves memory as it was: slower, not wrong.
+    Whole huge pages inside the tensor's storage are concerned, and only when the storage is on
+    the CPU and all zero, as a cache is before its first token. Its small pages are then given
+    back and come again, zeroed and huge, when touched, which happens here: 0.2 to 1.5 s per GiB,
+    where collapsing pages in place took 4.4.
     """
     if memory.device.type != "cpu" or not allowed():
         return False
     storage = memory.untyped_storage()
-    first = -(-storage.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    size = (storage.data_ptr() + storage.nbytes() - first) // HUGE_PAGE * HUGE_PAGE
+    if storage.data_ptr() % 8:
+        return False
+    skip = -storage.data_ptr() % HUGE_PAGE
+    size = (storage.nbytes() - skip) // HUGE_PAGE * HUGE_PAGE
     if size <= 0:
         return False
+    words = torch.empty(0, dtype=torch.int64).set_(storage, 0, (storage.nbytes() // 8,))
+    inside = words.narrow(0, skip // 8, size // 8)
+    if inside.count_nonzero():
+        return False
     madvise = ctypes.CDLL(None).madvise
-    where = ctypes.c_void_p(first), ctypes.c_size_t(size)
-    return madvise(*where, _MADV_HUGEPAGE) == 0 and madvise(*where, _MADV_COLLAPSE) == 0
+    where = ctypes.c_void_p(inside.data_ptr()), ctypes.c_size_t(size)
+    if madvise(*where, _MADV_HUGEPAGE) or madvise(*where, _MADV_DONTNEED):
+        return False
+    inside.zero_()
+    return True

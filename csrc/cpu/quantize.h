@@ -71,106 +71,246 @@ KVQ_HD F16 load_lanes(const void* data, long at) {
   return halves(words);
 }
 
-// What the codes of one row need: value = (x - base) * inverse; metadata is the page's word.
-struct RowScale {
-  float inverse, base;
-  uint32_t metadata;
-};
+// Thirty-two channels at a time, in two registers. A register of bf16 is widened by a shift and a
+// mask, which leaves the even channels in one and the odd ones in the other.
+template <Activation A>
+struct Twice {
+#if defined(__AVX512F__)
+  static constexpr bool kEvenOdd = A == Activation::kBFloat16;
+#else
+  static constexpr bool kEvenOdd = false;
+#endif
+  F16 first, second;
 
-// NaN becomes 0 and infinities the largest finite value. Returns whether a NaN was seen.
-inline bool sanitize(float* x, long d, float limit) {
-  bool nan = false;
-  for (long i = 0; i < d; ++i) {
-    nan |= x[i] != x[i];
-    float v = x[i] == x[i] ? x[i] : 0.0f;
-    v = v < -limit ? -limit : v;
-    x[i] = v > limit ? limit : v;
+  static KVQ_HD Twice load(const void* data, long at) {
+    if constexpr (kEvenOdd) {
+      const U16 raw = kvq::load<U16>(static_cast<const uint16_t*>(data) + at);
+      return {bits_as<F16>(raw << 16), bits_as<F16>(raw & 0xFFFF0000u)};
+    }
+    return {load_lanes<A>(data, at), load_lanes<A>(data, at + kLanes)};
   }
-  return nan;
-}
-
-// What a row spans. Magnitudes are compared as integers, so that a NaN is the largest.
-struct Extent {
-  F16 low, high;
-  I16 magnitude;
-
-  KVQ_HD void add(F16 v) {
-    low = min16(low, v);
-    high = max16(high, v);
-    const I16 m = bits_as<I16>(v) & 0x7FFFFFFF;
-    magnitude = select(m > magnitude, m, magnitude);
+  // What belongs to the same channels, fp32.
+  static KVQ_HD Twice of_channels(const float* from) {
+    const F16 low = load16(from), high = load16(from + kLanes);
+#if defined(__AVX512F__)
+    if constexpr (kEvenOdd) {
+      const I16 even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+      return {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, even + 1)};
+    }
+#endif
+    return {low, high};
+  }
+  static KVQ_HD void save_codes(uint8_t* out, U16 a, U16 b) {
+#if defined(__AVX512F__)
+    if constexpr (kEvenOdd) {
+      const __m512i words = reinterpret_cast<__m512i>(a | b << 8);
+      return _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(words));
+    }
+#endif
+    save_bytes(out, a);
+    save_bytes(out + kLanes, b);
   }
 };
 
 template <Code C>
 constexpr bool kAffine = C == Code::kInt4;
 
-// Scale of one token and head, from what its row spans. Rows with a NaN or beyond the format's
-// range are made finite first.
-template <Code C>
-KVQ_HD RowScale measure(Extent e, float* x, long d) {
-  constexpr float kLimit = kAffine<C> ? kHalfMax : kFloatMax;
-  bool poison = false;
-  if (largest(e.magnitude) > static_cast<int32_t>(float_bits(kLimit))) {
-    poison = sanitize(x, d, kLimit);
-    e = {load16(x), load16(x), I16{}};
-    for (long i = 0; i < d; i += kLanes) e.add(load16(x + i));
+// What a row spans: the bits of its largest magnitude, where a NaN is larger than any number, and
+// for affine codes its smallest and largest value.
+struct Span {
+  uint32_t peak;
+  float low, high;
+};
+
+template <Activation A, Code C>
+KVQ_HD Span span_of_lanes(const void* data, long at, long d) {
+  const F16 first = load_lanes<A>(data, at);
+  F16 low = first, high = first;
+  I16 peak{};
+  for (long i = 0; i < d; i += kLanes) {
+    const F16 v = load_lanes<A>(data, at + i);
+    const I16 m = bits_as<I16>(v) & 0x7FFFFFFF;
+    peak = select(m > peak, m, peak);
+    if constexpr (kAffine<C>) {
+      low = min16(low, v);
+      high = max16(high, v);
+    }
   }
+  Span s{static_cast<uint32_t>(largest(peak)), 0.0f, 0.0f};
   if constexpr (kAffine<C>) {
-    // Adding 0: -0 would depend on the order of the reduction.
-    const float low = -peak16(-e.low)[0] + 0.0f, high = peak16(e.high)[0] + 0.0f;
-    const uint16_t scale = float_to_half((high - low) * (1.0f / Codec<C>::kMax));
-    const uint16_t minimum = float_to_half(low);
-    const float wide = half_to_float(scale);
-    return {wide > 0.0f ? 1.0f / wide : 0.0f, half_to_float(minimum),
-            poison ? 0x7E007E00u : scale | static_cast<uint32_t>(minimum) << 16};
-  } else {
-    const float peak = bits_float(static_cast<uint32_t>(largest(e.magnitude)));
-    const float amax = peak < kAmaxFloor ? kAmaxFloor : peak;
-    return {Codec<C>::kMax / amax, 0.0f,
-            poison ? 0x7FC00000u : float_bits(amax * (1.0f / Codec<C>::kMax))};
+    s.low = -peak16(-low)[0];
+    s.high = peak16(high)[0];
   }
+  return s;
 }
 
-// One row to fp32; its scale, if it has one of its own.
-template <Activation A, Code C, bool kPerToken>
-KVQ_HD void load_scaled(const Rows& rows, long token, long head, long d, float* x,
-                        RowScale& scale) {
-  const long at = token * rows.token_stride + head * rows.head_stride;
-  const F16 first = load_lanes<A>(rows.data, at);
-  Extent e{first, first, I16{}};
-  for (long i = 0; i < d; i += kLanes) {
-    const F16 v = load_lanes<A>(rows.data, at + i);
-    if constexpr (kPerToken) e.add(v);
-    save16(x + i, v);
+#if defined(__AVX512BW__)
+KVQ_HD uint32_t smallest_u16(__m512i v) {
+  const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  const __m128i all =
+      _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return static_cast<uint32_t>(_mm_extract_epi16(_mm_minpos_epu16(all), 0));
+}
+
+// bf16 is ordered as its bits are, once negative numbers' are turned round; 32 at a time. With
+// offset binary (^ 0x8000) the order is that of unsigned integers.
+template <Code C>
+KVQ_HD Span span_of_bf16(const uint16_t* row, long d) {
+  const __m512i all = _mm512_set1_epi16(-1), magnitude = _mm512_set1_epi16(0x7FFF);
+  __m512i low = all, inverted_high = all;
+  for (long i = 0; i < d; i += 2 * kLanes) {
+    const bool whole = d - i > kLanes;  // half a register: twice the same, which moves nothing
+    const __m512i x =
+        whole ? _mm512_loadu_si512(row + i)
+              : _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i)));
+    if constexpr (kAffine<C>) {
+      // x >= 0: 0x8000 | x; else ~x.
+      const __m512i ordered = _mm512_xor_si512(
+          x, _mm512_or_si512(_mm512_srai_epi16(x, 15), _mm512_set1_epi16(-0x8000)));
+      low = _mm512_min_epu16(low, ordered);
+      inverted_high = _mm512_min_epu16(inverted_high, _mm512_xor_si512(ordered, all));
+    } else {
+      inverted_high = _mm512_min_epu16(inverted_high, _mm512_andnot_si512(x, magnitude));
+    }
   }
-  if constexpr (kPerToken) scale = measure<C>(e, x, d);
+  if constexpr (kAffine<C>) {
+    const auto value = [](uint32_t ordered) {
+      return ((ordered & 0x8000u ? ordered ^ 0x8000u : ~ordered) & 0xFFFFu) << 16;
+    };
+    const uint32_t least = value(smallest_u16(low)), most = value(~smallest_u16(inverted_high) & 0xFFFFu);
+    const uint32_t a = least & 0x7FFFFFFFu, b = most & 0x7FFFFFFFu;
+    return {a > b ? a : b, bits_float(least), bits_float(most)};
+  }
+  return {(smallest_u16(inverted_high) ^ 0x7FFFu) << 16, 0.0f, 0.0f};
+}
+#endif
+
+template <Activation A, Code C>
+KVQ_HD Span span_of(const void* data, long at, long d) {
+#if defined(__AVX512BW__)
+  if constexpr (A == Activation::kBFloat16) {
+    return span_of_bf16<C>(static_cast<const uint16_t*>(data) + at, d);
+  }
+#endif
+  return span_of_lanes<A, C>(data, at, d);
+}
+
+// What the codes of one row need: value = (x - base) * inverse.
+struct RowScale {
+  float inverse, base;
+};
+
+// The same for up to sixteen rows, one a lane, with their spans before and the page's words after.
+struct RowScales {
+  alignas(64) uint32_t peak[kLanes], metadata[kLanes];
+  alignas(64) float low[kLanes], high[kLanes], inverse[kLanes], base[kLanes];
+
+  RowScale operator[](int row) const { return {inverse[row], base[row]}; }
+};
+
+// Scales of rows from what they span. Rows at a time, because one row's is a chain of a reduction, a
+// division and a broadcast that takes longer than encoding it.
+template <Code C>
+KVQ_HD void find_scales(RowScales& s) {
+  if constexpr (kAffine<C>) {
+    // Adding 0: whether a -0 is found would depend on the order of looking.
+    const F16 low = load16(s.low) + 0.0f, high = load16(s.high) + 0.0f;
+    const U16 scale = half_bits((high - low) * (1.0f / Codec<C>::kMax)), minimum = half_bits(low);
+    const F16 wide = halves(scale);
+    save16(s.inverse, select(wide > 0.0f, 1.0f / wide, F16{}));
+    save16(s.base, halves(minimum));
+    save(s.metadata, scale | minimum << 16);
+  } else {
+    const F16 amax = max16(bits_as<F16>(load<U16>(s.peak)), splat(kAmaxFloor));
+    save16(s.inverse, Codec<C>::kMax / amax);
+    save16(s.base, F16{});
+    save(s.metadata, bits_as<U16>(amax * (1.0f / Codec<C>::kMax)));
+  }
 }
 
 // Codes of sixteen channels, one a lane.
 template <Code C, bool kPerToken>
-KVQ_HD U16 encode_lanes(const float* x, long i, const RowScale& row, const StaticScale& channels) {
-  F16 y = load16(x + i);
+KVQ_HD U16 encode_lanes(F16 x, const RowScale& row, F16 factor, F16 zero_point, bool moved) {
+  F16 y = x;
   if constexpr (kPerToken) {
     if constexpr (kAffine<C>) y -= row.base;
     y *= row.inverse;
     // At most 127 and half an ulp: no clamp needed.
     if constexpr (C == Code::kInt8) return bits_as<U16>(y + 12582912.0f) - (0x4B400000u - 128u);
   } else {
-    y *= load16(channels.factor + i);
-    if (channels.zero_point != nullptr) {
+    y *= factor;
+    if (moved) {
       // Round before adding the zero point, so that it does not move ties.
       constexpr float kLimit = 4 * Codec<C>::kMax;
       const I16 whole = bits_as<I16>(round_clamped<F16, U16>(y, -kLimit, kLimit));
-      y = convert<F16>(whole) + load16(channels.zero_point + i);
+      y = convert<F16>(whole) + zero_point;
     }
   }
   return Codec<C>::template encode<F16, U16>(y);
 }
 
+template <Activation A, Code C, bool kPerToken>
+KVQ_HD void encode_values(const void* data, long at, long d, const RowScale& row,
+                          const StaticScale& channels, uint8_t* codes) {
+  const bool moved = !kPerToken && channels.zero_point != nullptr;
+  long i = 0;
+  for (; i + 2 * kLanes <= d; i += 2 * kLanes) {
+    using T = Twice<A>;
+    const T x = T::load(data, at + i);
+    T factor{}, zero{};
+    if constexpr (!kPerToken) factor = T::of_channels(channels.factor + i);
+    if (moved) zero = T::of_channels(channels.zero_point + i);
+    const U16 a = encode_lanes<C, kPerToken>(x.first, row, factor.first, zero.first, moved);
+    const U16 b = encode_lanes<C, kPerToken>(x.second, row, factor.second, zero.second, moved);
+    T::save_codes(codes + i, a, b);
+  }
+  if (i == d) return;
+  F16 factor{}, zero{};
+  if constexpr (!kPerToken) factor = load16(channels.factor + i);
+  if (moved) zero = load16(channels.zero_point + i);
+  const F16 x = load_lanes<A>(data, at + i);
+  save_bytes(codes + i, encode_lanes<C, kPerToken>(x, row, factor, zero, moved));
+}
+
+template <Code C>
+constexpr float kRowLimit = kAffine<C> ? kHalfMax : kFloatMax;
+
+// A row with a NaN, which becomes 0 and poisons the scale, or beyond the format's range, which
+// becomes its largest value. Returns the metadata word.
+template <Activation A, Code C>
+__attribute__((noinline, cold)) uint32_t encode_wild_row(const void* data, long at, long d,
+                                                         uint8_t* codes) {
+  alignas(64) float x[kMaxHead];
+  for (long i = 0; i < d; i += kLanes) save16(x + i, load_lanes<A>(data, at + i));
+  bool poison = false;
+  for (long i = 0; i < d; ++i) {
+    constexpr float kLimit = kRowLimit<C>;
+    poison |= x[i] != x[i];
+    float v = x[i] == x[i] ? x[i] : 0.0f;
+    v = v < -kLimit ? -kLimit : v;
+    x[i] = v > kLimit ? kLimit : v;
+  }
+  const Span span = span_of<Activation::kFloat, C>(x, 0, d);
+  RowScales s{};
+  s.peak[0] = span.peak;
+  s.low[0] = span.low;
+  s.high[0] = span.high;
+  find_scales<C>(s);
+  encode_values<Activation::kFloat, C, true>(x, 0, d, s[0], {}, codes);
+  return !poison ? s.metadata[0] : kAffine<C> ? 0x7E007E00u : 0x7FC00000u;
+}
+
 // Every eight codes become a word, channels 4 to 7 in the high nibbles. In place is fine.
 inline void pack_nibbles(const uint8_t* codes, long n, uint32_t* words) {
-  for (long i = 0; i < n / 8; ++i) {
+  long i = 0;
+#if defined(__AVX512F__)
+  for (; i + 8 <= n / 8; i += 8) {
+    const __m512i eights = _mm512_loadu_si512(codes + i * 8);
+    const __m512i packed = _mm512_or_si512(eights, _mm512_srli_epi64(eights, 28));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + i), _mm512_cvtepi64_epi32(packed));
+  }
+#endif
+  for (; i < n / 8; ++i) {
     uint64_t eight;
     memcpy(&eight, codes + i * 8, 8);
     words[i] = static_cast<uint32_t>(eight | eight >> 28);

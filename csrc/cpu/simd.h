@@ -238,6 +238,22 @@ KVQ_HD F16 min16(F16 a, F16 b) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// gcc 12 compares and blends.
+template <>
+struct Order<F16> {
+  static KVQ_HD F16 lesser(F16 a, F16 b) { return min16(a, b); }
+  static KVQ_HD F16 greater(F16 a, F16 b) { return max16(a, b); }
+};
+template <>
+struct Order<U16> {
+  static KVQ_HD U16 lesser(U16 a, U16 b) {
+    return reinterpret_cast<U16>(
+        _mm512_min_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
+};
+#endif
+
 KVQ_HD F16 abs16(F16 x) { return select(x < 0.0f, -x, x); }
 
 // The largest of sixteen integers.
@@ -309,6 +325,18 @@ KVQ_HD F16 halves(U16 words) {
   alignas(64) float x[16];
   for (int i = 0; i < 16; ++i) x[i] = half_to_float(static_cast<uint16_t>(words[i]));
   return load16(x);
+#endif
+}
+
+// The reverse, rounded to nearest even.
+KVQ_HD U16 half_bits(F16 x) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+  return reinterpret_cast<U16>(_mm512_cvtepu16_epi32(h));
+#else
+  alignas(64) uint32_t words[16];
+  for (int i = 0; i < 16; ++i) words[i] = float_to_half(x[i]);
+  return load<U16>(words);
 #endif
 }
 

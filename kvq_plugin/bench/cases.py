@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq_plugin import ops
+from kvq_plugin import hugepages, ops
 from kvq_plugin.formats import FORMATS, Kind, KVFormat
 from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving import compat
@@ -107,6 +107,7 @@ class _Ours:
         self.batch, self.format = batch, format
         content = format.bytes_per_token(s.head_size)
         self.cache = torch.zeros(batch.blocks, s.kv_heads, BLOCK, content, dtype=torch.uint8)
+        hugepages.advise(self.cache)  # as the backend does
         self.bytes_per_token = content * s.kv_heads
         self.static = None
         if not format.is_dynamic:

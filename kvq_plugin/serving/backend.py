@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvq_plugin import ops
+from kvq_plugin import hugepages, ops
 from kvq_plugin.formats import FORMATS, KVFormat
 from kvq_plugin.layout import LANES, MAX_HEAD_SIZE
 from kvq_plugin.reference import StaticScale
@@ -80,6 +80,8 @@ class KVQBuilder(AttentionMetadataBuilder[KVQMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._layers = vllm_config.compilation_config.static_forward_context
+        self._cache_is_fresh = True
 
     def build(
         self,
@@ -87,6 +89,11 @@ class KVQBuilder(AttentionMetadataBuilder[KVQMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> KVQMetadata:
+        if self._cache_is_fresh:
+            self._cache_is_fresh = False
+            caches = [self._layers[name].kv_cache for name in self.layer_names]
+            for memory in {c.untyped_storage().data_ptr(): c for c in caches}.values():
+                hugepages.advise(memory)
         m = common_attn_metadata
         if isinstance(m.causal, torch.Tensor):
             raise ValueError(
