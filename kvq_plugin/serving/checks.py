@@ -6,7 +6,6 @@ Every message names what was asked, what is supported and what to use instead.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ import torch
 from safetensors import safe_open
 
 from kvq_plugin.formats import FORMATS, KVFormat
-from kvq_plugin.serving import options
-from kvq_plugin.serving.names import RULES
+from kvq_plugin.serving import names, options
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
 #: (vLLM 0.32 picks its kernel by the model's dtype, whatever the cache's is).
 _UNQUANTIZED = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BLOCK_MULTIPLE = 32
 _SKIP_KINDS = ("sliding_window",)
-_SCALE_SUFFIXES = (".attn.k_scale", ".attn.v_scale")
 
 
 def check(vllm_config: Any) -> None:
@@ -160,8 +157,8 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
     folder = Path(vllm_config.model_config.model)
     if _declares_kv_scheme(vllm_config.model_config.hf_config, folder):
         return
-    names = _tensor_names(folder)
-    if names is None or any(_is_scale(name) for name in names):
+    tensors = _tensor_names(folder)
+    if tensors is None or any(_is_scale(name) for name in tensors):
         return
     raise ValueError(
         f"--kv-cache-dtype {asked} needs calibrated scales, and {folder} has none: no KV scheme "
@@ -174,9 +171,8 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
 
 def _is_scale(name: str) -> bool:
     """Whether the loader will take tensor *name* for a scale of K or V."""
-    for pattern, new in RULES:
-        name = re.sub(pattern, new, name)
-    return name.endswith(_SCALE_SUFFIXES)
+    found = names.parse(name)
+    return found is not None and found.parameter in ("k_scale", "v_scale")
 
 
 def _declares_kv_scheme(hf_config: Any, folder: Path) -> bool:
