@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("vllm")
 
 from kvq_plugin.formats import FORMATS, Kind  # noqa: E402
-from kvq_plugin.serving import compat  # noqa: E402
+from kvq_plugin.serving import compat, names  # noqa: E402
 from kvq_plugin.serving.config import (  # noqa: E402
     KVQConfig,
     ScaleLoading,
@@ -260,28 +260,43 @@ UNTOUCHED = (
 )
 
 
+LAYERS = [L + "self_attn.attn", L + "mixer.attn"]
+
+
+@pytest.mark.parametrize("key", [*MAPPED, *UNTOUCHED])
+def test_scale_names(key):
+    found = names.parse(L + key)
+    if key in UNTOUCHED:
+        assert found is None
+        return
+    assert found.parameter in (*names.SCALES, *names.ZERO_POINTS)
+    for layers in ([], LAYERS):
+        placed = found.placed(layers)
+        assert placed == L + MAPPED[key]
+        assert names.parse(placed).placed(layers) == placed
+        inner = placed.removeprefix("model.")  # an inner module reads its own part
+        assert names.parse(inner).placed(layers) == inner
+
+
+def test_scale_names_follow_the_models_own_modules():
+    found = names.parse("transformer.h.0.attn.k_scale")
+    assert found.placed(["transformer.h.0.attn.attn"]) == "transformer.h.0.attn.attn.k_scale"
+    again = names.parse("transformer.h.0.attn.attn.k_scale")
+    assert again.placed(["transformer.h.0.attn.attn"]) == again.key
+
+
 @pytest.mark.parametrize("name", [None, *WEIGHTS])
-def test_scale_names(name):
+def test_vllm_leaves_placed_names_alone(name):
+    """Stacked projections and the config's own mapper come after us."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
     quant, declared = (None, None) if name is None else stock(name)
     config = engine("fp8", quant, declared)
     wrap_quant_config(config)
-    mapper = config.quant_config.get_cache_scale_mapper()
-    for key, expected in MAPPED.items():
-        assert mapper.map_name(L + key) == L + expected
-        # The inner module's loader maps again, without the `model.` prefix.
-        inner = L.removeprefix("model.") + expected
-        assert mapper.map_name(inner) == inner
-    for key in UNTOUCHED:
-        assert mapper.map_name(L + key) == L + key
-
-
-def test_scale_names_survive_stacked_projections():
-    from vllm.model_executor.models.utils import WeightsMapper
-
     stacked = WeightsMapper(orig_to_new_stacked={".k_proj": (".qkv_proj", "k")})
-    mapper = stacked | KVQConfig().get_cache_scale_mapper()
-    for name, expected in MAPPED.items():
-        assert mapper.map_name(L + name) == L + expected
+    mapper = stacked | config.quant_config.get_cache_scale_mapper()
+    for placed in MAPPED.values():
+        assert mapper.map_name(L + placed) == L + placed
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

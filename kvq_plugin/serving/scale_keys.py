@@ -34,9 +34,11 @@ class ScaleKeys:
         """*weights* with every KV scale under its parameter's name, and remembered.
 
         *layers* are the names of the model's attention layers. A key for which
-        ``expected(key)`` is false may go unused.
+        ``expected(key)`` is false may go unused. Any other of a layer that the model does not
+        have is held back, because models raise errors of their own about those.
         """
         layers = list(layers)
+        numbers = {names.layer_number(layer) for layer in layers} | {None}
         for key, tensor in weights:
             found = names.parse(key)
             if found is None:
@@ -47,6 +49,8 @@ class ScaleKeys:
                 setattr(tensor, _TAG, key)
                 if expected(key):
                     self._offered[key] = target
+                    if names.layer_number(key) not in numbers:
+                        continue
             yield target, tensor
 
     def take(self, layer: str, parameter: str, tensor: torch.Tensor) -> None:
