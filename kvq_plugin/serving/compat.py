@@ -199,6 +199,20 @@ def _register_dtype_backport(cache: Any, name: str, torch_dtype: torch.dtype) ->
     arg_utils._compute_kwargs.cache_clear()
 
 
+def known_dtypes() -> tuple[str, ...]:
+    """Every ``--kv-cache-dtype`` this vLLM takes, ours included once they are registered."""
+    cache = importlib.import_module("vllm.config.cache")
+    registered = getattr(cache, "KV_CACHE_DTYPES", ())
+    return tuple(dict.fromkeys((*cache.CacheDType.__args__, *registered)))
+
+
+def platform_name() -> str:
+    """``cpu``, ``cuda`` and so on: what vLLM runs on in this process."""
+    from vllm.platforms import current_platform
+
+    return current_platform.device_name or current_platform.device_type
+
+
 # --- attention backends ----------------------------------------------------------------
 
 
