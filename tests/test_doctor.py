@@ -102,7 +102,7 @@ def test_the_report(monkeypatch):
     pytest.importorskip("vllm")
     output = io.StringIO()
     doctor.run(Console(file=output, width=160))
-    for part in ("vLLM", "registered as", "kernels", "core(s)", "int8_per_token_head"):
+    for part in ("vLLM", "registered as", "kernels", "for this process", "int8_per_token_head"):
         assert part in output.getvalue()
     monkeypatch.setattr(doctor, "gpu", lambda: iter([doctor.Finding(BAD, "broken")]))
     with pytest.raises(ValueError, match="1 problem"):
