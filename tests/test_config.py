@@ -18,6 +18,7 @@ from kvq_plugin.serving.config import (  # noqa: E402
     KVQConfig,
     ScaleLoading,
     resolve_cache_dtype,
+    wrap_draft_config,
     wrap_quant_config,
 )
 from kvq_plugin.serving.scheme import KVScheme  # noqa: E402
@@ -132,6 +133,27 @@ def test_our_config_leaves_linear_layers_unquantized():
     assert type(config.get_quant_method(attention(), "a")).__name__ == "KVQCacheMethod"
     assert config.get_quant_method(torch.nn.Identity(), "x") is None
     assert config.get_config_filenames() == [] and config.get_min_capability() == 0
+
+
+# --- draft models ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [None, *WEIGHTS])
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_a_draft_model_loads_scales_our_way_too(name, dtype, monkeypatch):
+    """EAGLE models make a quantization config of their own, from their own checkpoint."""
+    quant, declared = (None, None) if name is None else stock(name)
+    around, own = engine(dtype), engine(dtype, quant, declared)
+    monkeypatch.setattr(compat, "get_current_vllm_config_or_none", lambda: around)
+    config = wrap_draft_config(quant, own.model_config)
+    if dtype == "auto":
+        assert config is quant
+        return
+    assert isinstance(config, ScaleLoading) and (quant is None or isinstance(config, type(quant)))
+    assert wrap_draft_config(config, own.model_config) is config
+    other = engine(dtype, None, {**NONE, "kv_cache_scheme": INT8})
+    with pytest.raises(ValueError, match="another code"):
+        wrap_draft_config(None, other.model_config)
 
 
 # --- schemes ---------------------------------------------------------------------------
@@ -307,6 +329,25 @@ def test_scales_without_a_parameter_are_ignored(name):
     for owner in (config.quant_config, KVQConfig()):
         for suffix in (".k_scale", ".v_zero_point", ".prob_scale"):
             assert suffix in owner._ignore_unexpected_suffixes
+
+
+@pytest.mark.parametrize("weights", ["fp8_per_tensor", "fp8_per_channel"])
+def test_online_fp8_weights_keep_their_config(weights):
+    """Config only: quantizing weights to fp8 needs operators that vLLM 0.32's CPU build lacks
+    (``_C::static_scaled_fp8_quant() expected at most 0 argument(s)``)."""
+    from vllm.config.quantization import resolve_quantization_config
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+
+    quant = OnlineQuantizationConfig(args=resolve_quantization_config(weights, None))
+    linear = ReplicatedLinear.__new__(ReplicatedLinear)
+    expected = type(quant.get_quant_method(linear, "layers.0.mlp.up_proj"))
+    config = engine("int8_per_token_head", quant)
+    wrap_quant_config(config)
+    wrapped = pickle.loads(pickle.dumps(config.quant_config))
+    assert isinstance(wrapped, OnlineQuantizationConfig)
+    assert type(wrapped.get_quant_method(attention(), "a")).__name__ == "KVQCacheMethod"
+    assert type(wrapped.get_quant_method(linear, "layers.0.mlp.up_proj")) is expected
 
 
 # --- as vLLM picks it up ---------------------------------------------------------------

@@ -77,6 +77,31 @@ def test_scales_beside_quantized_weights(by_weights, weights):
         assert _change(plain, by_weights["plain"][0]) > 0.01  # the weights are quantized too
 
 
+# --- draft models ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_eagle_draft_model_beside_a_static_cache(folder, base):
+    """The draft's layer stores fp8 as the target's do; what is answered stays the target's."""
+    source = load_file(base / "model.safetensors")
+    layer = {k.removeprefix("model."): w for k, w in source.items() if ".layers.0." in k}
+    hidden = source["model.norm.weight"].shape[0]
+    drops = dict.fromkeys(source)
+    draft = change(
+        base, folder / "eagle", drops | layer | {"fc.weight": torch.eye(hidden).repeat(1, 2)}
+    )
+    config = json.loads((draft / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (draft / "config.json").write_text(json.dumps(config))
+    llm = {"model": str(base), "kv_cache_dtype": "fp8", "dtype": "float32"}
+    speculation = {"method": "eagle", "model": str(draft), "num_speculative_tokens": 2}
+    plain, drafted = only(
+        run([Job(llm, SCORED), Job({**llm, "speculative_config": speculation}, SCORED)])
+    )
+    assert drafted.counters["vllm:spec_decode_num_drafts"] > 0
+    assert [o.tokens for o in plain.batches[0]] == [o.tokens for o in drafted.batches[0]]
+
+
 # --- vLLM without us -------------------------------------------------------------------
 
 

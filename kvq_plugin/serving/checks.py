@@ -20,6 +20,7 @@ from kvq_plugin.serving import names, options
 _UNQUANTIZED = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BLOCK_MULTIPLE = 32
 _SKIP_KINDS = ("sliding_window",)
+_WITHOUT_ATTENTION = ("medusa", "mlp_speculator")  # methods whose draft model has no KV cache
 
 
 def check(vllm_config: Any) -> None:
@@ -30,9 +31,7 @@ def check(vllm_config: Any) -> None:
         return
     asked = vllm_config.cache_config.cache_dtype
     _check_dtype(asked, "--kv-cache-dtype", model.dtype)
-    draft = getattr(vllm_config.speculative_config, "kv_cache_dtype", None)
-    if draft is not None:
-        _check_draft(draft, model.dtype)
+    _check_speculation(asked, vllm_config.speculative_config, model)
     format = FORMATS.get(asked)
     if format is None:
         return
@@ -71,13 +70,25 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_draft(asked: str, model_dtype: torch.dtype) -> None:
-    _check_dtype(asked, "the draft model's kv_cache_dtype", model_dtype)
-    format = FORMATS.get(asked)
+def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
+    """The draft model's KV cache: its own dtype, or else the target's *asked*."""
+    draft = getattr(speculation, "kv_cache_dtype", None)
+    drafter = getattr(speculation, "draft_model_config", None)
+    if draft is not None:
+        _check_dtype(draft, "the draft model's kv_cache_dtype", model.dtype)
+    elif (
+        drafter is None
+        or drafter.model == model.model
+        or getattr(speculation, "method", None) in _WITHOUT_ATTENTION
+        or _declares_kv_scheme(drafter.hf_config, Path(drafter.model))
+    ):  # n-grams, layers of the target
+        return
+    format = FORMATS.get(draft or asked)
     if format is not None and not format.is_dynamic and format.default_scale is None:
         raise ValueError(
-            f"the draft model's kv_cache_dtype {asked} needs calibrated scales, which draft "
-            "checkpoints do not carry: use int8_per_token_head, or auto"
+            f"the draft model's kv_cache_dtype {draft or asked} needs calibrated scales, which "
+            'draft checkpoints do not carry: set "kv_cache_dtype" in --speculative-config to '
+            "int8_per_token_head, or auto"
         )
 
 
