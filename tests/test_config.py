@@ -333,8 +333,9 @@ def test_scales_without_a_parameter_are_ignored(name):
 
 @pytest.mark.parametrize("weights", ["fp8_per_tensor", "fp8_per_channel"])
 def test_online_fp8_weights_keep_their_config(weights):
-    """Config only: quantizing weights to fp8 needs operators that vLLM 0.32's CPU build lacks
-    (``_C::static_scaled_fp8_quant() expected at most 0 argument(s)``)."""
+    """Config only: of these, vLLM 0.32's CPU build serves one per channel (test_interop.py); per
+    tensor it lacks an operator (``_C::static_scaled_fp8_quant() expected at most 0
+    argument(s)``), with this plugin or without."""
     from vllm.config.quantization import resolve_quantization_config
     from vllm.model_executor.layers.linear import ReplicatedLinear
     from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig

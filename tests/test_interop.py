@@ -63,15 +63,20 @@ def by_weights(folder, base):
         declared = {"kv_cache_scheme": scheme("int", "channel")}
         both = change(model, folder / f"{name}-kv", scales, declared)
         jobs += [Job({"model": str(m)}, SCORED) for m in (model, both)]
+    online = {"quantization_config": {"linear": {"weight": "fp8_per_channel_static"}}}
+    jobs.append(Job({"model": str(base), "quantization": "fp8_per_channel"}, SCORED))
+    jobs.append(Job({"model": str(folder / "plain-kv"), **online}, SCORED))
     results = only(run(jobs))
-    return {name: results[2 * i : 2 * i + 2] for i, name in enumerate(weights)}
+    names = [*weights, "online fp8"]
+    return {name: results[2 * i : 2 * i + 2] for i, name in enumerate(names)}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("weights", ["plain", "w8a8", "w4a16"])
+@pytest.mark.parametrize("weights", ["plain", "w8a8", "w4a16", "online fp8"])
 def test_scales_beside_quantized_weights(by_weights, weights):
     plain, quantized = by_weights[weights]
+    print(f"{weights}: {_change(plain, quantized):.4f} nats")
     assert 0 < _change(plain, quantized) < MAX_CHANGE
     if weights != "plain":
         assert _change(plain, by_weights["plain"][0]) > 0.01  # the weights are quantized too

@@ -76,12 +76,11 @@ def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
     drafter = getattr(speculation, "draft_model_config", None)
     if draft is not None:
         _check_dtype(draft, "the draft model's kv_cache_dtype", model.dtype)
-    elif (
-        drafter is None
-        or drafter.model == model.model
-        or getattr(speculation, "method", None) in _WITHOUT_ATTENTION
-        or _declares_kv_scheme(drafter.hf_config, Path(drafter.model))
-    ):  # n-grams, layers of the target
+    elif drafter is None or drafter.model == model.model:
+        return  # n-grams, or layers of the target itself
+    elif getattr(speculation, "method", None) in _WITHOUT_ATTENTION or _declares_kv_scheme(
+        drafter.hf_config, Path(drafter.model)
+    ):
         return
     format = FORMATS.get(draft or asked)
     if format is not None and not format.is_dynamic and format.default_scale is None:
