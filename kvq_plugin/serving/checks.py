@@ -78,10 +78,10 @@ def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
         _check_dtype(draft, "the draft model's kv_cache_dtype", model.dtype)
     elif drafter is None or drafter.model == model.model:
         return  # n-grams, or layers of the target itself
-    elif getattr(speculation, "method", None) in _WITHOUT_ATTENTION or _declares_kv_scheme(
-        drafter.hf_config, Path(drafter.model)
-    ):
-        return
+    else:
+        scales = _declares_kv_scheme(drafter.hf_config, Path(drafter.model))
+        if scales or speculation.method in _WITHOUT_ATTENTION:
+            return
     format = FORMATS.get(draft or asked)
     if format is not None and not format.is_dynamic and format.default_scale is None:
         raise ValueError(
