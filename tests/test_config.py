@@ -337,18 +337,14 @@ def test_online_fp8_weights_keep_their_config(weights):
     tensor it lacks an operator (``_C::static_scaled_fp8_quant() expected at most 0
     argument(s)``), with this plugin or without."""
     from vllm.config.quantization import resolve_quantization_config
-    from vllm.model_executor.layers.linear import ReplicatedLinear
     from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
     quant = OnlineQuantizationConfig(args=resolve_quantization_config(weights, None))
-    linear = ReplicatedLinear.__new__(ReplicatedLinear)
-    expected = type(quant.get_quant_method(linear, "layers.0.mlp.up_proj"))
     config = engine("int8_per_token_head", quant)
     wrap_quant_config(config)
     wrapped = pickle.loads(pickle.dumps(config.quant_config))
-    assert isinstance(wrapped, OnlineQuantizationConfig)
+    assert isinstance(wrapped, OnlineQuantizationConfig) and wrapped.args == quant.args
     assert type(wrapped.get_quant_method(attention(), "a")).__name__ == "KVQCacheMethod"
-    assert type(wrapped.get_quant_method(linear, "layers.0.mlp.up_proj")) is expected
 
 
 # --- as vLLM picks it up ---------------------------------------------------------------

@@ -21,9 +21,9 @@ from kvq_plugin import _native, inspection
 random.seed(1)
 PROMPTS = [[random.randrange(3, 500) for _ in range(n)] for n in (5, 33, 150)]
 SCORED = [Batch(PROMPTS, {"prompt_logprobs": 0, "max_tokens": 4})]
-#: Nats, root mean square, that an int8 cache moves log-probabilities by. Measured: 0.019 with
-#: plain weights, 0.038 with w8a8, whose activations round anew, 0.029 with 4-bit weights.
-MAX_CHANGE = 0.08
+#: Nats, root mean square, that an int8 cache may move log-probabilities by, by weights.
+#: Measured: 0.019, 0.038, 0.029, 0.097; quantized activations round anew, and e4m3 coarsely.
+MAX_CHANGE = {"plain": 0.05, "w8a8": 0.08, "w4a16": 0.06, "online fp8": 0.2}
 #: Where ``pip install --target`` put llm-compressor, which pins versions vLLM does not.
 LLM_COMPRESSOR = Path(os.environ.get("KVQ_LLMCOMPRESSOR", Path(sys.prefix, "llmcompressor")))
 
@@ -73,11 +73,10 @@ def by_weights(folder, base):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("weights", ["plain", "w8a8", "w4a16", "online fp8"])
+@pytest.mark.parametrize("weights", MAX_CHANGE)
 def test_scales_beside_quantized_weights(by_weights, weights):
     plain, quantized = by_weights[weights]
-    print(f"{weights}: {_change(plain, quantized):.4f} nats")
-    assert 0 < _change(plain, quantized) < MAX_CHANGE
+    assert 0 < _change(plain, quantized) < MAX_CHANGE[weights]
     if weights != "plain":
         assert _change(plain, by_weights["plain"][0]) > 0.01  # the weights are quantized too
 
@@ -155,13 +154,16 @@ for name, scheme in schemes.items():
 
 @pytest.fixture(scope="module")
 def compressed(folder, base):
-    """Strategy -> the checkpoint that llm-compressor itself makes of *base*."""
+    """Strategy -> the checkpoint that llm-compressor itself makes of *base*.
+
+    From one prompt, because its default observer takes a moving average over several.
+    """
     if not (LLM_COMPRESSOR / "llmcompressor").is_dir():
         pytest.skip(f"no llm-compressor in {LLM_COMPRESSOR} (KVQ_LLMCOMPRESSOR; see CONTRIBUTING)")
     strategies = ("tensor", "attn_head")
     schemes = json.dumps({name: scheme("float", name) for name in strategies})
     done = subprocess.run(
-        [sys.executable, "-c", COMPRESS, base, folder, json.dumps(PROMPTS), schemes],
+        [sys.executable, "-c", COMPRESS, base, folder, json.dumps(PROMPTS[-1:]), schemes],
         env=os.environ | {"PYTHONPATH": str(LLM_COMPRESSOR), "HF_HUB_OFFLINE": "1"},
         cwd=folder,
         capture_output=True,
@@ -178,14 +180,14 @@ def test_llm_compressor_scales(compressed, base, strategy):
     checkpoint = inspection.read(compressed[strategy])
     assert not checkpoint.problems and checkpoint.scheme.dtype() == "fp8"
     stored = load_file(compressed[strategy] / "model.safetensors")
-    runs = kv_of(base, PROMPTS)
+    [run] = kv_of(base, PROMPTS[-1:])
     for i, layer in enumerate(checkpoint.layers):
         for which, name in enumerate("kv"):
             read = layer.values[f"{name}_scale"]
             raw = stored[f"model.layers.{i}.self_attn.{name}_scale"].float()
             assert read.dim() == (strategy == "attn_head")
             assert torch.equal(read.flatten(), raw.flatten())
-            peaks = torch.stack([run[i][which].abs().amax((0, 2, 3)) for run in runs]).amax(0)
+            peaks = run[i][which].abs().amax((0, 2, 3))
             expected = (peaks if read.dim() else peaks.amax()) / 448
             torch.testing.assert_close(read, expected, rtol=0.02, atol=0)
 

@@ -86,8 +86,8 @@ def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
     if format is not None and not format.is_dynamic and format.default_scale is None:
         raise ValueError(
             f"the draft model's kv_cache_dtype {draft or asked} needs calibrated scales, which "
-            'draft checkpoints do not carry: set "kv_cache_dtype" in --speculative-config to '
-            "int8_per_token_head, or auto"
+            "draft checkpoints do not carry: use int8_per_token_head or auto, as "
+            '"kv_cache_dtype" in --speculative-config'
         )
 
 
