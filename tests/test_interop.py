@@ -91,10 +91,9 @@ def test_eagle_draft_model_beside_a_static_cache(folder, base):
     source = load_file(base / "model.safetensors")
     layer = {k.removeprefix("model."): w for k, w in source.items() if ".layers.0." in k}
     hidden = source["model.norm.weight"].shape[0]
-    drops = dict.fromkeys(source)
-    draft = change(
-        base, folder / "eagle", drops | layer | {"fc.weight": torch.eye(hidden).repeat(1, 2)}
-    )
+    del layer["layers.0.input_layernorm.weight"]  # EAGLE's first layer has none
+    layer["fc.weight"] = torch.eye(hidden).repeat(1, 2)
+    draft = change(base, folder / "eagle", dict.fromkeys(source) | layer)
     config = json.loads((draft / "config.json").read_text()) | {"num_hidden_layers": 1}
     (draft / "config.json").write_text(json.dumps(config))
     llm = {"model": str(base), "kv_cache_dtype": "fp8", "dtype": "float32"}
@@ -180,14 +179,14 @@ def test_llm_compressor_scales(compressed, base, strategy):
     checkpoint = inspection.read(compressed[strategy])
     assert not checkpoint.problems and checkpoint.scheme.dtype() == "fp8"
     stored = load_file(compressed[strategy] / "model.safetensors")
-    [run] = kv_of(base, PROMPTS[-1:])
+    [kv] = kv_of(base, PROMPTS[-1:])
     for i, layer in enumerate(checkpoint.layers):
         for which, name in enumerate("kv"):
             read = layer.values[f"{name}_scale"]
             raw = stored[f"model.layers.{i}.self_attn.{name}_scale"].float()
             assert read.dim() == (strategy == "attn_head")
             assert torch.equal(read.flatten(), raw.flatten())
-            peaks = run[i][which].abs().amax((0, 2, 3))
+            peaks = kv[i][which].abs().amax((0, 2, 3))
             expected = (peaks if read.dim() else peaks.amax()) / 448
             torch.testing.assert_close(read, expected, rtol=0.02, atol=0)
 
