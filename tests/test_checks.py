@@ -92,6 +92,26 @@ def test_refusals_say_why(change, says):
     assert "use" in str(refusal.value) or "supported" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("model", "method", "refused"),
+    [
+        ("elsewhere", "eagle", True),
+        ("elsewhere", "medusa", False),  # no attention of its own
+        ("no-such-folder", "ngram", False),  # the target itself
+    ],
+)
+def test_a_draft_model_that_would_inherit_static_int8(model, method, refused):
+    drafter = SimpleNamespace(model=model, hf_config=SimpleNamespace())
+    speculation = SimpleNamespace(kv_cache_dtype=None, draft_model_config=drafter, method=method)
+    config = _config("int8", speculative_config=speculation)
+    if not refused:
+        return check(config)
+    with pytest.raises(ValueError, match='draft.*int8.*calibrated.*"kv_cache_dtype"'):
+        check(config)
+    drafter.hf_config.quantization_config = {"kv_cache_scheme": {"num_bits": 8}}
+    check(config)
+
+
 @pytest.mark.parametrize("change", [{"model": {"use_mla": True}}, {"kv_transfer_config": object()}])
 def test_an_unquantized_cache_is_vllms_business(change):
     check(_config("auto", **change))

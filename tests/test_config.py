@@ -13,11 +13,12 @@ import torch
 pytest.importorskip("vllm")
 
 from kvq_plugin.formats import FORMATS, Kind  # noqa: E402
-from kvq_plugin.serving import compat  # noqa: E402
+from kvq_plugin.serving import compat, names  # noqa: E402
 from kvq_plugin.serving.config import (  # noqa: E402
     KVQConfig,
     ScaleLoading,
     resolve_cache_dtype,
+    wrap_draft_config,
     wrap_quant_config,
 )
 from kvq_plugin.serving.scheme import KVScheme  # noqa: E402
@@ -132,6 +133,27 @@ def test_our_config_leaves_linear_layers_unquantized():
     assert type(config.get_quant_method(attention(), "a")).__name__ == "KVQCacheMethod"
     assert config.get_quant_method(torch.nn.Identity(), "x") is None
     assert config.get_config_filenames() == [] and config.get_min_capability() == 0
+
+
+# --- draft models ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [None, *WEIGHTS])
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_a_draft_model_loads_scales_our_way_too(name, dtype, monkeypatch):
+    """EAGLE models make a quantization config of their own, from their own checkpoint."""
+    quant, declared = (None, None) if name is None else stock(name)
+    around, own = engine(dtype), engine(dtype, quant, declared)
+    monkeypatch.setattr(compat, "get_current_vllm_config_or_none", lambda: around)
+    config = wrap_draft_config(quant, own.model_config)
+    if dtype == "auto":
+        assert config is quant
+        return
+    assert isinstance(config, ScaleLoading) and (quant is None or isinstance(config, type(quant)))
+    assert wrap_draft_config(config, own.model_config) is config
+    other = engine(dtype, None, {**NONE, "kv_cache_scheme": INT8})
+    with pytest.raises(ValueError, match="another code"):
+        wrap_draft_config(None, other.model_config)
 
 
 # --- schemes ---------------------------------------------------------------------------
@@ -260,28 +282,43 @@ UNTOUCHED = (
 )
 
 
+LAYERS = [L + "self_attn.attn", L + "mixer.attn"]
+
+
+@pytest.mark.parametrize("key", [*MAPPED, *UNTOUCHED])
+def test_scale_names(key):
+    found = names.parse(L + key)
+    if key in UNTOUCHED:
+        assert found is None
+        return
+    assert found.parameter in (*names.SCALES, *names.ZERO_POINTS)
+    for layers in ([], LAYERS):
+        placed = found.placed(layers)
+        assert placed == L + MAPPED[key]
+        assert names.parse(placed).placed(layers) == placed
+        inner = placed.removeprefix("model.")  # an inner module reads its own part
+        assert names.parse(inner).placed(layers) == inner
+
+
+def test_scale_names_follow_the_models_own_modules():
+    found = names.parse("transformer.h.0.attn.k_scale")
+    assert found.placed(["transformer.h.0.attn.attn"]) == "transformer.h.0.attn.attn.k_scale"
+    again = names.parse("transformer.h.0.attn.attn.k_scale")
+    assert again.placed(["transformer.h.0.attn.attn"]) == again.key
+
+
 @pytest.mark.parametrize("name", [None, *WEIGHTS])
-def test_scale_names(name):
+def test_vllm_leaves_placed_names_alone(name):
+    """Stacked projections and the config's own mapper come after us."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
     quant, declared = (None, None) if name is None else stock(name)
     config = engine("fp8", quant, declared)
     wrap_quant_config(config)
-    mapper = config.quant_config.get_cache_scale_mapper()
-    for key, expected in MAPPED.items():
-        assert mapper.map_name(L + key) == L + expected
-        # The inner module's loader maps again, without the `model.` prefix.
-        inner = L.removeprefix("model.") + expected
-        assert mapper.map_name(inner) == inner
-    for key in UNTOUCHED:
-        assert mapper.map_name(L + key) == L + key
-
-
-def test_scale_names_survive_stacked_projections():
-    from vllm.model_executor.models.utils import WeightsMapper
-
     stacked = WeightsMapper(orig_to_new_stacked={".k_proj": (".qkv_proj", "k")})
-    mapper = stacked | KVQConfig().get_cache_scale_mapper()
-    for name, expected in MAPPED.items():
-        assert mapper.map_name(L + name) == L + expected
+    mapper = stacked | config.quant_config.get_cache_scale_mapper()
+    for placed in MAPPED.values():
+        assert mapper.map_name(L + placed) == L + placed
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -292,6 +329,22 @@ def test_scales_without_a_parameter_are_ignored(name):
     for owner in (config.quant_config, KVQConfig()):
         for suffix in (".k_scale", ".v_zero_point", ".prob_scale"):
             assert suffix in owner._ignore_unexpected_suffixes
+
+
+@pytest.mark.parametrize("weights", ["fp8_per_tensor", "fp8_per_channel"])
+def test_online_fp8_weights_keep_their_config(weights):
+    """Config only: of these, vLLM 0.32's CPU build serves one per channel (test_interop.py); per
+    tensor it lacks an operator (``_C::static_scaled_fp8_quant() expected at most 0
+    argument(s)``), with this plugin or without."""
+    from vllm.config.quantization import resolve_quantization_config
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+
+    quant = OnlineQuantizationConfig(args=resolve_quantization_config(weights, None))
+    config = engine("int8_per_token_head", quant)
+    wrap_quant_config(config)
+    wrapped = pickle.loads(pickle.dumps(config.quant_config))
+    assert isinstance(wrapped, OnlineQuantizationConfig) and wrapped.args == quant.args
+    assert type(wrapped.get_quant_method(attention(), "a")).__name__ == "KVQCacheMethod"
 
 
 # --- as vLLM picks it up ---------------------------------------------------------------

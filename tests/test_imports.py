@@ -18,8 +18,8 @@ LEVELS = (
     ("_native", "kernels"),
     ("ops",),
     ("serving", "hf_cache", "model", "servers"),
-    ("calibrate", "evaluate"),
-    ("report",),
+    ("calibrate", "evaluate", "inspection", "doctor"),
+    ("report", "inspection_report"),
     ("demo", "bench"),
     ("cli", "__main__"),
 )

@@ -4,40 +4,37 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import pickle
+import uuid
+from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
 from scale_layers import results  # noqa: E402
+from tiny_models import make  # noqa: E402
 
-MODEL = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 128,
-    "max_position_embeddings": 256,
-}
+from kvq_plugin.serving import checks, compat, scales  # noqa: E402
+
 ATTENTION = "model.layers.{}.self_attn."
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """Weights and config.json of a tiny random Llama."""
-    from safetensors.torch import load_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+def checkpoint(tmp_path_factory):
+    """``checkpoint(model)`` -> weights and config.json of a tiny random model."""
+    folder = tmp_path_factory.mktemp("models")
 
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**MODEL)).to(torch.bfloat16).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    return load_file(folder / "model.safetensors"), config
+    @cache
+    def read(model):
+        path = make(folder, model)
+        return load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+
+    return read
 
 
 @pytest.fixture(scope="module")
@@ -64,57 +61,91 @@ def engine_free(tmp_path_factory):
 
 
 @pytest.fixture
-def load(llama, engine_free, tmp_path):
+def load(checkpoint, engine_free, tmp_path):
     """``load(dtype, tensors, **engine_args)`` -> (model, its attention layers, vllm_config)."""
-    from safetensors.torch import save_file
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
-    def run(dtype, tensors, quantization=None, **engine_args):
-        weights, config = llama[0], dict(llama[1])
+    def run(dtype, tensors, quantization=None, model="gqa", **engine_args):
+        weights, config = checkpoint(model)
         if quantization is not None:
-            config["quantization_config"] = quantization
+            config = config | {"quantization_config": quantization}
         (tmp_path / "config.json").write_text(json.dumps(config))
         tensors = {k: torch.as_tensor(v).contiguous().clone() for k, v in tensors.items()}
         save_file({**weights, **tensors}, tmp_path / "model.safetensors", {"format": "pt"})
         vllm_config = EngineArgs(
             model=str(tmp_path),
-            skip_tokenizer_init=True,
-            kv_cache_dtype=dtype,
-            max_model_len=128,
-            enforce_eager=True,
-            dtype="bfloat16",
-            **engine_args,
+            **{
+                "skip_tokenizer_init": True,
+                "kv_cache_dtype": dtype,
+                "max_model_len": 128,
+                "enforce_eager": True,
+                "dtype": "bfloat16",
+                **engine_args,
+            },
         ).create_engine_config()
         vllm_config = pickle.loads(pickle.dumps(vllm_config))  # as workers receive it
         with set_current_vllm_config(vllm_config):
             model = get_model(vllm_config=vllm_config)
-        layers = vllm_config.compilation_config.static_forward_context
-        assert list(layers) == [ATTENTION.format(i) + "attn" for i in range(2)]
-        return model, list(layers.values()), vllm_config
+        found = vllm_config.compilation_config.static_forward_context.values()
+        return model, [x for x in found if isinstance(x, compat.Attention)], vllm_config
 
     return run
 
 
-def both(suffixes):
-    """*suffixes* -> value, in both layers; layer 1's values are doubled."""
+def both(suffixes, module=ATTENTION):
+    """*suffixes* -> value, in both layers; layer 1's scales are doubled."""
     return {
-        ATTENTION.format(i) + name: torch.as_tensor(value) * (1 + i)
+        module.format(i) + name: torch.as_tensor(value) * (1 + i * name.endswith("scale"))
         for i in range(2)
         for name, value in suffixes.items()
     }
 
 
-SPELLINGS = {
-    "AutoFP8": ({"kv_scale": 0.5}, [0.5, 0.5, 0.5, 1.0]),
-    "compressed-tensors": (
+K_CHANNEL = torch.linspace(0.125, 8, 64)  # exact in bfloat16 enough to tell every channel
+OFFSET = torch.arange(64.0) - 32
+#: Row of the table in README and design -> (model, cache dtype, tensors under the attention
+#: module, expected k, v, q and prob scales).
+ROWS = {
+    "AutoFP8": ("gqa", "fp8", {"kv_scale": 0.5}, [0.5, 0.5, 0.5, 1.0]),
+    "compressed-tensors, tensor": (
+        "gqa",
+        "fp8",
         {"k_scale": [0.5], "v_scale": [0.25], "q_scale": [2.0], "k_zero_point": [0]},
         [0.5, 0.25, 2.0, 1.0],
     ),
-    "plain prob": ({"k_scale": 0.5, "v_scale": 0.25, "prob_scale": 0.125}, [0.5, 0.25, 0.5, 0.125]),
-    "ModelOpt": ({"k_proj.k_scale": 0.5, "v_proj.v_scale": 0.25}, [0.5, 0.25, 0.5, 1.0]),
+    "compressed-tensors, attn_head": (
+        "gqa",
+        "fp8",
+        {
+            "k_scale": [[[0.5]], [[0.25]]],
+            "v_scale": [[[1.0]], [[2.0]]],
+            "q_scale": [[[1.0]], [[3.0]], [[4.0]], [[2.0]]],
+        },
+        [0.5, 2.0, 4.0, 1.0],
+    ),
+    "compressed-tensors, channel": (
+        "gqa",
+        "int8",
+        {"k_scale": K_CHANNEL, "v_scale": K_CHANNEL[:, None] * 2, "v_zero_point": OFFSET[:, None]},
+        [8.0, 16.0, 8.0, 1.0],
+    ),
+    "plain prob": (
+        "gqa",
+        "fp8",
+        {"k_scale": 0.5, "v_scale": 0.25, "prob_scale": 0.125},
+        [0.5, 0.25, 0.5, 0.125],
+    ),
+    "ModelOpt": (
+        "gqa",
+        "fp8",
+        {"k_proj.k_scale": 0.5, "v_proj.v_scale": 0.25},
+        [0.5, 0.25, 0.5, 1.0],
+    ),
     "Quark": (
+        "gqa",
+        "fp8",
         {
             "k_proj.output_scale": 0.5,
             "v_proj.output_scale": 0.25,
@@ -123,33 +154,111 @@ SPELLINGS = {
         },
         [0.5, 0.25, 2.0, 0.125],
     ),
-    "fused": ({"qkv_proj.k_scale": 0.5, "qkv_proj.v_scale": 0.25}, [0.5, 0.25, 0.5, 1.0]),
+    "fused": (
+        "gqa",
+        "fp8",
+        {"qkv_proj.k_scale": 0.5, "qkv_proj.v_scale": 0.25},
+        [0.5, 0.25, 0.5, 1.0],
+    ),
     "HYV3": (
+        "hy_v3",
+        "fp8",
         {"q.scale": 2.0, "k_cache.scale": 0.5, "v_cache.scale": 0.25},
         [0.5, 0.25, 2.0, 1.0],
     ),
-    "in place": ({"attn.k_scale": 0.5, "attn.v_scale": 0.25}, [0.5, 0.25, 0.5, 1.0]),
+    "NemotronH": (
+        "nemotron_h",
+        "fp8",
+        {"k_proj.k_scale": 0.5, "v_proj.v_scale": 0.25},
+        [0.5, 0.25, 0.5, 1.0],
+    ),
+    "msModelSlim": (
+        "gqa",
+        "int8",
+        {
+            "k_proj.kv_cache_scale": K_CHANNEL,
+            "k_proj.kv_cache_offset": OFFSET,
+            "v_proj.kv_cache_scale": K_CHANNEL * 2,
+            "v_proj.kv_cache_offset": OFFSET,
+        },
+        [8.0, 16.0, 8.0, 1.0],
+    ),
+    "in place": ("gqa", "fp8", {"attn.k_scale": 0.5, "attn.v_scale": 0.25}, [0.5, 0.25, 0.5, 1.0]),
+    # Through maybe_remap_kv_scale_name, which knows neither of these, and beside sinks.
+    "gpt-oss, AutoFP8": ("sinks", "fp8", {"k_proj.kv_scale": 0.5}, [0.5, 0.5, 0.5, 1.0]),
+    "gpt-oss, Quark": (
+        "sinks",
+        "fp8",
+        {"k_proj.output_scale": 0.5, "v_proj.output_scale": 0.25, "prob_scale": 0.125},
+        [0.5, 0.25, 0.5, 0.125],
+    ),
+    # An attention module whose own name is that of vLLM's layer elsewhere.
+    "GPT-2": ("gpt2", "fp8", {"k_scale": 0.5, "v_scale": 0.25}, [0.5, 0.25, 0.5, 1.0]),
 }
+MODULES = {"gpt2": "transformer.h.{}.attn.", "nemotron_h": "backbone.layers.{}.mixer."}
 
 
-@pytest.mark.parametrize("origin", SPELLINGS)
-def test_load_every_spelling(origin, load):
-    tensors, expected = SPELLINGS[origin]
-    _, layers, _ = load("fp8", both(tensors))
+@pytest.mark.parametrize("row", ROWS)
+def test_load_every_row(row, load, reports, monkeypatch):
+    name, dtype, scales, expected = ROWS[row]
+    if name == "nemotron_h":  # hybrids are refused; what such a checkpoint says is still read
+        monkeypatch.setattr(checks, "_check_model", lambda asked, model: None)
+    module = MODULES.get(name, ATTENTION)
+    tensors = both(scales, module)
+    if name == "sinks":
+        sinks = checkpoint_sinks = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        tensors |= {module.format(i) + "sinks": checkpoint_sinks for i in range(2)}
+    model, layers, _ = load(dtype, tensors, model=name)
     assert results(layers[0]) == expected
     assert results(layers[1])[:2] == [2 * e for e in expected[:2]]
+    for layer, report, i in zip(layers, reports, range(2), strict=True):
+        assert layer.layer_name in report and dtype in report
+        for key in scales:
+            assert module.format(i) + key in report
+    if dtype == "int8":
+        assert torch.equal(layers[0].kvq_key_static.scale, K_CHANNEL.view(2, 32))
+        assert torch.equal(layers[0].kvq_value_static.zero_point, OFFSET.view(2, 32))
+    if name == "sinks":
+        assert torch.equal(model.model.layers[0].attn.sinks.float(), sinks)
 
 
-def test_load_ascend_int8_per_channel(load):
-    k = torch.rand(64) + 0.1
-    tensors = {"k_proj.kv_cache_scale": k, "v_proj.kv_cache_scale": k + 1}
-    tensors |= {"k_proj.kv_cache_offset": torch.arange(64.0) - 32}
-    tensors = {ATTENTION.format(i) + n: t for i in range(2) for n, t in tensors.items()}
-    _, layers, _ = load("int8", tensors)
-    for layer in layers:
-        assert torch.equal(layer.kvq_key_static.scale, k.view(2, 32))
-        assert torch.equal(layer.kvq_key_static.zero_point.flatten(), torch.arange(64.0) - 32)
-        assert torch.equal(layer.kvq_value_static.scale, k.view(2, 32) + 1)
+@pytest.fixture
+def reports(monkeypatch):
+    """Lines the loader reports at debug level, one per layer."""
+    logger = compat.init_logger(f"kvq.test.{uuid.uuid4()}")
+    logger.setLevel(logging.DEBUG)
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addFilter(lambda record: record.levelno == logging.DEBUG)
+    logger.addHandler(handler)
+    monkeypatch.setattr(scales, "logger", logger)
+    return lines
+
+
+def test_report_says_where_a_scale_that_was_not_given_comes_from(load, reports):
+    load("fp8", both({"kv_scale": 0.5}))
+    assert f"k_scale 0.5 from {ATTENTION.format(0)}kv_scale" in reports[0]
+    assert "v_scale 0.5 as k_scale" in reports[0] and "prob_scale 1 by default" in reports[0]
+
+
+@pytest.mark.parametrize("name", ["gqa", "sinks"])
+@pytest.mark.parametrize(
+    "extra", [ATTENTION.format(7) + "k_scale", ATTENTION.format(2) + "v_proj.output_scale"]
+)
+def test_load_refuses_scales_of_layers_the_model_lacks(name, extra, load):
+    tensors = both({"k_scale": 0.5, "v_scale": 0.5})
+    with pytest.raises((ValueError, KeyError), match=extra.replace(".", r"\.")) as error:
+        load("fp8", {**tensors, extra: 0.5}, model=name)
+    assert error.type is ValueError and "does not have" in str(error.value)
+
+
+def test_load_ignores_extra_scales_where_none_are_used(load):
+    load("int8_per_token_head", both({"k_scale": 0.5}) | {ATTENTION.format(7) + "k_scale": 0.5})
+
+
+def test_load_refuses_a_scale_given_twice(load):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.attn.*twice.*k_proj\.k_scale"):
+        load("fp8", both({"k_scale": 0.5, "v_scale": 0.5, "k_proj.k_scale": 0.25}))
 
 
 def test_load_without_scales(load):
@@ -220,7 +329,7 @@ def test_load_unquantized_cache_of_a_checkpoint_with_int8_scales(load):
     assert results(layers[0]) == [1.0, 1.0, 1.0, 1.0]
 
 
-def test_load_quantized_weights_with_a_kv_scheme(load, llama):
+def test_load_quantized_weights_with_a_kv_scheme(load, checkpoint):
     """compressed-tensors W8A8 beside int8 attn_head scales: both load."""
     quantization = copy.deepcopy(INT8_CHANNEL)
     quantization["format"] = "int-quantized"
@@ -235,7 +344,7 @@ def test_load_quantized_weights_with_a_kv_scheme(load, llama):
     }
     quantization["ignore"] = ["lm_head"]
     tensors = {}
-    for name, weight in llama[0].items():
+    for name, weight in checkpoint("gqa")[0].items():
         if "_proj.weight" in name:
             scale = weight.float().abs().amax(1, keepdim=True) / 127
             tensors[name] = (weight.float() / scale).round().to(torch.int8)

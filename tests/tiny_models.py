@@ -95,6 +95,38 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: Models whose checkpoints name their scales in a way of their own; loaded, not generated with.
+SCALE_NAMINGS: dict[str, dict[str, Any]] = {
+    "hy_v3": {
+        **_BASE,
+        "model_type": "hy_v3",
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "expert_hidden_dim": 64,
+        "enable_moe_fp32_combine": False,
+        "route_norm": True,
+        "qk_norm": True,
+        "first_k_dense_replace": 1,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": VOCAB,
+        "n_embd": 128,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 512,
+        "initializer_range": STD,
+    },
+    "nemotron_h": {
+        **{key: value for key, value in _BASE.items() if key != "num_hidden_layers"},
+        "model_type": "nemotron_h",
+        "layers_block_type": ["attention", "attention"],
+    },
+}
+
 #: feature -> the change that takes it away, to show that the test would notice.
 WITHOUT: dict[str, dict[str, Any]] = {
     "sliding_window": {"sliding_window": None},
@@ -108,7 +140,7 @@ def make(folder: Path, feature: str, **changes) -> Path:
     """Write the model of *feature*, its configuration updated by *changes*, and return where."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = dict(CONFIGS[feature]) | changes
+    settings = dict((CONFIGS | SCALE_NAMINGS)[feature]) | changes
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -30,16 +30,24 @@ def register() -> None:
     for name in FORMATS:
         compat.register_dtype(name, torch.uint8)
     # Registers the quantization method, which vLLM looks up before any config exists.
-    importlib.import_module(f"{__name__}.config")
+    config = importlib.import_module(f"{__name__}.config")
     compat.override_cpu_backend(f"{__name__}.stock.StockCPUBackend")
     compat.on_backend_selection(_choose_backend)
     compat.on_config(_on_config)
+    compat.on_draft_quant_config(config.wrap_draft_config)
+    compat.on_model_created(_on_model_created)
 
 
 def _choose_backend(kv_cache_dtype: str, attn_type: str) -> str | None:
     from kvq_plugin.serving.backend import backend_path
 
     return backend_path(kv_cache_dtype, attn_type)
+
+
+def _on_model_created(model, vllm_config, model_config) -> None:
+    from kvq_plugin.serving.scale_keys import follow
+
+    follow(model, vllm_config, model_config)
 
 
 def _on_config(vllm_config) -> None:

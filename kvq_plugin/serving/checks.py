@@ -6,7 +6,6 @@ Every message names what was asked, what is supported and what to use instead.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ import torch
 from safetensors import safe_open
 
 from kvq_plugin.formats import FORMATS, KVFormat
-from kvq_plugin.serving import options
-from kvq_plugin.serving.names import RULES
+from kvq_plugin.serving import names, options
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
 #: (vLLM 0.32 picks its kernel by the model's dtype, whatever the cache's is).
 _UNQUANTIZED = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BLOCK_MULTIPLE = 32
 _SKIP_KINDS = ("sliding_window",)
-_SCALE_SUFFIXES = (".attn.k_scale", ".attn.v_scale")
+_WITHOUT_ATTENTION = ("medusa", "mlp_speculator")  # methods whose draft model has no KV cache
 
 
 def check(vllm_config: Any) -> None:
@@ -33,9 +31,7 @@ def check(vllm_config: Any) -> None:
         return
     asked = vllm_config.cache_config.cache_dtype
     _check_dtype(asked, "--kv-cache-dtype", model.dtype)
-    draft = getattr(vllm_config.speculative_config, "kv_cache_dtype", None)
-    if draft is not None:
-        _check_draft(draft, model.dtype)
+    _check_speculation(asked, vllm_config.speculative_config, model)
     format = FORMATS.get(asked)
     if format is None:
         return
@@ -74,13 +70,24 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_draft(asked: str, model_dtype: torch.dtype) -> None:
-    _check_dtype(asked, "the draft model's kv_cache_dtype", model_dtype)
-    format = FORMATS.get(asked)
+def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
+    """The draft model's KV cache: its own dtype, or else the target's *asked*."""
+    draft = getattr(speculation, "kv_cache_dtype", None)
+    drafter = getattr(speculation, "draft_model_config", None)
+    if draft is not None:
+        _check_dtype(draft, "the draft model's kv_cache_dtype", model.dtype)
+    elif drafter is None or drafter.model == model.model:
+        return  # n-grams, or layers of the target itself
+    else:
+        scales = _declares_kv_scheme(drafter.hf_config, Path(drafter.model))
+        if scales or speculation.method in _WITHOUT_ATTENTION:
+            return
+    format = FORMATS.get(draft or asked)
     if format is not None and not format.is_dynamic and format.default_scale is None:
         raise ValueError(
-            f"the draft model's kv_cache_dtype {asked} needs calibrated scales, which draft "
-            "checkpoints do not carry: use int8_per_token_head, or auto"
+            f"the draft model's kv_cache_dtype {draft or asked} needs calibrated scales, which "
+            "draft checkpoints do not carry: use int8_per_token_head or auto, as "
+            '"kv_cache_dtype" in --speculative-config'
         )
 
 
@@ -160,8 +167,8 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
     folder = Path(vllm_config.model_config.model)
     if _declares_kv_scheme(vllm_config.model_config.hf_config, folder):
         return
-    names = _tensor_names(folder)
-    if names is None or any(_is_scale(name) for name in names):
+    tensors = _tensor_names(folder)
+    if tensors is None or any(_is_scale(name) for name in tensors):
         return
     raise ValueError(
         f"--kv-cache-dtype {asked} needs calibrated scales, and {folder} has none: no KV scheme "
@@ -174,9 +181,8 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
 
 def _is_scale(name: str) -> bool:
     """Whether the loader will take tensor *name* for a scale of K or V."""
-    for pattern, new in RULES:
-        name = re.sub(pattern, new, name)
-    return name.endswith(_SCALE_SUFFIXES)
+    found = names.parse(name)
+    return found is not None and found.parameter in ("k_scale", "v_scale")
 
 
 def _declares_kv_scheme(hf_config: Any, folder: Path) -> bool:

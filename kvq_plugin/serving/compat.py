@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +55,6 @@ NAMES: dict[str, str] = {
     "CompressedTensorsKVCacheMethod": (
         "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors"
     ),
-    "WeightsMapper": "vllm.model_executor.models.utils",
     "get_current_vllm_config_or_none": "vllm.config",
     "get_tensor_model_parallel_rank": "vllm.distributed.parallel_state",
     "get_tensor_model_parallel_world_size": "vllm.distributed.parallel_state",
@@ -74,14 +75,17 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "kv_cache_dtype_skip_layers",
     ),
     "vllm.config.compilation:CompilationConfig": ("static_forward_context",),
+    "vllm.model_executor.model_loader.utils": ("initialize_model",),
     "vllm.config.parallel:ParallelConfig": (
         "decode_context_parallel_size",
+        "pipeline_parallel_size",
         "prefill_context_parallel_size",
     ),
     "vllm.config.speculative:SpeculativeConfig": ("kv_cache_dtype",),
     "vllm.config.vllm:VllmConfig": (
         "additional_config",
         "cache_config",
+        "get_quantization_config",
         "kv_transfer_config",
         "model_config",
         "parallel_config",
@@ -195,6 +199,20 @@ def _register_dtype_backport(cache: Any, name: str, torch_dtype: torch.dtype) ->
     arg_utils._compute_kwargs.cache_clear()
 
 
+def known_dtypes() -> tuple[str, ...]:
+    """Every ``--kv-cache-dtype`` this vLLM takes, ours included once they are registered."""
+    cache = importlib.import_module("vllm.config.cache")
+    registered = getattr(cache, "KV_CACHE_DTYPES", ())
+    return tuple(dict.fromkeys((*cache.CacheDType.__args__, *registered)))
+
+
+def platform_name() -> str:
+    """``cpu``, ``cuda`` and so on: what vLLM runs on in this process."""
+    from vllm.platforms import current_platform
+
+    return current_platform.device_name or current_platform.device_type
+
+
 # --- attention backends ----------------------------------------------------------------
 
 
@@ -258,6 +276,54 @@ def _wrap_platform_method(name: str, wrap: Callable[[Any], Any]) -> None:
 
 
 # --- scale loading ---------------------------------------------------------------------
+
+
+def on_model_created(hook: Callable[[Any, Any, Any], None]) -> None:
+    """Call ``hook(model, vllm_config, model_config)`` for every model vLLM has built and not
+    yet loaded; *model_config* is None for the one that *vllm_config* is about.
+
+    Models inside another one (the language model of a multimodal model) are not reported.
+    """
+    utils = importlib.import_module("vllm.model_executor.model_loader.utils")
+    stock = utils.initialize_model
+    if getattr(stock, "_kvq_wrapped", False):
+        return
+    building = threading.local()
+
+    @functools.wraps(stock)
+    def initialize_model(vllm_config, *args, **kwargs):
+        if getattr(building, "outer", False):
+            return stock(vllm_config, *args, **kwargs)
+        building.outer = True
+        try:
+            model = stock(vllm_config, *args, **kwargs)
+        finally:
+            building.outer = False
+        hook(model, vllm_config, kwargs.get("model_config"))
+        return model
+
+    initialize_model._kvq_wrapped = True
+    # Loaders that are imported already hold the function under their own name.
+    for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
+        if getattr(module, "initialize_model", None) is stock:
+            module.initialize_model = initialize_model
+
+
+def on_draft_quant_config(hook: Callable[[Any, Any], Any]) -> None:
+    """Let ``hook(quant_config, model_config)`` replace the quantization config that a draft
+    model (EAGLE and its kin) makes for itself from its own checkpoint; either may be None."""
+    from vllm.config import VllmConfig
+
+    stock = VllmConfig.get_quantization_config
+    if getattr(stock, "_kvq_wrapped", False):
+        return
+
+    @functools.wraps(stock)
+    def get_quantization_config(model_config, load_config):
+        return hook(stock(model_config, load_config), model_config)
+
+    get_quantization_config._kvq_wrapped = True
+    VllmConfig.get_quantization_config = staticmethod(get_quantization_config)
 
 
 def is_weights_pre_processed() -> bool:

@@ -16,7 +16,7 @@ import torch
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import QuantizationConfig, register_quantization_config
-from kvq_plugin.serving.names import IGNORED_SUFFIXES, scale_mapper
+from kvq_plugin.serving.names import IGNORED_SUFFIXES
 from kvq_plugin.serving.scheme import KVScheme, ScaleLedger
 
 AUTO = "auto"
@@ -41,10 +41,6 @@ class ScaleLoading:
 
             return KVQCacheMethod(self)
         return super().get_quant_method(layer, prefix)
-
-    @classmethod
-    def get_cache_scale_mapper(cls) -> Any:
-        return scale_mapper() | super().get_cache_scale_mapper()
 
 
 @register_quantization_config("kvq")
@@ -146,16 +142,33 @@ def wrap_quant_config(vllm_config: Any) -> None:
         scheme.check(format, asked)
     if format is None and (scheme is None or not _is_unquantized(asked)):
         return
-    config = vllm_config.quant_config
+    vllm_config.quant_config = _with_scale_loading(vllm_config.quant_config, scheme)
+
+
+def wrap_draft_config(config: Any, model_config: Any) -> Any:
+    """*config*, which a draft model made for itself, loading KV scales our way where the KV
+    cache dtype in force is ours. Raises ValueError as :func:`wrap_quant_config` does."""
+    vllm_config = compat.get_current_vllm_config_or_none()
+    asked = AUTO if vllm_config is None else vllm_config.cache_config.cache_dtype
+    if asked not in FORMATS or model_config is None:
+        return config
+    scheme = _scheme_of(config, model_config)
+    if scheme is not None:
+        scheme.check(FORMATS[asked], asked)
+    return _with_scale_loading(config, scheme)
+
+
+def _with_scale_loading(config: Any, scheme: KVScheme | None) -> Any:
     if config is None:
-        vllm_config.quant_config = KVQConfig(scheme)
-    elif not isinstance(config, ScaleLoading):
-        wrapped = _new_wrapped(type(config))
-        # The state itself, not a copy: whoever holds the stock object sees the same config.
-        wrapped.__dict__ = config.__dict__
-        wrapped.kv_cache_scheme = None
-        wrapped.kvq_ledger = ScaleLedger(scheme)
-        vllm_config.quant_config = wrapped
+        return KVQConfig(scheme)
+    if isinstance(config, ScaleLoading):
+        return config
+    wrapped = _new_wrapped(type(config))
+    # The state itself, not a copy: whoever holds the stock object sees the same config.
+    wrapped.__dict__ = config.__dict__
+    wrapped.kv_cache_scheme = None
+    wrapped.kvq_ledger = ScaleLedger(scheme)
+    return wrapped
 
 
 def _is_unquantized(cache_dtype: str) -> bool:
@@ -164,13 +177,16 @@ def _is_unquantized(cache_dtype: str) -> bool:
 
 
 def _declared_scheme(vllm_config: Any) -> KVScheme | None:
+    return _scheme_of(vllm_config.quant_config, vllm_config.model_config)
+
+
+def _scheme_of(config: Any, model_config: Any) -> KVScheme | None:
     """What the checkpoint says its KV scales are for; None when it says nothing."""
-    config = vllm_config.quant_config
     if isinstance(config, ScaleLoading):
         return config.kvq_ledger.scheme
     declared = getattr(config, "kv_cache_scheme", None)
     if declared is None:
-        declared = _checkpoint_quantization(vllm_config.model_config).get("kv_cache_scheme")
+        declared = _checkpoint_quantization(model_config).get("kv_cache_scheme")
     if isinstance(declared, dict):
         return KVScheme.from_dict(declared)
     # ModelOpt names an algorithm instead, and calls the attribute one thing or the other.

@@ -7,6 +7,7 @@ they are reconciled into the tensors vLLM's backends read (``_k_scale`` and its 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,13 @@ from kvq_plugin.formats import FORMATS, FP8_E4M3, Kind, KVFormat, get_format
 from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import AttentionType, CompressedTensorsKVCacheMethod
+from kvq_plugin.serving.names import SCALES, ZERO_POINTS
+from kvq_plugin.serving.scale_keys import ScaleKeys
 from kvq_plugin.serving.scale_shapes import ABSENT, HeadShard, ScaleReader, are_scales
 from kvq_plugin.serving.scheme import ScaleLedger
 
 logger = compat.init_logger(f"vllm.{__name__}")
 
-SCALES = ("q_scale", "k_scale", "v_scale", "prob_scale")
-ZERO_POINTS = ("q_zero_point", "k_zero_point", "v_zero_point")
 _SCALE_BUFFERS = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
 _ZERO_POINT_BUFFERS = ("_k_zero_point", "_v_zero_point")
 # On the CPU by name: this module may first be imported while a model is built on meta.
@@ -50,6 +51,11 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
             (:class:`~kvq_plugin.serving.scheme.ScaleLedger`).
     """
 
+    @property
+    def kvq_keys(self) -> ScaleKeys:
+        """What :func:`~kvq_plugin.serving.scale_keys.follow` recognises our layers by."""
+        return self.quant_config.kvq_ledger.keys
+
     def create_weights(self, layer: torch.nn.Module) -> None:
         """Add the placeholders: fp32 scalars, -1 (absent) for scales, 0 for zero points.
 
@@ -60,10 +66,12 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
         format = _static_format(layer)
         shard = None if format is None else _shard(layer)
         for name in SCALES:
-            _add_placeholder(layer, name, ABSENT, _scale_loader(_reader(layer, name, shard)))
+            load = _scale_loader(_reader(layer, name, shard))
+            _add_placeholder(layer, name, ABSENT, _noting(self.kvq_keys, layer, name, load))
         for name in ZERO_POINTS:
             reader = None if name.startswith("q") else _reader(layer, name, shard)
-            _add_placeholder(layer, name, 0.0, _zero_point_loader(reader, format))
+            load = _zero_point_loader(reader, format)
+            _add_placeholder(layer, name, 0.0, _noting(self.kvq_keys, layer, name, load))
 
     def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise RuntimeError(f"{type(self).__name__}.apply should not be called")
@@ -87,6 +95,7 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
             layer.kvq_given = _Given.of(given)
         else:
             _reconcile(layer, _Given.of(given), ledger)
+        _report(layer, ledger.keys.taken(layer.layer_name))
         if ledger.leave(layer):
             for name in sorted(ledger.layers):
                 _take_from_target(ledger.layers[name], ledger.layers)
@@ -164,6 +173,17 @@ def _add_placeholder(layer: torch.nn.Module, name: str, value: float, loader: Ca
     setattr(layer, name, parameter)
 
 
+def _noting(keys: ScaleKeys, layer: torch.nn.Module, name: str, load: Callable) -> Callable:
+    """Weight loader *load* of parameter *name*, which tells *keys* what arrives."""
+    layer_name = layer.layer_name
+
+    def weight_loader(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        keys.take(layer_name, name, loaded_weight)
+        load(param, loaded_weight)
+
+    return weight_loader
+
+
 def _scale_loader(reader: ScaleReader | None) -> Callable:
     def weight_loader(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
         if reader is not None:
@@ -193,6 +213,29 @@ def _fill(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     if param.shape != value.shape:
         param.data = torch.empty(value.shape, dtype=torch.float32, device=param.device)
     param.data.copy_(value)
+
+
+def _report(layer: torch.nn.Module, taken: dict[str, str]) -> None:
+    """One line at debug level: each scale of *layer* and the key that gave it."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
+    parts = []
+    for name in SCALES:
+        value = getattr(layer, f"_{name}")
+        low, high = value.min().item(), value.max().item()
+        values = f"{high:.4g}" if value.dim() == 0 else f"{list(value.shape)} {low:.4g}..{high:.4g}"
+        parts.append(f"{name} {values} {_origin(name, taken)}")
+    parts += [f"{name} from {taken[name]}" for name in ZERO_POINTS if name in taken]
+    logger.debug(
+        "KV scales of %s (%s): %s", layer.layer_name, layer.kv_cache_dtype, "; ".join(parts)
+    )
+
+
+def _origin(name: str, taken: dict[str, str]) -> str:
+    if name in taken:
+        return f"from {taken[name]}"
+    other = {"k_scale": "v_scale", "v_scale": "k_scale", "q_scale": "k_scale"}.get(name)
+    return f"as {other}" if other in taken else "by default"
 
 
 # --- reconciliation --------------------------------------------------------------------

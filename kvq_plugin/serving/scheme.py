@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvq_plugin.formats import FORMATS, Code, Kind, KVFormat
+from kvq_plugin.serving.scale_keys import ScaleKeys
 
 #: compressed-tensors' ``type`` -> how such codes decode. Its int4 is symmetric, unlike ours.
 _KINDS = {"float": Kind.FLOAT, "int": Kind.SIGNED}
@@ -96,9 +97,14 @@ class ScaleLedger:
     One per quantization config. A layer's own loading cannot tell "this checkpoint has no
     scales" from "this layer's are missing", so the verdict falls when the last one arrives.
     Layers are held weakly: a model that failed to build leaves nothing behind.
+
+    Attributes:
+        scheme: what the checkpoint declares; None when it declares nothing.
+        keys: which of its tensors became which scale.
     """
 
     scheme: KVScheme | None = None
+    keys: ScaleKeys = field(default_factory=ScaleKeys)
     layers: weakref.WeakValueDictionary[str, Any] = field(
         default_factory=weakref.WeakValueDictionary
     )
@@ -129,13 +135,16 @@ class ScaleLedger:
     def leave(self, layer: Any) -> bool:
         """*layer* was processed. True when it was the last one and all are well supplied.
 
-        Raises ValueError naming every layer without scales where that cannot be meant.
+        Raises ValueError naming every layer without scales where that cannot be meant, and
+        every scale that no layer took.
         """
         self._pending.discard(layer)
         if self._pending:
             return False
-        lacking, some_given = self._lacking, self._some_given
+        lacking, some_given, extra = self._lacking, self._some_given, self.keys.leftovers()
         self._lacking, self._some_given = [], False
+        if extra and (lacking or some_given):
+            raise ValueError(self._extra_message(extra, [name for name, _ in lacking]))
         promised = self.scheme is not None and self.scheme.is_complete
         if lacking and (promised or some_given):
             raise ValueError(self._missing_message([name for name, _ in lacking]))
@@ -147,6 +156,15 @@ class ScaleLedger:
                     "or use --kv-cache-dtype int8_per_token_head, which needs none"
                 )
         return True
+
+    def _extra_message(self, keys: list[str], lacking: list[str]) -> str:
+        without = f"; without scales are {', '.join(lacking)}" if lacking else ""
+        return (
+            f"the checkpoint has {len(keys)} KV scale(s) for layers that the model does not have: "
+            f"{', '.join(keys)}{without}. Expected scales of the model's own attention layers: "
+            "remove them from the checkpoint, run `kvq calibrate` on the model anew, or use a "
+            f"dtype that needs no static scales: {_NO_SCALES_NEEDED}"
+        )
 
     def _missing_message(self, names: list[str]) -> str:
         why = f"declares KV scales ({self.scheme})" if self.scheme else "has KV scales for others"

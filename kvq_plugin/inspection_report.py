@@ -1,0 +1,133 @@
+"""What ``kvq inspect`` prints and plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kvq_plugin.formats import FORMATS
+from kvq_plugin.inspection import Checkpoint, Layer, automatic, read, remarks, verdict
+
+
+def run(path: str, plot: Path | None = None, console: Console | None = None) -> None:
+    """Print the report on the checkpoint at *path*, and write *plot* (PNG) when given.
+
+    Raises ValueError when serving would refuse the scales, after printing everything.
+    """
+    console = console or Console()
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise ValueError(f"--plot {plot}: expected a name that ends in .png")
+    checkpoint = read(path)
+    if plot is not None and not checkpoint.layers:
+        raise ValueError(f"{path} has no KV scales to plot; `kvq calibrate` adds them")
+    _summary(checkpoint, console)
+    if checkpoint.layers:
+        console.print(scales_table(checkpoint))
+    console.print(dtypes_table(checkpoint))
+    for problem in checkpoint.problems:
+        console.print(f"[red]problem:[/] {problem}", soft_wrap=True, highlight=False)
+    if plot is not None:
+        _plot(checkpoint, plot)
+        console.print(f"plot: {plot}")
+    if checkpoint.problems:
+        raise ValueError(
+            f"{len(checkpoint.problems)} problem(s) with the KV scales of {path}, listed above"
+        )
+
+
+def _summary(checkpoint: Checkpoint, console: Console) -> None:
+    g, scheme = checkpoint.geometry, checkpoint.scheme
+    keys = sum(len(layer.keys) for layer in checkpoint.layers)
+    spelt = f", spelt as by {', '.join(checkpoint.origins)}" if checkpoint.origins else ""
+    lines = {
+        "checkpoint": checkpoint.folder,
+        "attention": f"{g.heads} query heads, {g.kv_heads} kv heads, head size {g.head_size}",
+        "weights": checkpoint.weights or "not quantized",
+        "KV scheme": scheme or "none declared",
+        "KV scales": f"{keys} tensors in {len(checkpoint.layers)} layers{spelt}"
+        if keys
+        else "none",
+    }
+    for name, value in lines.items():
+        console.print(f"{name:<11} {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def scales_table(checkpoint: Checkpoint) -> Table:
+    """A row per layer: granularity and range of K's and V's scales, q, prob, remarks."""
+    table = Table(title="KV scales", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", justify="right")
+    for name in ("K", "V"):
+        table.add_column(name, no_wrap=True)
+        for column in ("min", "median", "max"):
+            table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("q", justify="right")
+    table.add_column("prob", justify="right")
+    table.add_column("remarks")
+    for layer in checkpoint.layers:
+        number = layer.owner if layer.number is None else str(layer.number)
+        cells = [*_cells(layer.effective("k_scale")), *_cells(layer.effective("v_scale"))]
+        single = [_largest(layer, name) for name in ("q_scale", "prob_scale")]
+        table.add_row(number, *cells, *single, remarks(layer))
+    return table
+
+
+def _cells(value: torch.Tensor | None) -> list[str]:
+    if value is None:
+        return ["-", "", "", ""]
+    form = ("tensor", "head", "channel")[value.dim()]
+    return [form, *(f"{x.item():.4g}" for x in (value.min(), value.median(), value.max()))]
+
+
+def _largest(layer: Layer, name: str) -> str:
+    value = layer.values.get(name)
+    return "-" if value is None else f"{value.max().item():.4g}"
+
+
+def dtypes_table(checkpoint: Checkpoint) -> Table:
+    """A row per ``--kv-cache-dtype``: whether it serves this checkpoint, and with which scales."""
+    table = Table(title="What each KV cache does with them", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("--kv-cache-dtype", no_wrap=True)
+    table.add_column("serves", justify="center")
+    table.add_column("scales")
+    rows = {"auto": automatic(checkpoint)}
+    rows |= {name: verdict(checkpoint, name, format) for name, format in FORMATS.items()}
+    for name, (serves, how) in rows.items():
+        table.add_row(name, "yes" if serves else "no", how)
+    return table
+
+
+def _plot(checkpoint: Checkpoint, file: Path) -> None:
+    """Scales over layers, K above V: median, and the range over heads or channels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6), layout="constrained")
+    for axis, name in zip(axes, "kv", strict=True):
+        layers = [x for x in checkpoint.layers if x.effective(f"{name}_scale") is not None]
+        values = [layer.effective(f"{name}_scale") for layer in layers]
+        x = [i if layer.number is None else layer.number for i, layer in enumerate(layers)]
+        low, middle, high = (
+            [pick(v).item() for v in values] for pick in (torch.min, torch.median, torch.max)
+        )
+        axis.fill_between(x, low, high, alpha=0.3, label="range over heads or channels")
+        axis.plot(x, middle, marker=".", label="median")
+        axis.set_ylabel(f"{name.upper()} scale")
+        axis.grid(alpha=0.3)
+        if values:
+            axis.set_yscale("log")
+            axis.legend()
+    axes[-1].set_xlabel("layer")
+    figure.suptitle(f"KV scales of {checkpoint.folder.name}")
+    scratch = file.with_name(f".{file.name}.part")
+    try:
+        figure.savefig(scratch, dpi=120, format="png")
+        scratch.rename(file)
+    finally:
+        pyplot.close(figure)
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""``kvq doctor``: findings on this machine and on pretended ones."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from kvq_plugin import _native, doctor
+from kvq_plugin.doctor import ADVICE, BAD, GOOD, Machine
+from kvq_plugin.formats import FORMATS
+
+
+def machine(**changes):
+    healthy = {
+        "env": {
+            "VLLM_CPU_OMP_THREADS_BIND": "0-3",
+            "LD_PRELOAD": "/x/libtcmalloc.so:/x/libiomp5.so",
+        },
+        "cpus": [0, 1, 2, 3],
+        "nodes": 1,
+        "mapped": "",
+        "shm": 8 << 30,
+        "find": lambda pattern: None,
+    }
+    return Machine(**healthy | changes)
+
+
+def states(findings):
+    return {finding.state for finding in findings}
+
+
+def advice(findings):
+    return "\n".join(f"{f.what} {f.advice}" for f in findings if f.state != GOOD)
+
+
+def test_a_healthy_machine_gets_no_advice():
+    assert states(doctor.cpu(machine())) == {GOOD}
+    assert states(doctor.plugin(machine())) == {GOOD}
+    assert states(doctor.kernels(machine())) == {GOOD}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"env": {}, "cpus": [0, 1, 4]}, "VLLM_CPU_OMP_THREADS_BIND=0-1,4"),
+        ({"env": {}}, "apt install libtcmalloc-minimal4"),
+        ({"env": {}, "find": lambda p: f"/lib/{p}"}, "export LD_PRELOAD=/lib/libtcmalloc"),
+        ({"env": {"OMP_NUM_THREADS": "1"}}, "unset OMP_NUM_THREADS"),
+        ({"shm": 64 << 20}, "--shm-size"),
+        ({"env": {"LD_PRELOAD": "libiomp5.so libgomp.so"}}, "abort together"),
+    ],
+)
+def test_cpu_advice(changes, says):
+    assert says in advice(doctor.cpu(machine(**changes)))
+
+
+def test_a_plugin_that_is_kept_out():
+    found = list(doctor.plugin(machine(env={"VLLM_PLUGINS": "other"})))
+    assert BAD in states(found) and "unset VLLM_PLUGINS" in advice(found)
+    assert states(doctor.plugin(machine(env={"VLLM_PLUGINS": "other,kvq"}))) == {GOOD}
+
+
+def test_kernels_that_are_missing_or_held_back(monkeypatch):
+    with _native.use_isa("generic"):
+        assert "unset KVQ_ISA" in advice(doctor.kernels(machine()))
+    assert "KVQ_KERNELS" in advice(doctor.kernels(machine(env={"KVQ_KERNELS": "reference"})))
+
+    def missing():
+        raise ImportError("not built; make install")
+
+    for name in ("load", "supported_isas"):
+        monkeypatch.setattr(_native, name, missing)
+    assert states(doctor.kernels(machine())) == {BAD}
+    assert not any(works for works, _ in doctor.dtypes().values())
+
+
+@pytest.mark.parametrize(
+    ("cpu_build", "named", "state"),
+    [
+        (None, None, BAD),
+        ("0.32.0", None, BAD),
+        ("0.32.0", "0.32.0+cpu", GOOD),
+        (None, "0.33.0", GOOD),
+        (None, "0.99.0", ADVICE),
+    ],
+)
+def test_vllm_version(cpu_build, named, state):
+    assert doctor.vllm_version(cpu_build, named).state == state
+
+
+def test_dtypes_of_this_machine():
+    pytest.importorskip("vllm")
+    rows = doctor.dtypes()
+    assert all(rows[name][0] for name in ("auto", *FORMATS))
+    [others] = [(names, why) for names, (works, why) in rows.items() if not works]
+    assert "nvfp4" in others[0] and "neither" in others[1]
+
+
+def test_the_report(monkeypatch):
+    pytest.importorskip("vllm")
+    output = io.StringIO()
+    doctor.run(Console(file=output, width=160))
+    for part in ("vLLM", "registered as", "kernels", "for this process", "int8_per_token_head"):
+        assert part in output.getvalue()
+    monkeypatch.setattr(doctor, "gpu", lambda: iter([doctor.Finding(BAD, "broken")]))
+    with pytest.raises(ValueError, match="1 problem"):
+        doctor.run(Console(file=output))
