@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_eval(commands)
+    _add_calibrate(commands)
     _add_bench(commands)
     return top
 
@@ -110,6 +111,16 @@ def _add_eval(commands) -> None:
     )
     _add_kv_memory(evaluation)
     evaluation.set_defaults(run=_run_eval)
+
+
+def _add_calibrate(commands) -> None:
+    from kvq_plugin.calibrate import arguments
+
+    calibrate = commands.add_parser(
+        "calibrate", help="add calibrated scales of K and V to a checkpoint, as a new directory"
+    )
+    arguments.add(calibrate)
+    calibrate.set_defaults(run=arguments.run)
 
 
 def _add_bench(commands) -> None:

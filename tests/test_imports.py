@@ -18,8 +18,9 @@ LEVELS = (
     ("_native", "kernels"),
     ("ops",),
     ("serving", "hf_cache", "model", "servers"),
-    ("calibrate", "evaluate"),
+    ("evaluate",),
     ("report",),
+    ("calibrate",),
     ("demo", "bench"),
     ("cli", "__main__"),
 )
