@@ -30,15 +30,13 @@ FACTOR = 64.0
 SERVED = {
     "channel": ("gqa", False, Settings()),
     "asymmetric": ("gqa", False, Settings(asymmetric=True)),
-    "asymmetric_head": ("gqa", False, Settings(strategy=Strategy.HEAD, asymmetric=True)),
-    "group": ("gqa", False, Settings(strategy=Strategy.GROUP, group_size=8)),
+    "group": ("gqa", False, Settings(strategy=Strategy.GROUP, group_size=8, asymmetric=True)),
     "ignore": ("gqa", False, Settings(ignore=frozenset([0]))),
     "fp8": ("gqa", False, Settings("fp8", Strategy.HEAD, prob_scale=True)),
     "stressed_tensor": ("gqa", True, Settings(strategy=Strategy.TENSOR)),
     "stressed_channel": ("gqa", True, Settings()),
-    # Modules whose names differ from the checkpoint's, windows, softcap, sinks.
+    # Modules whose names differ from the checkpoint's; softcap and sinks with zero points.
     "alibi": ("alibi", False, Settings()),
-    "window_and_full_layers": ("window_and_full_layers", False, Settings(asymmetric=True)),
     "softcap": ("softcap", False, Settings(asymmetric=True)),
     "sinks": ("sinks", False, Settings(asymmetric=True)),
 }
@@ -58,9 +56,8 @@ def stress(model: Path, out: Path) -> Path:
     heads, kv_heads, size = 4, 2, 32
     pair, channel = (3, 3 + size // 2), 5
     for layer in range(2):
-        weight = {
-            x: tensors[f"model.layers.{layer}.self_attn.{x}_proj.weight"] for x in ("q", "k", "v", "o")
-        }  # fmt: skip
+        prefix = f"model.layers.{layer}.self_attn."
+        weight = {x: tensors[f"{prefix}{x}_proj.weight"] for x in ("q", "k", "v", "o")}
         for head in range(heads):
             for i in pair:
                 weight["q"][head * size + i] /= FACTOR
