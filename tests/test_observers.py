@@ -29,7 +29,7 @@ STRATEGIES = list(Strategy)
 
 def settings_of(strategy=Strategy.CHANNEL, **changes) -> Settings:
     group = 8 if strategy is Strategy.GROUP else None
-    return Settings(strategy=strategy, group_size=group, **changes)
+    return Settings(strategy=strategy, group_size=group, **{"observer": "minmax", **changes})
 
 
 def activations(batches=4, tokens=64, seed=0) -> list[torch.Tensor]:
@@ -276,6 +276,12 @@ def test_a_layer_without_values_is_an_error():
 def test_what_cannot_be_combined_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         Settings(**changes)
+
+
+def test_the_observer_is_the_best_for_the_strategy():
+    assert Settings(strategy=Strategy.TENSOR).observer == "mse"
+    assert Settings().observer == "minmax"
+    assert Settings(strategy=Strategy.TENSOR, observer="minmax").observer == "minmax"
 
 
 def test_group_must_divide_the_head():
