@@ -28,6 +28,7 @@ from kvq_plugin.evaluate import (
     Tick,
     Window,
     builtin_text,
+    cache_dtype,
     load_tokenizer,
     make_windows,
     perplexity_http,
@@ -168,7 +169,8 @@ def _measure(
     bar: _Bar,
 ) -> Result:
     bar.stage("starting vllm serve")
-    with serve(settings.model, dtype, args=settings.server_args()) as server:
+    flag = cache_dtype(settings.model, dtype)
+    with serve(settings.model, flag, args=settings.server_args()) as server:
         bar.advance()
         kv_tokens = server.kv_tokens()
         check_capacity(settings, kv_tokens)

@@ -49,6 +49,26 @@ def load_tokenizer(model: str):
     return AutoTokenizer.from_pretrained(model)
 
 
+def cache_dtype(model: str, dtype: str) -> str:
+    """*dtype* as ``--kv-cache-dtype`` takes it, for which ``auto`` means unquantized here.
+
+    vLLM's ``auto`` quantizes the cache of a checkpoint that declares a KV scheme; the name of the
+    model's dtype does not.
+    """
+    if dtype != BASELINE:
+        return dtype
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    for holder in (config, config.get_text_config()):
+        section = getattr(holder, "quantization_config", None) or {}
+        section = section if isinstance(section, dict) else section.to_dict()
+        if section.get("kv_cache_scheme"):
+            return "float16" if config.dtype in ("float16", torch.float16) else "bfloat16"
+    return dtype
+
+
 def make_windows(tokenizer, text: str, count: int, length: int = WINDOW) -> list[Window]:
     """The first *count* windows of *length* tokens of *text*, one after the other.
 
@@ -144,7 +164,7 @@ def evaluate(
     """
     options = {
         "model": model,
-        "kv_cache_dtype": kv_cache_dtype,
+        "kv_cache_dtype": cache_dtype(model, kv_cache_dtype),
         "kv_cache_memory_bytes": kv_memory_bytes,
         "max_model_len": max(len(w) for windows in texts.values() for w in windows) + 1,
         "enforce_eager": True,  # compiling takes longer than the run
