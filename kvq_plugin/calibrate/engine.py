@@ -157,22 +157,33 @@ def _gathered(settings: Settings, folder: Path, names: dict[str, str]) -> Observ
 def _work(pipe: Connection) -> None:
     """Receives what to run; sends the layers, then an answer per window and one at the end."""
     job = pipe.recv()
-    from vllm import LLM, SamplingParams
-
-    from kvq_plugin.calibrate.worker import packed
+    from vllm import LLM
 
     llm = LLM(**job["options"])
+    pipe.send(_attach(llm, job))
+    for window in job["windows"]:
+        _read(llm, window)
+        pipe.send([entry for rank in llm.collective_rpc("kvq_broken") for entry in rank])
+    llm.collective_rpc("kvq_save", args=(job["folder"],))
+    pipe.send(None)
+
+
+def _attach(llm: Any, job: dict[str, Any]) -> tuple[list[str], dict[str, str | None]]:
+    """Attach the observers; names of the attention layers, and of the probes once loaded."""
+    from kvq_plugin.calibrate.worker import packed
+
     modules = llm.collective_rpc("kvq_attach", args=(packed(job["settings"]),))
     loaded = llm.collective_rpc("kvq_load_names", args=(job["probes"],))[0]
     everywhere = list(dict.fromkeys(name for names in modules for name in names))
-    pipe.send((everywhere, dict(zip(job["probes"], loaded, strict=True))))
+    return everywhere, dict(zip(job["probes"], loaded, strict=True))
+
+
+def _read(llm: Any, window: list[int]) -> None:
+    """Prefill *window*."""
+    from vllm import SamplingParams
+
     params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    for window in job["windows"]:
-        llm.generate({"prompt_token_ids": window}, params, use_tqdm=False)
-        broken = [entry for rank in llm.collective_rpc("kvq_broken") for entry in rank]
-        pipe.send(broken)
-    llm.collective_rpc("kvq_save", args=(job["folder"],))
-    pipe.send(None)
+    llm.generate({"prompt_token_ids": window}, params, use_tqdm=False)
 
 
 if __name__ == "__main__":
