@@ -77,15 +77,10 @@ def stream_scales(settings: Settings, observer: Observer, kind: str = "k") -> St
 
 def _without_zeros(scale: torch.Tensor) -> torch.Tensor:
     """Units that were always zero get the layer's greatest scale: whatever comes later, fits."""
-    usable = are_scales_each(scale)
+    usable = scale.isfinite() & (scale > 0) & scale.reciprocal().isfinite()
     if not bool(usable.any()):
         return torch.ones_like(scale)
     return torch.where(usable, scale, scale[usable].amax())
-
-
-def are_scales_each(scale: torch.Tensor) -> torch.Tensor:
-    """Elementwise: finite, > 0, and with a finite inverse."""
-    return scale.isfinite() & (scale > 0) & scale.reciprocal().isfinite()
 
 
 def _stored(x: torch.Tensor, settings: Settings, head_size: int, kind: str) -> torch.Tensor:
