@@ -361,6 +361,29 @@ def test_full_disk_is_said_before_anything_runs(tiny, tmp_path, monkeypatch, cap
     assert "no room on disk" in refusal([str(tiny), "-o", str(tmp_path / "out")], capsys)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    (
+        ("config.json", "{", "is not JSON"),
+        ("config.json", "[]", "JSON object"),
+        ("model.safetensors", "not tensors", "no safetensors file"),
+        ("model.safetensors.index.json", "{}", "weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a.b": "gone"}}', "not there: gone"),
+    ),
+)
+def test_damaged_checkpoint_is_refused(tiny, tmp_path, file, content, said):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / file).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        Source.find(str(model))
+
+
+def test_failure_to_write_tensors_is_an_oserror(tmp_path):
+    with pytest.raises(OSError, match="cannot write x"):
+        output_module._save({"a": torch.zeros(1)}, tmp_path / "no" / "x", None)
+
+
 def test_weights_that_are_no_safetensors_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").touch()

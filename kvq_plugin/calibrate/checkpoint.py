@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from kvq_plugin.calibrate.names import load_name
 
@@ -83,7 +83,7 @@ class Source:
         index = self.folder / INDEX
         if index.is_file():
             shards: dict[str, list[str]] = {}
-            for name, file in json.loads(index.read_text())["weight_map"].items():
+            for name, file in _weight_map(index).items():
                 shards.setdefault(file, []).append(name)
             return shards
         files = sorted(self.folder.glob("*.safetensors"))
@@ -140,6 +140,20 @@ def _downloaded(model: str) -> Path:
         ) from None
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{index}: expected a JSON object with a weight_map") from None
+    missing = sorted({file for file in found.values() if not (index.parent / file).is_file()})
+    if missing:
+        raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
+    return found
+
+
 def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file: {error}") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from kvq_plugin.calibrate.checkpoint import CONFIG, INDEX, Source, is_kv_scale, quantization_of
@@ -119,7 +119,7 @@ def write(
             if kept:
                 _put(source.folder / file, folder / name, None if kept == names else kept, target)
             weight_map |= dict.fromkeys(kept, name)
-        save_file(dict(tensors), folder / SCALES, metadata={"format": "pt", **metadata})
+        _save(dict(tensors), folder / SCALES, {"format": "pt", **metadata})
         weight_map |= dict.fromkeys(tensors, SCALES)
         size = sum((folder / file).stat().st_size for file in set(weight_map.values()))
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -139,7 +139,7 @@ def _put(old: Path, new: Path, only: list[str] | None, target: Target) -> None:
     if only is not None:
         tensors = load_file(old)
         with safe_open(old, framework="pt") as header:
-            save_file({n: tensors[n] for n in only}, new, metadata=header.metadata())
+            _save({n: tensors[n] for n in only}, new, header.metadata())
         return
     if not target.copy:
         try:
@@ -148,6 +148,13 @@ def _put(old: Path, new: Path, only: list[str] | None, target: Target) -> None:
         except OSError:  # another file system, or one without links
             pass
     shutil.copyfile(old, new)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # a full disk, for one, is no OSError there
+        raise OSError(f"cannot write {path.name}: {error}") from None
 
 
 def _copy_rest(source: Source, folder: Path) -> None:
