@@ -106,17 +106,19 @@ struct Float8 {
   static constexpr uint32_t kMagic = static_cast<uint32_t>(127 + (1 - kBias - kMantissa) + 23)
                                      << 23;
 
-  template <class F, class U>
+  template <class F, class U, bool kInRange>
   static KVQ_HD U encode(F x) {
     const U u = bits_as<U>(x), magnitude = u & 0x7FFFFFFFu;
-    const U a = Order<U>::lesser(magnitude, U{} + kMaxBits);
+    const U a = kInRange ? magnitude : Order<U>::lesser(magnitude, U{} + kMaxBits);
     // Rounding to even and the other bias in one addition: it carries into the code's exponent.
     constexpr uint32_t kRound = (1u << (kShift - 1)) - 1u - (kRebias << kShift);
     const U normal = (a + ((a >> kShift) & 1u) + kRound) >> kShift;
     const U sub = bits_as<U>(bits_as<F>(a) + bits_float(kMagic)) - kMagic;
     const U code = select(a < kMinNormal, sub, normal);
     const U sign = (u >> 24) & 0x80u;
-    if constexpr (kFnuz) {
+    if constexpr (kInRange && !kFnuz) {
+      return code | sign;
+    } else if constexpr (kFnuz) {
       const U finite = select(code == 0u, U{}, code | sign);
       return select(magnitude > 0x7F800000u, U{} + 0x80u, finite);
     } else {
@@ -150,23 +152,26 @@ using E4M3Fnuz = Float8<3, 8, 0x43700000u /* 240 */, 0x80u, true>;
 // Round to nearest even after clamping to [low, high], |bounds| < 2^22; NaN becomes 0. The
 // integers, negative ones modulo 2^32. 1.5 * 2^23 pushes the fraction out of the mantissa, which
 // rounds it as IEEE does.
-template <class F, class U>
+template <class F, class U, bool kNumber = false>
 KVQ_HD U round_clamped(F y, float low, float high) {
-  y = select(y == y, y, F{});
+  if constexpr (!kNumber) y = select(y == y, y, F{});
   y = Order<F>::lesser(Order<F>::greater(y, F{} + low), F{} + high);
   return bits_as<U>(y + 12582912.0f) - 0x4B400000u;
 }
 
 // The codec of a code: `encode` takes values already divided by their scale and returns the
 // unsigned bytes (or fields) that the page holds; `decode` is its inverse before scaling.
+// kInRange: the caller vouches for a number beyond the largest code by rounding at most, as rows
+// are that have a scale of their own.
 template <Code C>
 struct Codec;
 
 template <>
 struct Codec<Code::kInt8> {
   static constexpr float kMax = 127.0f;
-  template <class F, class U>
+  template <class F, class U, bool kInRange = false>
   static KVQ_HD U encode(F y) {
+    if constexpr (kInRange) return bits_as<U>(y + 12582912.0f) - (0x4B400000u - 128u);
     return round_clamped<F, U>(y, -127.0f, 127.0f) + 128u;
   }
   static KVQ_HD float decode(uint8_t c) {
@@ -177,18 +182,18 @@ struct Codec<Code::kInt8> {
 template <>
 struct Codec<Code::kInt4> {
   static constexpr float kMax = 15.0f;
-  template <class F, class U>
+  template <class F, class U, bool kInRange = false>
   static KVQ_HD U encode(F y) {
-    return round_clamped<F, U>(y, 0.0f, 15.0f);
+    return round_clamped<F, U, kInRange>(y, 0.0f, 15.0f);
   }
   static KVQ_HD float decode(uint8_t c) { return static_cast<float>(static_cast<int32_t>(c)); }
 };
 
 template <class F>
 struct FloatCodec {
-  template <class Lanes, class U>
+  template <class Lanes, class U, bool kInRange = false>
   static KVQ_HD U encode(Lanes y) {
-    return F::template encode<Lanes, U>(y);
+    return F::template encode<Lanes, U, kInRange>(y);
   }
   static KVQ_HD float decode(uint8_t c) { return F::decode(c); }
 };

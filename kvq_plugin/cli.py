@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_eval(commands)
+    _add_calibrate(commands)
     _add_bench(commands)
     _add_inspect(commands)
     _add_doctor(commands)
@@ -74,7 +75,7 @@ def _add_demo(commands) -> None:
         help="serve a model with several KV caches, one after the other, and compare them",
     )
     demo.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
-    _add_dtypes(demo, f"{BASELINE},fp8,int8_per_token_head")
+    _add_dtypes(demo, f"{BASELINE},fp8,int8,int8_per_token_head")
     demo.add_argument(
         "--windows", type=_positive, default=4, help="2048-token perplexity windows (%(default)s)"
     )
@@ -112,6 +113,16 @@ def _add_eval(commands) -> None:
     )
     _add_kv_memory(evaluation)
     evaluation.set_defaults(run=_run_eval)
+
+
+def _add_calibrate(commands) -> None:
+    from kvq_plugin.calibrate import arguments
+
+    calibrate = commands.add_parser(
+        "calibrate", help="add calibrated scales of K and V to a checkpoint, as a new directory"
+    )
+    arguments.add(calibrate)
+    calibrate.set_defaults(run=arguments.run)
 
 
 def _add_bench(commands) -> None:

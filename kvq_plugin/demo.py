@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich import box
@@ -27,10 +28,12 @@ from kvq_plugin.evaluate import (
     Tick,
     Window,
     builtin_text,
+    cache_dtype,
     load_tokenizer,
     make_windows,
     perplexity_http,
 )
+from kvq_plugin.formats import FORMATS
 from kvq_plugin.report import change_text, progress
 from kvq_plugin.servers import Server, serve
 
@@ -42,6 +45,7 @@ QUESTIONS = (
     "Write a Python function that reverses a string.",
 )
 ANSWER_TOKENS = 80
+SAMPLES = 4  # windows to calibrate on, where a KV cache needs it
 BLOCK = 128  # vLLM's block size on CPUs
 
 
@@ -93,18 +97,56 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Result]
     started = time.monotonic()
     tokenizer = load_tokenizer(settings.model)
     text = builtin_text()
-    windows = make_windows(tokenizer, text, settings.windows)
+    windows = make_windows(tokenizer, text, settings.windows + SAMPLES)
+    windows, samples = windows[:-SAMPLES], windows[-SAMPLES:]
     prompts = make_windows(tokenizer, text, settings.streams, settings.context)
     results = {}
-    with progress(console) as bars:
+    with tempfile.TemporaryDirectory(prefix="kvq-demo-") as folder, progress(console) as bars:
         for dtype in settings.dtypes:
+            calibrates = needs_calibration(settings.model, dtype)
             total = 1 + len(QUESTIONS) + len(windows) + len(prompts)
-            bar = bars.add_task(dtype, total=total, stage="")
-            results[dtype] = _measure(settings, dtype, windows, prompts, _Bar(bars, bar))
+            total += calibrates * (1 + len(samples))
+            bar = _Bar(bars, bars.add_task(dtype, total=total, stage=""))
+            served = settings
+            if calibrates:
+                out = Path(folder) / f"{Path(settings.model).name}-{dtype}"
+                served = replace(settings, model=_calibrated(settings, dtype, out, samples, bar))
+            results[dtype] = _measure(served, dtype, windows, prompts, bar)
     console.print(summary_table(settings, results))
     console.print(answers_table(results))
     console.print(f"Done in {time.monotonic() - started:.0f} s.", style="dim")
     return results
+
+
+def needs_scales(dtype: str) -> bool:
+    """Whether *dtype* cannot be served without scales from the checkpoint."""
+    format = FORMATS.get(dtype)
+    return format is not None and not format.is_dynamic and format.default_scale is None
+
+
+def needs_calibration(model: str, dtype: str) -> bool:
+    """Whether *dtype* needs scales and the checkpoint *model* declares none."""
+    if not needs_scales(dtype):
+        return False
+    from kvq_plugin.calibrate.checkpoint import Source
+
+    return Source.find(model).kv_scheme() is None
+
+
+def _calibrated(
+    settings: Settings, dtype: str, out: Path, samples: Sequence[Window], bar: _Bar
+) -> str:
+    """Write the model with scales per channel to *out*, which is returned."""
+    from kvq_plugin.calibrate import run as calibration
+    from kvq_plugin.calibrate.checkpoint import Source
+    from kvq_plugin.calibrate.output import Target
+    from kvq_plugin.calibrate.settings import Settings as Calibration
+
+    bar.stage("calibrating")
+    source, target = Source.find(settings.model), Target(out)
+    target.check(source)
+    calibration.calibrate(source, target, Calibration(dtype), samples, tick=bar.advance)
+    return str(out)
 
 
 @dataclass(frozen=True)
@@ -127,7 +169,8 @@ def _measure(
     bar: _Bar,
 ) -> Result:
     bar.stage("starting vllm serve")
-    with serve(settings.model, dtype, args=settings.server_args()) as server:
+    flag = cache_dtype(settings.model, dtype)
+    with serve(settings.model, flag, args=settings.server_args()) as server:
         bar.advance()
         kv_tokens = server.kv_tokens()
         check_capacity(settings, kv_tokens)
@@ -225,7 +268,8 @@ def summary_table(settings: Settings, results: dict[str, Result]) -> Table:
         title=f"KV caches of {Path(settings.model).name}",
         caption=f"Perplexity: {settings.windows} windows of {WINDOW:,} tokens of Python's "
         f"reference; change ± its standard error. Step: median time between two tokens of "
-        f"{settings.streams} streams at {settings.context:,} tokens each, eager, {cores} cores.",
+        f"{settings.streams} streams at {settings.context:,} tokens each, eager, {cores} cores."
+        + _scales_note(settings.dtypes),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -248,6 +292,11 @@ def summary_table(settings: Settings, results: dict[str, Result]) -> Table:
             f"{baseline.step_ms / result.step_ms:.2f}x",
         )
     return table
+
+
+def _scales_note(dtypes: Sequence[str]) -> str:
+    names = ", ".join(filter(needs_scales, dtypes))
+    return f" Scales of {names}: per channel, from {SAMPLES} other windows." if names else ""
 
 
 def answers_table(results: dict[str, Result]) -> Table:

@@ -9,19 +9,13 @@ windows may be repeated and shared between servers.
 from __future__ import annotations
 
 import math
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from kvq_plugin.servers import ServerError, end_group, engine_env, log_tail
+from kvq_plugin.servers import engine_process, run_engine
 
 WINDOW = 2048
 BUILTIN_TEXT = "builtin"
@@ -53,6 +47,26 @@ def load_tokenizer(model: str):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)
+
+
+def cache_dtype(model: str, dtype: str) -> str:
+    """*dtype* as ``--kv-cache-dtype`` takes it, for which ``auto`` means unquantized here.
+
+    vLLM's ``auto`` quantizes the cache of a checkpoint that declares a KV scheme; the name of the
+    model's dtype does not.
+    """
+    if dtype != BASELINE:
+        return dtype
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    for holder in (config, config.get_text_config()):
+        section = getattr(holder, "quantization_config", None) or {}
+        section = section if isinstance(section, dict) else section.to_dict()
+        if section.get("kv_cache_scheme"):
+            return "float16" if config.dtype in ("float16", torch.float16) else "bfloat16"
+    return dtype
 
 
 def make_windows(tokenizer, text: str, count: int, length: int = WINDOW) -> list[Window]:
@@ -145,69 +159,30 @@ def evaluate(
 ) -> dict[str, Score]:
     """Score every text's windows with an engine of its own process, which is gone afterwards.
 
-    A second engine in one process would find the memory and threads of the first still held.
     *texts* maps a name to windows; *tick* is called after each window. Raises ServerError with
     the end of the engine's log, which is then kept, when it does not start or fails.
     """
-    ours, theirs = Pipe()
-    handle, name = tempfile.mkstemp(prefix=f"kvq-{kv_cache_dtype}-", suffix=".log")
-    log, failed = Path(name), False
-    with os.fdopen(handle, "wb") as output, theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **engine_env()},
-            start_new_session=True,
-        )
-    ended = os.pidfd_open(process.pid)
-
-    def receive(_: Window) -> list[float]:
-        # The end, too: children of a process that crashed may still hold the pipe open.
-        if ours not in wait([ours, ended]):
-            raise EOFError
-        return ours.recv()
-
     options = {
         "model": model,
-        "kv_cache_dtype": kv_cache_dtype,
+        "kv_cache_dtype": cache_dtype(model, kv_cache_dtype),
         "kv_cache_memory_bytes": kv_memory_bytes,
         "max_model_len": max(len(w) for windows in texts.values() for w in windows) + 1,
         "enforce_eager": True,  # compiling takes longer than the run
     }
-    try:
-        ours.send((options, [window for windows in texts.values() for window in windows]))
-        return {text: _score(receive, windows, tick) for text, windows in texts.items()}
-    except (EOFError, ConnectionError):
-        failed = True
-        raise ServerError(f"the engine with {kv_cache_dtype} failed; {log_tail(log)}") from None
-    finally:
-        end_group(process.pid)
-        process.wait()
-        os.close(ended)
-        ours.close()
-        if not failed:
-            log.unlink()
+    with engine_process(__name__, f"with {kv_cache_dtype}") as engine:
+        engine.send((options, [window for windows in texts.values() for window in windows]))
+        return {t: _score(lambda _: engine.receive(), w, tick) for t, w in texts.items()}
 
 
 def _work(pipe: Connection) -> None:
     """The engine's process: receives its options and the windows, sends each one's logprobs."""
-    try:
-        options, windows = pipe.recv()
-        from vllm import LLM
+    options, windows = pipe.recv()
+    from vllm import LLM
 
-        llm = LLM(**options)
-        for window in windows:
-            pipe.send(offline_logprobs(llm, window))
-        pipe.recv()  # hold the engine until the parent ends the group, or dies
-    except Exception:
-        traceback.print_exc()
-    finally:
-        # The engine's own processes are in this group, and would outlive this one.
-        os.killpg(0, signal.SIGKILL)
+    llm = LLM(**options)
+    for window in windows:
+        pipe.send(offline_logprobs(llm, window))
 
 
 if __name__ == "__main__":
-    _work(Connection(int(sys.argv[1])))
+    run_engine(_work)

@@ -16,12 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
+from typing import Any
 
 LOG_TAIL_LINES = 25
 ERROR_LINE = re.compile(r"\b\w*(Error|Exception): .*")
@@ -158,6 +161,87 @@ def serve(
         server.stop()
         if not failed:
             server.log.unlink()
+
+
+@dataclass
+class EngineProcess:
+    """A process that runs an offline engine, at the other end of a pipe."""
+
+    pipe: Connection
+    process: subprocess.Popen
+    ended: int  # pidfd
+    log: Path
+    name: str
+
+    def send(self, message: Any) -> None:
+        """Hand over *message*; ServerError when the process is gone."""
+        try:
+            self.pipe.send(message)
+        except (EOFError, ConnectionError):
+            raise self._gone() from None
+
+    def receive(self) -> Any:
+        """The next message; ServerError with the end of the log when the process ends first."""
+        try:
+            # The end, too: children of a process that crashed may still hold the pipe open.
+            if self.pipe not in wait([self.pipe, self.ended]):
+                raise EOFError
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            raise self._gone() from None
+
+    def _gone(self) -> ServerError:
+        return ServerError(f"the engine {self.name} failed; {log_tail(self.log)}")
+
+
+@contextmanager
+def engine_process(module: str, name: str) -> Iterator[EngineProcess]:
+    """Run ``python -m module``, which calls :func:`run_engine`; it is gone after the block.
+
+    A second engine in one process would find the memory and threads of the first still held.
+    *name* is for the log's name and messages. The log is kept after a ServerError, and removed
+    otherwise.
+    """
+    ours, theirs = Pipe()
+    handle, path = tempfile.mkstemp(prefix="kvq-", suffix=".log")
+    with os.fdopen(handle, "wb") as output, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **engine_env()},
+            start_new_session=True,
+        )
+    engine = EngineProcess(ours, process, os.pidfd_open(process.pid), Path(path), name)
+    failed = False
+    try:
+        yield engine
+    except ServerError:
+        failed = True
+        raise
+    finally:
+        end_group(process.pid)
+        process.wait()
+        os.close(engine.ended)
+        ours.close()
+        if not failed:
+            engine.log.unlink()
+
+
+def run_engine(work: Callable[[Connection], None]) -> None:
+    """The other side of :func:`engine_process`: ``work(pipe)``, then the whole group's end."""
+    pipe = Connection(int(sys.argv[1]))
+    try:
+        work(pipe)
+        pipe.recv()  # hold the engine until the parent ends the group, or dies
+    except Exception:
+        traceback.print_exc()
+    finally:
+        # The engine's own processes are in this group, and would outlive this one.
+        sys.stdout.flush()
+        os.killpg(0, signal.SIGKILL)
 
 
 def vllm_command() -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from calibrated import add_channel_scales
 
+from kvq_plugin.calibrate.checkpoint import Source
+from kvq_plugin.calibrate.output import Target
+from kvq_plugin.calibrate.run import calibrate
+from kvq_plugin.calibrate.settings import Settings
 from kvq_plugin.evaluate import BASELINE, builtin_text, evaluate, load_tokenizer, make_windows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -21,9 +24,8 @@ def scores(smollm2, tmp_path_factory):
     tokenizer = load_tokenizer(str(smollm2))
     windows = make_windows(tokenizer, builtin_text(), 24)
     # Calibrated on other windows than those scored.
-    calibrated = add_channel_scales(
-        smollm2, tmp_path_factory.mktemp("int8") / "model", windows[20:]
-    )
+    calibrated = tmp_path_factory.mktemp("int8") / "model"
+    calibrate(Source.find(str(smollm2)), Target(calibrated), Settings(), windows[20:])
     texts = {"reference": windows[:WINDOWS]}
     models = {"int8": calibrated}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import tempfile
@@ -114,3 +115,16 @@ def test_engine_that_refuses_is_reported(smollm2, reference, monkeypatch, tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ServerError, match="int8_per_token_head"):
         evaluate.evaluate(str(smollm2), "int8", reference)
+
+
+def test_baseline_is_unquantized_even_where_the_checkpoint_asks_otherwise(tmp_path):
+    config = {"model_type": "llama", "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert evaluate.cache_dtype(str(tmp_path), "auto") == "auto"
+    scheme = {"num_bits": 8, "type": "int"}
+    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    for dtype in ("bfloat16", "float16"):
+        config |= {"quantization_config": quantization, "dtype": dtype}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert evaluate.cache_dtype(str(tmp_path), "auto") == dtype
+    assert evaluate.cache_dtype(str(tmp_path), "int8") == "int8"

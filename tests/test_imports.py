@@ -18,8 +18,9 @@ LEVELS = (
     ("_native", "kernels"),
     ("ops",),
     ("serving", "hf_cache", "model", "servers"),
-    ("calibrate", "evaluate", "inspection", "doctor"),
+    ("evaluate", "inspection", "doctor"),
     ("report", "inspection_report"),
+    ("calibrate",),
     ("demo", "bench"),
     ("cli", "__main__"),
 )

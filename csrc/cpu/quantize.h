@@ -161,8 +161,9 @@ KVQ_HD Span span_of_bf16(const uint16_t* row, long d) {
   for (long i = 0; i < d; i += 2 * kLanes) {
     const bool whole = d - i > kLanes;  // half a register: twice the same, which moves nothing
     const __m512i x =
-        whole ? _mm512_loadu_si512(row + i)
-              : _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i)));
+        whole
+            ? _mm512_loadu_si512(row + i)
+            : _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i)));
     if constexpr (kAffine<C>) {
       // x >= 0: 0x8000 | x; else ~x.
       const __m512i ordered = _mm512_xor_si512(
@@ -177,7 +178,8 @@ KVQ_HD Span span_of_bf16(const uint16_t* row, long d) {
     const auto value = [](uint32_t ordered) {
       return ((ordered & 0x8000u ? ordered ^ 0x8000u : ~ordered) & 0xFFFFu) << 16;
     };
-    const uint32_t least = value(smallest_u16(low)), most = value(~smallest_u16(inverted_high) & 0xFFFFu);
+    const uint32_t least = value(smallest_u16(low)),
+                   most = value(~smallest_u16(inverted_high) & 0xFFFFu);
     const uint32_t a = least & 0x7FFFFFFFu, b = most & 0x7FFFFFFFu;
     return {a > b ? a : b, bits_float(least), bits_float(most)};
   }
@@ -208,8 +210,8 @@ struct RowScales {
   RowScale operator[](int row) const { return {inverse[row], base[row]}; }
 };
 
-// Scales of rows from what they span. Rows at a time, because one row's is a chain of a reduction, a
-// division and a broadcast that takes longer than encoding it.
+// Scales of rows from what they span. Rows at a time, because one row's is a chain of a reduction,
+// a division and a broadcast that takes longer than encoding it.
 template <Code C>
 KVQ_HD void find_scales(RowScales& s) {
   if constexpr (kAffine<C>) {
@@ -235,8 +237,6 @@ KVQ_HD U16 encode_lanes(F16 x, const RowScale& row, F16 factor, F16 zero_point, 
   if constexpr (kPerToken) {
     if constexpr (kAffine<C>) y -= row.base;
     y *= row.inverse;
-    // At most 127 and half an ulp: no clamp needed.
-    if constexpr (C == Code::kInt8) return bits_as<U16>(y + 12582912.0f) - (0x4B400000u - 128u);
   } else {
     y *= factor;
     if (moved) {
@@ -246,7 +246,7 @@ KVQ_HD U16 encode_lanes(F16 x, const RowScale& row, F16 factor, F16 zero_point, 
       y = convert<F16>(whole) + zero_point;
     }
   }
-  return Codec<C>::template encode<F16, U16>(y);
+  return Codec<C>::template encode<F16, U16, kPerToken>(y);
 }
 
 template <Activation A, Code C, bool kPerToken>

@@ -142,6 +142,8 @@ def wrap_quant_config(vllm_config: Any) -> None:
         scheme.check(format, asked)
     if format is None and (scheme is None or not _is_unquantized(asked)):
         return
+    if format is not None and not format.is_dynamic:
+        _leave_uncalibrated_layers(vllm_config)
     vllm_config.quant_config = _with_scale_loading(vllm_config.quant_config, scheme)
 
 
@@ -169,6 +171,16 @@ def _with_scale_loading(config: Any, scheme: KVScheme | None) -> Any:
     wrapped.kv_cache_scheme = None
     wrapped.kvq_ledger = ScaleLedger(scheme)
     return wrapped
+
+
+def _leave_uncalibrated_layers(vllm_config: Any) -> None:
+    """Skip the layers that ``kvq calibrate --ignore`` left without scales, as it noted down."""
+    noted = _checkpoint_quantization(vllm_config.model_config).get("kv_cache_skip_layers", [])
+    cache = vllm_config.cache_config
+    missing = [str(n) for n in noted if str(n) not in cache.kv_cache_dtype_skip_layers]
+    if missing:
+        cache.kv_cache_dtype_skip_layers = [*cache.kv_cache_dtype_skip_layers, *missing]
+        logger.info("Layers %s keep an unquantized KV cache: not calibrated", ", ".join(missing))
 
 
 def _is_unquantized(cache_dtype: str) -> bool:

@@ -1,0 +1,197 @@
+"""The checkpoint with scales: built beside its place and renamed, so that it is there whole or
+not at all. Weights are hard links where the file system allows it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from kvq_plugin.calibrate.checkpoint import CONFIG, INDEX, Source, is_kv_scale, quantization_of
+
+SCALES = "kv_scales.safetensors"
+_SPARE = 64 << 20  # bytes to leave free
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the output goes. ``force`` replaces an earlier output; ``copy`` copies weights."""
+
+    folder: Path
+    force: bool = False
+    copy: bool = False
+
+    def check(self, source: Source) -> None:
+        """ValueError when the output cannot be written there: before hours of calibration."""
+        out, model = self.folder.resolve(), source.folder.resolve()
+        if out == model or out in model.parents:
+            raise ValueError(f"the output {self.folder} would replace the model: name another")
+        if model in out.parents:
+            raise ValueError(f"the output {self.folder} lies inside the model: name another")
+        if self.folder.exists() or self.folder.is_symlink():
+            if not self.force:
+                raise ValueError(f"{self.folder} exists: name another output, or pass --force")
+            if not (self.folder / SCALES).is_file():
+                raise ValueError(
+                    f"--force replaces what `kvq calibrate` wrote, and {self.folder} has no "
+                    f"{SCALES}: remove it yourself, or name another output"
+                )
+        parent = out.parent
+        if not parent.is_dir():
+            raise ValueError(f"{parent} is not a directory: create it, or name another output")
+        if not os.access(parent, os.W_OK):
+            raise ValueError(f"{parent} is not writable: name another output")
+        self._check_room(source, parent)
+
+    def _check_room(self, source: Source, parent: Path) -> None:
+        linked = not self.copy and _can_link(source.folder, parent)
+        needed = sum(
+            (source.folder / file).stat().st_size
+            for file, names in source.shards.items()
+            if not linked or any(map(is_kv_scale, names))
+        )
+        free = shutil.disk_usage(parent).free
+        if free < needed + _SPARE:
+            raise ValueError(
+                f"no room on disk: the output takes {(needed + _SPARE) / 2**20:,.0f} MiB, and "
+                f"{parent} has {free / 2**20:,.0f} MiB free"
+            )
+
+    @contextmanager
+    def being_written(self) -> Iterator[Path]:
+        """A scratch directory that becomes the output when the block ends without an error."""
+        parent = self.folder.resolve().parent
+        scratch = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=parent))
+        try:
+            yield scratch
+            scratch.chmod(0o755)
+            old = None
+            if self.folder.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-old-", dir=parent))
+                self.folder.rename(old / "model")
+            try:
+                scratch.rename(self.folder)
+            except BaseException:
+                if old is not None:
+                    (old / "model").rename(self.folder)
+                raise
+            if old is not None:
+                shutil.rmtree(old)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _can_link(folder: Path, parent: Path) -> bool:
+    return folder.resolve().stat().st_dev == parent.stat().st_dev
+
+
+def write(
+    source: Source,
+    target: Target,
+    tensors: Mapping[str, torch.Tensor],
+    scheme: Mapping[str, Any],
+    skipped: list[int],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write *source* with the scales *tensors* and the KV *scheme* to *target*.
+
+    *skipped* are numbers of layers without scales; *metadata* goes to the header of the shard
+    with the scales. Scales the source had are left out. OSError when the disk is full.
+    """
+    with target.being_written() as folder:
+        weight_map = {}
+        for file, names in source.shards.items():
+            kept = [name for name in names if not is_kv_scale(name)]
+            name = _shard_name(source, file)
+            if kept:
+                _put(source.folder / file, folder / name, None if kept == names else kept, target)
+            weight_map |= dict.fromkeys(kept, name)
+        _save(dict(tensors), folder / SCALES, {"format": "pt", **metadata})
+        weight_map |= dict.fromkeys(tensors, SCALES)
+        size = sum((folder / file).stat().st_size for file in set(weight_map.values()))
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        _write_json(folder / INDEX, index)
+        _write_json(folder / CONFIG, with_scheme(source, scheme, skipped))
+        _copy_rest(source, folder)
+
+
+def _shard_name(source: Source, file: str) -> str:
+    # transformers takes a file of this name for the whole model, and would not read the index.
+    return "model-weights.safetensors" if file == "model.safetensors" else file
+
+
+def _put(old: Path, new: Path, only: list[str] | None, target: Target) -> None:
+    """Link or copy *old* to *new*; with *only* these of its tensors."""
+    new.parent.mkdir(parents=True, exist_ok=True)
+    if only is not None:
+        tensors = load_file(old)
+        with safe_open(old, framework="pt") as header:
+            _save({n: tensors[n] for n in only}, new, header.metadata())
+        return
+    if not target.copy:
+        try:
+            os.link(old.resolve(), new)
+            return
+        except OSError:  # another file system, or one without links
+            pass
+    shutil.copyfile(old, new)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # a full disk, for one, is no OSError there
+        raise OSError(f"cannot write {path.name}: {error}") from None
+
+
+def _copy_rest(source: Source, folder: Path) -> None:
+    """Copy the small files: tokenizer, generation settings, code, licence."""
+    for file in source.folder.iterdir():
+        if file.suffix in _WEIGHTS or file.name.startswith(".") or not file.is_file():
+            continue
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def with_scheme(source: Source, scheme: Mapping[str, Any], skipped: list[int]) -> dict[str, Any]:
+    """The source's configuration with the KV scheme added to its quantization.
+
+    Raises ValueError for a checkpoint that declares its quantization elsewhere.
+    """
+    config = copy.deepcopy(source.config)
+    section = quantization_of(config)
+    if section is None:
+        if (source.folder / "hf_quant_config.json").is_file():
+            raise ValueError(
+                f"{source.folder} declares its quantization in hf_quant_config.json alone: "
+                f"expected quantization_config in {CONFIG}, as ModelOpt 0.29 and later write"
+            )
+        section = config["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "format": "dense",
+            "quantization_status": "compressed",
+            "config_groups": {},
+            "ignore": [],
+        }
+    section["kv_cache_scheme"] = dict(scheme)
+    section.pop("kv_cache_skip_layers", None)
+    if skipped:
+        section["kv_cache_skip_layers"] = skipped
+    return config
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,161 @@
+"""``kvq calibrate``: from a checkpoint and some text to a checkpoint with KV scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from kvq_plugin.calibrate import engine
+from kvq_plugin.calibrate.checkpoint import Source
+from kvq_plugin.calibrate.data import read_texts, sample_windows
+from kvq_plugin.calibrate.engine import Load, Tick
+from kvq_plugin.calibrate.names import layer_number
+from kvq_plugin.calibrate.observers import Observers
+from kvq_plugin.calibrate.output import Target, with_scheme, write
+from kvq_plugin.calibrate.scales import LayerScales, compute
+from kvq_plugin.calibrate.settings import DRIVERS, Settings, Strategy
+from kvq_plugin.calibrate.table import scale_table
+from kvq_plugin.evaluate import BUILTIN_TEXT, load_tokenizer
+from kvq_plugin.report import progress
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the model reads: *count* windows of *length* tokens, drawn from *data* by *seed*."""
+
+    data: Sequence[str] = (BUILTIN_TEXT,)
+    count: int = 32
+    length: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything ``kvq calibrate`` was asked for."""
+
+    model: str
+    target: Target
+    settings: Settings = field(default_factory=Settings)
+    samples: Samples = field(default_factory=Samples)
+    load: Load = field(default_factory=Load)
+    driver: str = "engine"
+
+
+def run(job: Job, console: Console | None = None) -> list[LayerScales]:
+    """Calibrate, write the checkpoint, print the table and how to serve it.
+
+    Raises ValueError, OSError or ServerError, after which nothing is left at the target.
+    """
+    console = console or Console()
+    source = Source.find(job.model)
+    job.target.check(source)
+    with_scheme(source, job.settings.kv_cache_scheme(), [])  # refuses early what it refuses
+    windows = _windows(job, source)
+    with progress(console) as bars:
+        bar = bars.add_task("calibrating", total=1 + len(windows), stage="loading the model")
+
+        def tick() -> None:
+            bars.update(bar, advance=1, stage="running the samples")
+
+        layers = calibrate(source, job.target, job.settings, windows, job.load, job.driver, tick)
+        bars.update(bar, stage="")
+    console.print(scale_table(job.settings, layers))
+    for line in _how_to_serve(job):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    return layers
+
+
+def calibrate(
+    source: Source,
+    target: Target,
+    settings: Settings,
+    windows: Sequence[list[int]],
+    load: Load | None = None,
+    driver: str = "engine",
+    tick: Tick = lambda: None,
+) -> list[LayerScales]:
+    """Run *windows* of token ids, write *target*, return the scales layer by layer.
+
+    *tick* is called once the model is loaded and after every window.
+    """
+    observers = _observe(source, settings, windows, load or Load(), driver, tick)
+    layers = [
+        LayerScales(name, layer_number(name), streams)
+        for name, streams in compute(settings, observers).items()
+    ]
+    layers.sort(key=lambda layer: layer.number)
+    write(
+        source,
+        target,
+        tensors(settings, layers),
+        settings.kv_cache_scheme(),
+        sorted(settings.ignore),
+        _provenance(settings, windows, driver),
+    )
+    return layers
+
+
+def _observe(source, settings, windows, load, driver, tick) -> Observers:
+    if driver not in DRIVERS:
+        raise ValueError(f"driver {driver!r}: expected one of {', '.join(DRIVERS)}")
+    if driver == "engine":
+        return engine.observe(source, settings, load, windows, tick)
+    from kvq_plugin.calibrate import hf  # imports transformers
+
+    return hf.observe(source, settings, load, windows, tick)
+
+
+def _windows(job: Job, source: Source) -> list[list[int]]:
+    samples, limit = job.samples, source.max_length()
+    if limit is not None and samples.length >= limit + (job.driver == "hf"):
+        raise ValueError(
+            f"samples of {samples.length} tokens were asked for, and the model has {limit} "
+            f"positions, one of them for the token after: use --length {limit - 1} or less"
+        )
+    tokenizer = load_tokenizer(str(source.folder))
+    texts = read_texts(samples.data, tokenizer)
+    return sample_windows(tokenizer, texts, samples.count, samples.length, samples.seed)
+
+
+def tensors(settings: Settings, layers: Sequence[LayerScales]) -> dict[str, torch.Tensor]:
+    """Every tensor to add to the checkpoint, by name."""
+    found = {}
+    for layer in layers:
+        for kind, stream in layer.streams.items():
+            found[f"{layer.name}.{kind}_scale"] = stream.scale
+            if stream.zero_point is not None:
+                found[f"{layer.name}.{kind}_zero_point"] = stream.zero_point
+        if settings.prob_scale:
+            # Probabilities reach 1 whatever the data (a first token attends to itself alone).
+            # Quark's name, for which vLLM has a rule of its own; `prob_scale` it does not know.
+            qmax = settings.format.key.code.qmax
+            found[f"{layer.name}.prob_output_scale"] = torch.tensor([1.0 / qmax])
+    return found
+
+
+def _provenance(settings: Settings, windows: Sequence[list[int]], driver: str) -> dict[str, str]:
+    """How the scales came about, for the header of their file."""
+    facts = {
+        "observer": settings.observer,
+        "strategy": settings.strategy.value,
+        "samples": f"{len(windows)} x {max(map(len, windows))} tokens",
+        "driver": driver,
+    }
+    if settings.observer == "percentile":
+        facts["percentile"] = f"{settings.percentile:g}"
+    if settings.strategy is Strategy.GROUP:
+        facts["group_size"] = str(settings.group_size)
+    return {f"kvq_{name}": value for name, value in facts.items()}
+
+
+def _how_to_serve(job: Job) -> list[str]:
+    out = Path(job.target.folder)
+    lines = [f"Wrote {out}. Serve it with:", f"    vllm serve {out}"]
+    if job.settings.ignore:
+        skipped = ", ".join(map(str, sorted(job.settings.ignore)))
+        lines.append(f"Layers {skipped} keep an unquantized cache.")
+    return lines

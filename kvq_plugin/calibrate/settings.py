@@ -1,0 +1,119 @@
+"""What to calibrate for, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from kvq_plugin.formats import FORMATS, Kind, KVFormat, get_format
+
+#: What ``--scheme`` takes: the formats whose scales come from a checkpoint, one name per code.
+SCHEMES = ("int8", "fp8")
+OBSERVERS = ("minmax", "average", "percentile", "mse")
+DRIVERS = ("engine", "hf")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+class Strategy(Enum):
+    """Which elements of a layer's K (or V) share one scale."""
+
+    TENSOR = "tensor"
+    HEAD = "head"
+    CHANNEL = "channel"
+    GROUP = "group"  # neighbouring channels of one head; stored as equal channels
+
+    @property
+    def compressed_tensors(self) -> str:
+        """The strategy's name in compressed-tensors' schema, by the shape it is stored in."""
+        return {"tensor": "tensor", "head": "attn_head"}.get(self.value, "channel")
+
+
+#: Observer of least perplexity on SmolLM2 calibrated on the built-in text, over two other texts
+#: (README). A scale for many channels gains by clipping the largest; a channel's own does not.
+BEST = {
+    Strategy.TENSOR: "mse",
+    Strategy.HEAD: "mse",
+    Strategy.CHANNEL: "minmax",
+    Strategy.GROUP: "minmax",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One calibration.
+
+    Attributes:
+        scheme: the code the scales are for, one of :data:`SCHEMES`.
+        strategy: which elements share a scale; ``group_size`` channels for ``GROUP``, else None.
+        observer: one of :data:`OBSERVERS`; None takes the strategy's :data:`BEST`, and says so in
+            the attribute.
+        percentile: of the magnitudes that the ``percentile`` observer's range covers, in percent.
+        asymmetric: integer zero points, for integer codes.
+        q_scale, prob_scale: also write scales of the query, and of the softmax's probabilities.
+        ignore: numbers of layers that get no scales and stay unquantized.
+
+    Raises ValueError for what cannot be combined.
+    """
+
+    scheme: str = "int8"
+    strategy: Strategy = Strategy.CHANNEL
+    group_size: int | None = None
+    observer: str | None = None
+    percentile: float = 99.99
+    asymmetric: bool = False
+    q_scale: bool = False
+    prob_scale: bool = False
+    ignore: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.observer is None:
+            object.__setattr__(self, "observer", BEST[self.strategy])
+        if self.scheme not in SCHEMES or FORMATS[self.scheme].is_dynamic:
+            raise ValueError(f"scheme {self.scheme!r}: expected one of {', '.join(SCHEMES)}")
+        if self.observer not in OBSERVERS:
+            raise ValueError(f"observer {self.observer!r}: expected one of {', '.join(OBSERVERS)}")
+        if self.asymmetric and self.format.key.code.kind is not Kind.SIGNED:
+            raise ValueError(
+                f"asymmetric scales were asked for {self.scheme}, whose codes are floats and have "
+                "no zero point: drop --asymmetric, or use --scheme int8"
+            )
+        if (self.group_size is None) is (self.strategy is Strategy.GROUP):
+            raise ValueError(
+                "the strategy group needs --group-size, and no other strategy takes it: "
+                f"got strategy {self.strategy.value} and group size {self.group_size}"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group size {self.group_size}: expected at least one channel")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile {self.percentile:g}: expected more than 50, up to 100")
+        if any(layer < 0 for layer in self.ignore):
+            raise ValueError(f"ignored layers {sorted(self.ignore)}: expected numbers from 0 on")
+
+    @property
+    def format(self) -> KVFormat:
+        """The format that serves the result."""
+        return get_format(self.scheme)
+
+    def unit(self, head_size: int) -> int:
+        """Channels of one head that share a scale. ValueError if they do not divide it."""
+        if self.strategy is Strategy.CHANNEL:
+            return 1
+        if self.strategy is not Strategy.GROUP:
+            return head_size
+        if head_size % self.group_size:
+            raise ValueError(
+                f"group size {self.group_size} does not divide the head size {head_size}: use a "
+                "divisor, or --strategy channel"
+            )
+        return self.group_size
+
+    def kv_cache_scheme(self) -> dict:
+        """``kv_cache_scheme`` in compressed-tensors' schema (QuantizationArgs)."""
+        code = self.format.key.code
+        return {
+            "num_bits": code.bits,
+            "type": "float" if code.kind is Kind.FLOAT else "int",
+            "strategy": self.strategy.compressed_tensors,
+            "symmetric": not self.asymmetric,
+            "dynamic": False,
+        }

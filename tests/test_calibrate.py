@@ -1,0 +1,391 @@
+"""``kvq calibrate`` short of a vLLM engine: names, samples, output, the transformers driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import make
+
+from kvq_plugin import cli
+from kvq_plugin.calibrate import output as output_module
+from kvq_plugin.calibrate.checkpoint import Source
+from kvq_plugin.calibrate.data import read_texts, sample_windows
+from kvq_plugin.calibrate.engine import broken_message, check_ignored
+from kvq_plugin.calibrate.names import checkpoint_names, layer_number, load_name, probes
+from kvq_plugin.calibrate.output import SCALES, Target, with_scheme
+from kvq_plugin.calibrate.run import calibrate
+from kvq_plugin.calibrate.settings import Settings, Strategy
+from kvq_plugin.calibrate.table import scale_table
+from kvq_plugin.evaluate import load_tokenizer
+
+random.seed(0)
+WINDOWS = [[random.randrange(3, 500) for _ in range(60)] for _ in range(3)]
+SCHEME = Settings().kv_cache_scheme()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("model"), "gqa")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return load_tokenizer(str(smollm2))
+
+
+def by_hf(model: Path, out: Path, settings=None, **changes) -> dict[str, torch.Tensor]:
+    """Scales that the transformers driver writes to *out*."""
+    target = Target(out, **changes)
+    calibrate(Source.find(str(model)), target, settings or Settings(), WINDOWS, driver="hf")
+    return load_file(out / SCALES)
+
+
+# --- names -----------------------------------------------------------------------------
+
+
+def test_layer_number():
+    assert layer_number("model.layers.17.self_attn.attn") == 17
+    assert layer_number("h.3") == 3
+    with pytest.raises(ValueError, match="layer number"):
+        layer_number("model.self_attn")
+
+
+@pytest.mark.parametrize(
+    ("module", "tensor", "found"),
+    (
+        ("model.layers.0.self_attn.attn", "model.layers.0.self_attn.k_proj.weight",
+         "model.layers.0.self_attn"),
+        # vLLM's loader adds "transformer."; `.attn.k_scale` stays as it is, hence twice.
+        ("transformer.h.0.attn.attn", "h.0.attn.c_attn.weight", "h.0.attn.attn"),
+        ("transformer.h.0.self_attention.attn", "h.0.self_attention.dense.bias",
+         "h.0.self_attention"),
+        ("language_model.model.layers.0.self_attn.attn",
+         "model.language_model.layers.0.self_attn.k_proj.weight",
+         "model.language_model.layers.0.self_attn"),
+    ),
+)  # fmt: skip
+def test_scales_go_where_the_loader_looks(module, tensor, found):
+    other = tensor.replace(".0.", ".10.")
+
+    def rename(name: str) -> str:  # as vLLM's hf_to_vllm_mapper of multimodal models
+        return load_name(name).replace("model.language_model.", "language_model.model.")
+
+    loaded = {probe: rename(probe) for probe in probes([other, tensor])}
+    assert checkpoint_names([module], loaded) == {module: found}
+
+
+def test_a_layer_that_cannot_be_placed_is_named():
+    loaded = {p: load_name(p) for p in probes(["a.layers.0.mixer.x", "b.layers.0.attn.x"])}
+    with pytest.raises(ValueError, match=r"model.layers.7.self_attn.attn \(none\)"):
+        checkpoint_names(["model.layers.7.self_attn.attn"], loaded)
+
+
+# --- samples ---------------------------------------------------------------------------
+
+
+def test_windows_are_drawn_by_the_seed(tokenizer):
+    texts = ["one two three four five six seven eight nine ten " * 40]
+    first = sample_windows(tokenizer, texts, 3, 32, seed=1)
+    assert first == sample_windows(tokenizer, texts, 3, 32, seed=1)
+    assert first != sample_windows(tokenizer, texts, 3, 32, seed=2)
+    assert {len(w) for w in first} == {32}
+    assert len(sample_windows(tokenizer, texts, 100, 32, seed=1)) == 100  # overlapping
+
+
+def test_too_little_data_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"one sample needs 2,048"):
+        sample_windows(tokenizer, ["a few words"], 4, 2048, 0)
+
+
+def test_jsonl(tmp_path, tokenizer):
+    file = tmp_path / "data.jsonl"
+    messages = [{"role": "user", "content": "Hello?"}]
+    lines = ["plain", {"text": "as text"}, {"prompt": "as prompt"}, {"messages": messages}]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    plain, text, prompt, chat = read_texts([str(file)], tokenizer)
+    assert (plain, text, prompt) == ("plain", "as text", "as prompt")
+    assert "Hello?" in chat and "<|im_start|>user" in chat
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    (
+        (b'"fine"\n{"txt": 1}', "line 2"),
+        (b'"fine"\n{', "line 2 is not JSON"),
+        (b'{"messages": [{"rule": 1}]}', "line 1"),
+        (b"", "is empty"),
+        (b"\n  \n", "is empty"),
+        (b"\xff\xfe", "not UTF-8"),
+    ),
+)
+def test_bad_data_is_refused(tmp_path, tokenizer, content, said):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_texts([str(file)], tokenizer)
+
+
+# --- the transformers driver, and what is written ----------------------------------------
+
+
+def test_scales_are_amax_over_what_the_cache_holds(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    scales = by_hf(tiny, tmp_path / "out")
+    network = AutoModelForCausalLM.from_pretrained(tiny, dtype="auto")
+    for i in range(2):
+        for kind, attribute in (("k", "keys"), ("v", "values")):
+            with torch.inference_mode():
+                caches = [network(torch.tensor([w])).past_key_values for w in WINDOWS]
+            held = torch.cat([getattr(c.layers[i], attribute) for c in caches], 2).float()
+            expected = held.abs().amax((0, 2)) / 127  # [H, D]
+            assert torch.equal(
+                scales[f"model.layers.{i}.self_attn.{kind}_scale"], expected[:, None]
+            )
+    assert len(scales) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "strategy"),
+    (
+        (Settings("fp8", Strategy.TENSOR), (1,), "tensor"),
+        (Settings("fp8", Strategy.HEAD), (2, 1, 1), "attn_head"),
+        (Settings("int8", Strategy.CHANNEL, asymmetric=True), (2, 1, 32), "channel"),
+        (Settings("int8", Strategy.GROUP, group_size=8), (2, 1, 32), "channel"),
+    ),
+)
+def test_output_is_what_compressed_tensors_declares(tiny, tmp_path, settings, shape, strategy):
+    from compressed_tensors.quantization import QuantizationConfig
+
+    out = tmp_path / "out"
+    scales = by_hf(tiny, out, settings)
+    section = json.loads((out / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(section).kv_cache_scheme
+    assert (scheme.num_bits, scheme.strategy) == (8, strategy)
+    assert scheme.type == ("int" if settings.scheme == "int8" else "float")
+    assert scheme.symmetric is not settings.asymmetric and scheme.dynamic is False
+    assert {tuple(t.shape) for t in scales.values()} == {shape}
+    assert any("zero_point" in name for name in scales) is settings.asymmetric
+    if settings.strategy is Strategy.GROUP:
+        grouped = scales["model.layers.0.self_attn.k_scale"].unflatten(-1, (4, 8))
+        assert bool((grouped == grouped[..., :1]).all()) and grouped.unique().numel() > 4
+
+
+def test_index_names_every_tensor_and_weights_are_links(tiny, tmp_path):
+    out = tmp_path / "out"
+    by_hf(tiny, out)
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    for file in set(weight_map.values()):
+        with safe_open(out / file, framework="pt") as tensors:
+            assert set(tensors.keys()) == {n for n, f in weight_map.items() if f == file}
+    assert os.path.samefile(tiny / "model.safetensors", out / "model-weights.safetensors")
+    with safe_open(out / SCALES, framework="pt") as tensors:
+        assert tensors.metadata()["kvq_observer"] == "minmax"
+    by_hf(tiny, tmp_path / "copied", copy=True)
+    copied = tmp_path / "copied" / "model-weights.safetensors"
+    assert not os.path.samefile(tiny / "model.safetensors", copied)
+    assert copied.read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def test_transformers_loads_the_output(tiny, tmp_path):
+    """Through compressed-tensors, which reads the scheme and our shard."""
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    scales = by_hf(tiny, out, Settings("fp8", Strategy.TENSOR))
+    network = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    loaded = network.state_dict()["model.layers.1.self_attn.k_scale"]
+    assert torch.allclose(loaded.float(), scales["model.layers.1.self_attn.k_scale"], rtol=2**-8)
+
+
+def test_optional_scales(tiny, tmp_path):
+    scales = by_hf(tiny, tmp_path / "out", Settings("fp8", Strategy.TENSOR, prob_scale=True))
+    assert float(scales["model.layers.1.self_attn.prob_output_scale"]) == pytest.approx(1 / 448)
+    with pytest.raises(ValueError, match="--driver engine"):
+        by_hf(tiny, tmp_path / "q", Settings(q_scale=True))
+    assert not (tmp_path / "q").exists()
+
+
+def test_ignored_layers_have_no_scales_and_are_noted(tiny, tmp_path):
+    scales = by_hf(tiny, tmp_path / "out", Settings(ignore=frozenset([0])))
+    assert {layer_number(name) for name in scales} == {1}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["kv_cache_skip_layers"] == [0]
+    with pytest.raises(ValueError, match=r"layers \[5\]"):
+        check_ignored(Settings(ignore=frozenset([5])), ["model.layers.0.self_attn"])
+    with pytest.raises(ValueError, match="nothing is left"):
+        check_ignored(Settings(ignore=frozenset([0])), ["model.layers.0.self_attn"])
+
+
+def test_calibrating_an_output_again_replaces_its_scales(tiny, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    by_hf(tiny, first, Settings("fp8", Strategy.TENSOR))
+    again = by_hf(first, second)
+    assert again.keys() == by_hf(tiny, tmp_path / "direct").keys()
+    assert all(torch.equal(t, load_file(tmp_path / "direct" / SCALES)[n]) for n, t in again.items())
+    config = json.loads((second / "config.json").read_text())
+    assert config["quantization_config"]["kv_cache_scheme"] == SCHEME
+
+
+def test_scales_among_the_weights_are_left_out(tiny, tmp_path):
+    """Old scales in the file of the weights: under another name they would be loaded as well."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    weights = load_file(model / "model.safetensors")
+    old = {"model.layers.0.self_attn.k_proj.k_scale": torch.tensor(9.0)}
+    save_file(weights | old, model / "model.safetensors", metadata={"format": "pt"})
+    by_hf(model, tmp_path / "out")
+    kept = load_file(tmp_path / "out" / "model-weights.safetensors")
+    assert kept.keys() == weights.keys()
+    assert all(torch.equal(kept[n], t) for n, t in weights.items())
+    assert load_file(model / "model.safetensors").keys() == weights.keys() | old.keys()
+
+
+@pytest.mark.parametrize("nested", (False, True))
+def test_weight_quantization_keeps_its_configuration(tiny, tmp_path, nested):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    config = json.loads((model / "config.json").read_text())
+    own = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (config.setdefault("text_config", {}) if nested else config)["quantization_config"] = own
+    (model / "config.json").write_text(json.dumps(config))
+    new = with_scheme(Source.find(str(model)), SCHEME, [])
+    section = (new["text_config"] if nested else new)["quantization_config"]
+    assert section == {**own, "kv_cache_scheme": SCHEME}
+    assert ("quantization_config" in new) is not nested
+
+
+def test_table_marks_suspects(tiny, tmp_path):
+    settings = Settings(strategy=Strategy.TENSOR)
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.self_attn.v_proj.weight"][5] *= 200
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    source, target = Source.find(str(model)), Target(tmp_path / "out")
+    layers = calibrate(source, target, settings, WINDOWS, driver="hf")
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(scale_table(settings, layers))
+    rows = console.export_text().splitlines()
+    assert sum("outlier" in row for row in rows) == 1
+    assert any("V: 1 outlier channel: head 0 channel 5" in row for row in rows)
+
+
+# --- refusals: nothing is left behind ------------------------------------------------------
+
+
+def test_nan_names_the_layer(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layer 1 .* of K are NaN or infinite in sample 1"):
+        by_hf(model, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == [model]
+
+
+def test_nan_message_counts_what_follows():
+    broken = [("model.layers.3.self_attn.attn", "v", 7), ("model.layers.4.self_attn.attn", "k", 9)]
+    message = broken_message({}, broken, 2)
+    assert "layer 3" in message and "7 values of V" in message and "1 later layers" in message
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt, OSError(28, "No space left on device")))
+def test_nothing_half_written_is_left(tiny, tmp_path, monkeypatch, error):
+    """Neither by the first output nor by one that was to replace an earlier one."""
+    by_hf(tiny, tmp_path / "out")
+    before = (tmp_path / "out" / SCALES).read_bytes()
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(output_module, "_copy_rest", fail)
+    for name in ("out", "new"):
+        with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else OSError):
+            by_hf(tiny, tmp_path / name, Settings("fp8"), force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / SCALES).read_bytes() == before
+
+
+def refusal(arguments: list[str], capsys) -> str:
+    """The one line that ``kvq calibrate`` ends with."""
+    assert cli.main(["calibrate", *arguments]) == 1
+    return capsys.readouterr().err
+
+
+def test_output_that_exists_is_refused(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("the only copy")
+    assert "--force" in refusal([str(tiny), "-o", str(out)], capsys)
+    assert "remove it yourself" in refusal([str(tiny), "-o", str(out), "--force"], capsys)
+    assert (out / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    (
+        (["{tmp}/nothing-here", "-o", "{tmp}/out"], "no such model"),
+        (["{tmp}", "-o", "{tmp}/out"], "no config.json"),
+        (["{tiny}", "-o", "{tmp}/no/such/place"], "is not a directory"),
+        (["{tiny}", "-o", "{tiny}"], "would replace the model"),
+        (["{tiny}", "-o", "{tiny}/sub"], "inside the model"),
+        (["{smollm2}", "-o", "{tmp}/out", "--data", "{tmp}/empty.txt"], "is empty"),
+        (["{smollm2}", "-o", "{tmp}/out", "--data", "{tmp}/none.txt"], "none.txt"),
+        (["{smollm2}", "-o", "{tmp}/out", "--length", "99999"], "--length 8191"),
+        (["{tiny}", "-o", "{tmp}/out", "--scheme", "fp8", "--asymmetric"], "no zero point"),
+        (["{tiny}", "-o", "{tmp}/out", "--strategy", "group"], "--group-size"),
+    ),
+)
+def test_bad_input_is_one_line(tiny, smollm2, tmp_path, capsys, arguments, said):
+    (tmp_path / "empty.txt").touch()
+    places = {"tiny": tiny, "tmp": tmp_path, "smollm2": smollm2}
+    message = refusal([a.format(**places) for a in arguments], capsys)
+    assert message.startswith("kvq: ") and said in message
+    assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_full_disk_is_said_before_anything_runs(tiny, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "no room on disk" in refusal([str(tiny), "-o", str(tmp_path / "out")], capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    (
+        ("config.json", "{", "is not JSON"),
+        ("config.json", "[]", "JSON object"),
+        ("model.safetensors", "not tensors", "no safetensors file"),
+        ("model.safetensors.index.json", "{}", "weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a.b": "gone"}}', "not there: gone"),
+    ),
+)
+def test_damaged_checkpoint_is_refused(tiny, tmp_path, file, content, said):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / file).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        Source.find(str(model))
+
+
+def test_failure_to_write_tensors_is_an_oserror(tmp_path):
+    with pytest.raises(OSError, match="cannot write x"):
+        output_module._save({"a": torch.zeros(1)}, tmp_path / "no" / "x", None)
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="save_pretrained"):
+        Source.find(str(tmp_path))
