@@ -372,12 +372,12 @@ def merge_kernel(
         total = tl.sum(tl.exp2(lse - origin), 0)
         acc = tl.zeros([WIDTH], tl.float32)
         for s0 in range(0, splits, BLOCK_S):
-            s = s0 + tl.arange(0, BLOCK_S)
-            lse = tl.load(partial_lse + slot + s * BLOCK_M, mask=s < splits, other=float("-inf"))
-            full = lse != float("-inf")
-            rows = (slot + s * BLOCK_M)[:, None] * D + at[None, :]
-            x = tl.load(partial + rows, mask=full[:, None] & (at < D)[None, :], other=0.0)
-            acc += tl.sum(x * tl.exp2(lse - origin)[:, None], 0)
+            part = s0 + tl.arange(0, BLOCK_S)
+            at_part = slot + part * BLOCK_M
+            level = tl.load(partial_lse + at_part, mask=part < splits, other=float("-inf"))
+            mask = (level != float("-inf"))[:, None] & (at < D)[None, :]
+            x = tl.load(partial + at_part[:, None] * D + at[None, :], mask=mask, other=0.0)
+            acc += tl.sum(x * tl.exp2(level - origin)[:, None], 0)
         acc *= tl.where(total == 0.0, 0.0, 1.0 / total)
         row = (start + first + i).to(tl.int64) * out_stride_t + head.to(tl.int64) * out_stride_h
         tl.store(out + row + at, to_output(acc, out.dtype.element_ty, INTERPRETED), mask=at < D)
