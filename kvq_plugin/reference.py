@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kvq_plugin.formats import Code, Kind, KVFormat, Stream
-from kvq_plugin.layout import PageLayout, StreamLayout
+from kvq_plugin.layout import CPU_V1, PageLayout, StreamLayout
 
 #: Floor of a row's amax (and so of its scale): zero rows need no special case, and the
 #: inverse stays finite. 2**-100 is far below any activation and far above fp32's subnormals.
@@ -141,11 +141,14 @@ def store(
     format: KVFormat,
     key_static: StaticScale | None = None,
     value_static: StaticScale | None = None,
+    *,
+    layout: str = CPU_V1,
 ) -> None:
     """Write ``key``, ``value [T, H, D]`` into ``cache [B, H, N, C]`` uint8 (any strides between
     blocks and heads) at ``slot_mapping [T]``: block ``slot // N``, position ``slot % N``;
-    negative slots are skipped. See :func:`kvq_plugin.ops.store`."""
-    layout = PageLayout(format, key.shape[-1], cache.shape[2])
+    negative slots are skipped. Pages are laid out as *layout* says. See
+    :func:`kvq_plugin.ops.store`."""
+    layout = PageLayout(format, key.shape[-1], cache.shape[2], layout)
     keep = slot_mapping >= 0
     slots = slot_mapping[keep]
     block, position = slots // layout.block_size, slots % layout.block_size
@@ -200,9 +203,11 @@ def load(
     head_size: int,
     key_static: StaticScale | None = None,
     value_static: StaticScale | None = None,
+    *,
+    layout: str = CPU_V1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dequantize all of ``cache [B, H, N, C]`` to fp32 K and V, each ``[B, N, H, D]``."""
-    layout = PageLayout(format, head_size, cache.shape[2])
+    layout = PageLayout(format, head_size, cache.shape[2], layout)
     pages = _pages(cache)
     out = []
     for which, static in ((layout.key, key_static), (layout.value, value_static)):
@@ -230,14 +235,15 @@ def attend(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    layout: str = CPU_V1,
 ) -> torch.Tensor:
     """Paged attention over quantized pages; arguments as :func:`kvq_plugin.ops.attend`.
 
-    *dtype* is the precision of the arithmetic (float64 for error measurements). Returns
-    ``[T, heads, D]`` in *dtype*.
+    *dtype* is the precision of the arithmetic (float64 for error measurements), *layout* that
+    of the pages. Returns ``[T, heads, D]`` in *dtype*.
     """
     tokens, heads, head_size = query.shape
-    keys, values = load(cache, format, head_size, key_static, value_static)
+    keys, values = load(cache, format, head_size, key_static, value_static, layout=layout)
     group = heads // cache.shape[1]
     out = torch.zeros(tokens, heads, head_size, dtype=dtype)
     for s in range(seq_lens.numel()):
