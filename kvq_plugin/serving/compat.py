@@ -98,7 +98,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "prefill_context_parallel_size",
     ),
     "vllm.config.speculative:SpeculativeConfig": ("kv_cache_dtype",),
-    "vllm.config.scheduler:SchedulerConfig": ("max_num_batched_tokens", "max_num_seqs"),
     "vllm.config.vllm:VllmConfig": (
         "additional_config",
         "attention_config",
@@ -108,7 +107,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "model_config",
         "parallel_config",
         "quant_config",
-        "scheduler_config",
         "speculative_config",
     ),
     "vllm.config.model:ModelConfig": (
@@ -120,7 +118,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "is_attention_free",
         "is_encoder_decoder",
         "is_hybrid",
-        "max_model_len",
         "model",
         "use_mla",
     ),

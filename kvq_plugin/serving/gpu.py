@@ -14,7 +14,7 @@ import torch
 from kvq_plugin import ops
 from kvq_plugin.formats import fnuz
 from kvq_plugin.layout import GPU_V1, LANES, MAX_HEAD_SIZES
-from kvq_plugin.serving import base, workspace
+from kvq_plugin.serving import base
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
 from kvq_plugin.serving.compat import (
     AttentionCGSupport,
@@ -61,7 +61,7 @@ class GPUMetadata(KVQMetadata):
     Attributes:
         parts: one, or the decodes and then the rest: a decode reads its whole context with few
             rows and is split over the GPU, which a prefill of many rows is not.
-        workspace: scratch of the kernels, uint8; None lets them allocate.
+        workspace: scratch of the kernels, uint8.
     """
 
     parts: tuple[Part, ...] = ()
@@ -97,13 +97,15 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
     supports_draft_decode_metadata_update = True
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        from kvq_plugin import kernels  # imports Triton
+
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        # Once, for the largest batch: a captured graph keeps the address, and nothing may be
-        # allocated during capture.
-        self._workspace = workspace.reserve(
-            kv_cache_spec, layer_names, vllm_config, device, self.reorder_batch_threshold
-        )
+        # Once, enough for any batch: a captured graph keeps the address, and nothing may be
+        # allocated during capture. Like the scratch of vLLM's own Triton backend it lies outside
+        # what vLLM measures before it sizes the cache.
+        size = kernels.workspace_size(kv_cache_spec.head_size, device)
+        self._workspace = torch.empty(size, dtype=torch.uint8, device=device)
 
     def _describe(self, batch: CommonAttentionMetadata) -> GPUMetadata:
         return GPUMetadata.of(batch, workspace=self._workspace)
