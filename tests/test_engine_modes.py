@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import gpu_engine
 import pytest
 from engine_jobs import Batch, Job, only, run
 from tiny_models import make
@@ -88,6 +89,21 @@ def test_compiled_model_in_worker_processes(models):
     (eager,) = only(run([Job(base, SCORED)]))
     (compiled,) = only(run([Job({**base, "enforce_eager": False}, SCORED)], multiprocess=True))
     assert _change(eager, compiled) < 0.15  # fused kernels round elsewhere; e4m3 is coarse
+
+
+def test_gpu_backend_under_vllms_scheduler(models):
+    """Chunks, batches of decodes and prefills, windows, in pages of 16; no GPU, see gpu_engine."""
+    base = {
+        "model": models["window_and_full_layers"],
+        "kv_cache_dtype": DTYPE,
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 8,
+        "max_model_len": 256,
+        "num_gpu_blocks_override": 48,  # the reference reads all of them each time
+    }
+    jobs = [Job({**base, "block_size": size}, SCORED) for size in (32, 16)]
+    cpu, gpu = only(run(jobs, script=gpu_engine.__file__))
+    assert _change(cpu, gpu) < MAX_CHANGE  # bf16 rounds elsewhere; a window moves scores by 0.4
 
 
 @pytest.fixture(scope="module")

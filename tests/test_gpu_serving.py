@@ -2,12 +2,14 @@
 
 Device tensors are on torch's ``meta`` device where only their shapes matter: any attempt to look
 at their data, which on a GPU would stall it and break graph capture, raises there. Where numbers
-matter they are CPU tensors, and the reference in layout gpu-v1 stands in for the kernels.
-Selection by vLLM's CUDA and ROCm platforms: ``test_gpu_selection.py``.
+matter they are CPU tensors, and the reference in layout gpu-v1 stands in for the kernels, which
+their own tests compare with it. In an engine: ``test_engine_modes.py``. Selection by vLLM's CUDA
+and ROCm platforms: ``test_gpu_selection.py``.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import oracle
 import pytest
 import torch
 from cases import ROWS, name_of
+from gpu_engine import reference_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("vllm")
@@ -23,6 +26,7 @@ from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout  # noqa: E402
 
+from kvq_plugin import kernels as gpu_kernels  # noqa: E402
 from kvq_plugin import ops, reference  # noqa: E402
 from kvq_plugin.formats import FORMATS, FP8_E4M3, FP8_E4M3FNUZ, fnuz  # noqa: E402
 from kvq_plugin.layout import GPU_V1  # noqa: E402
@@ -35,6 +39,14 @@ HEADS, QUERY_HEADS, HEAD_SIZE, BLOCK = 2, 8, 64, 16
 SEQ_LENS, QUERY_LENS = (40, 3, 70, 21, 17), (1, 1, 1, 5, 17)
 TOKENS = sum(QUERY_LENS)
 PADDED = TOKENS + 3
+
+
+@pytest.fixture(autouse=True)
+def small_workspace(monkeypatch):
+    """Its size is the kernels' business, and asking them needs Triton."""
+    parameters = inspect.signature(gpu_kernels.workspace_size).parameters
+    assert list(parameters) == ["head_size", "device"]
+    monkeypatch.setattr(gpu_kernels, "workspace_size", lambda head_size, device: 64 * head_size)
 
 
 # --- classes ---------------------------------------------------------------------------
@@ -227,27 +239,9 @@ def test_a_batch_causal_in_part_is_refused():
 # --- attention -------------------------------------------------------------------------
 
 
-class Kernels:
-    """The reference in layout gpu-v1, called as ``kvq_plugin.ops`` is on a GPU."""
-
-    def __init__(self):
-        self.workspaces = []
-
-    def store(self, key, value, cache, slot_mapping, format, *statics):
-        reference.store(key, value, cache, slot_mapping, format, *statics, layout=GPU_V1)
-
-    def attend(self, out, query, *where, max_query_len, max_seq_len, workspace, **options):
-        _, _, seq_lens, starts, *_ = where
-        assert int(seq_lens.max()) <= max_seq_len
-        assert int(starts.diff().max()) <= max_query_len
-        self.workspaces.append(workspace)
-        rows = slice(int(starts[0]), int(starts[-1]))
-        out[rows] = reference.attend(query, *where, **options, layout=GPU_V1)[rows].to(out.dtype)
-
-
 @pytest.fixture
 def kernels(monkeypatch):
-    stand_in = Kernels()
+    stand_in = reference_kernels()
     monkeypatch.setattr(base, "ops", stand_in)
     monkeypatch.setattr(gpu, "ops", stand_in)
     return stand_in
@@ -348,7 +342,8 @@ def test_a_step_means_the_same_as_on_the_cpu(monkeypatch, kernels, format, featu
     """Through the CPU backend's compiled kernels, and through the GPU backend."""
     layer, options = _layer(format), FEATURES[feature]
     ours = _run(gpu, format, _impl(gpu, format, **options), layer, _builder(device="cpu"))
-    assert len(kernels.workspaces) == 2 and kernels.workspaces[0] is kernels.workspaces[1]
+    (*decodes, first), (*rest, second) = kernels.launches
+    assert (decodes, rest) == ([0, 3, 1], [3, TOKENS, 17]) and first is second
     monkeypatch.setattr(base, "ops", ops)
     builder = cpu.CPUBuilder(_spec(format), [], None, torch.device("cpu"))
     theirs = _run(cpu, format, _impl(cpu, format, **options), layer, builder)
