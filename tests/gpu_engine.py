@@ -47,12 +47,13 @@ def exchange_backends() -> SimpleNamespace:
     from vllm.v1.attention import selector
 
     from kvq_plugin import kernels
-    from kvq_plugin.serving import backend, base, gpu
+    from kvq_plugin.serving import backend, base, checks, gpu
 
     stand_in = reference_kernels()
     kernels.workspace_size = lambda head_size, device: 1024
     base.ops = gpu.ops = stand_in
     backend.BACKENDS = gpu.BACKENDS
+    checks.platform_backend = lambda: gpu.GPUBackend
     selector._cached_get_attn_backend.cache_clear()
     return stand_in
 
@@ -62,9 +63,9 @@ def _main(source: str, target: str) -> None:
     results = [engine_jobs._run_job(first)]
     stand_in = exchange_backends()
     results += [engine_jobs._run_job(job) for job in others]
-    launches = {launch[:3] for launch in stand_in.launches}
-    # A decode launched apart from the prefill behind it; without one the test shows little.
-    assert any(start > 0 and bound > 1 for start, _, bound in launches), launches
+    if not any(result["error"] for result in results):
+        # A decode launched apart from the prefill behind it; without one this shows little.
+        assert any(first > 0 and bound > 1 for first, _, bound, _ in stand_in.launches)
     Path(target).write_text(json.dumps(results))
 
 
