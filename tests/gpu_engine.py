@@ -44,6 +44,8 @@ def reference_kernels() -> SimpleNamespace:
 
 def exchange_backends() -> SimpleNamespace:
     """Make the CPU platform select the GPU's classes; the stand-in for their kernels."""
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import Platform
     from vllm.v1.attention import selector
 
     from kvq_plugin import kernels
@@ -54,6 +56,9 @@ def exchange_backends() -> SimpleNamespace:
     base.ops = gpu.ops = stand_in
     backend.BACKENDS = gpu.BACKENDS
     checks.platform_backend = lambda: gpu.GPUBackend
+    # Sizes of blocks and padding of mixed pages as on GPUs; the CPU platform has its own way.
+    choose_block_size = Platform.update_block_size_for_backend.__func__
+    type(current_platform).update_block_size_for_backend = classmethod(choose_block_size)
     selector._cached_get_attn_backend.cache_clear()
     return stand_in
 

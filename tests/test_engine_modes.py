@@ -92,7 +92,8 @@ def test_compiled_model_in_worker_processes(models):
 
 
 def test_gpu_backend_under_vllms_scheduler(models):
-    """Chunks, batches of decodes and prefills, windows, in pages of 16; no GPU, see gpu_engine."""
+    """Chunks, batches of decodes and prefills, windows, a layer with pages of another size, in
+    pages of 16 tokens by default. Without a GPU: see gpu_engine."""
     base = {
         "model": models["window_and_full_layers"],
         "kv_cache_dtype": DTYPE,
@@ -101,9 +102,13 @@ def test_gpu_backend_under_vllms_scheduler(models):
         "max_model_len": 256,
         "num_gpu_blocks_override": 48,  # the reference reads all of them each time
     }
-    jobs = [Job({**base, "block_size": size}, SCORED) for size in (32, 16)]
-    cpu, gpu = only(run(jobs, script=gpu_engine.__file__))
-    assert _change(cpu, gpu) < MAX_CHANGE  # bf16 rounds elsewhere; a window moves scores by 0.4
+    more = [{"block_size": 32}, {}, {"kv_cache_dtype_skip_layers": ["0"]}]
+    cpu, gpu, skipped = only(
+        run([Job({**base, **settings}, SCORED) for settings in more], script=gpu_engine.__file__)
+    )
+    # bf16 rounds elsewhere; taking a window away moves scores by 0.4.
+    assert _change(cpu, gpu) < MAX_CHANGE
+    assert 0 < _change(cpu, skipped) < MAX_CHANGE
 
 
 @pytest.fixture(scope="module")
