@@ -6,7 +6,8 @@ needs such an extension, is stood in for by a class that declares what vLLM's do
 
     python gpu_platform.py cuda|rocm CODE
 
-runs CODE with ``platform``, ``select``, ``engine`` and ``refusal`` of this module at hand.
+runs CODE with ``platform``, ``select``, ``engine`` and ``refusal`` of this module at hand. With
+``OLD_REGISTRY=1`` in the environment, vLLM's registry takes no new names, as before 0.32.
 """
 
 from __future__ import annotations
@@ -133,6 +134,10 @@ def refusal(call, *args, **kwargs) -> str:
 def _main(kind: str, code: str) -> None:
     platform = become(kind)
     sys.modules["gpu_platform"].FlashAttention = stand_in_for_flash_attention()
+    if os.environ.get("OLD_REGISTRY"):
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        del AttentionBackendEnum.register
     from kvq_plugin import serving
 
     serving.register()

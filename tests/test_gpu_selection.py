@@ -50,11 +50,14 @@ ENGINES = {
 
 SELECT = f"""
 import json
+from kvq_plugin.serving.compat import added_backend
+own = added_backend("KVQ").name
 names, refused, served = {list(FORMATS)!r}, {list(REFUSED.values())!r}, {SERVED!r}
 found = {{
+    "own": own,
     "auto": [select(n) for n in names],
-    "named": [[select(n, b) for n in names] for b in ("KVQ", "TRITON_ATTN")],
-    "unquantized": [select("auto", b) for b in (None, "KVQ", "TRITON_ATTN", "FLASH_ATTN")],
+    "named": [[select(n, b) for n in names] for b in (own, "TRITON_ATTN")],
+    "unquantized": [select("auto", b) for b in (None, own, "TRITON_ATTN", "FLASH_ATTN")],
     "encoder": [select(n, attn_type="encoder_only") for n in ("fp8", "int8")],
     "vllms": select("fp8", "FLASH_ATTN"),
     "unknown to vllm": refusal(select, "int8", "FLASH_ATTN"),
@@ -91,9 +94,13 @@ def cuda(smollm2) -> dict:
 
 @pytest.fixture(scope="module", params=["cuda", "rocm"])
 def platform(request) -> dict:
+    """What was selected on each; ROCm's with vLLM's registry as it was before 0.32."""
     if request.param == "cuda":
-        return request.getfixturevalue("cuda")
-    return json.loads(run(request.param, SELECT + PRINT)[-1])
+        found = request.getfixturevalue("cuda")
+    else:
+        found = json.loads(run(request.param, SELECT + PRINT, OLD_REGISTRY="1")[-1])
+    assert found["own"] == {"cuda": "KVQ", "rocm": "CUSTOM"}[request.param]
+    return found
 
 
 def test_our_names_are_selected_by_themselves_and_by_name(platform):

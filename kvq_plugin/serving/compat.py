@@ -159,6 +159,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "CUSTOM",
         "TRITON_ATTN",
         "get_class",
+        "get_path",
         "is_overridden",
     ),
     "vllm.v1.attention.selector:AttentionSelectorConfig": (
