@@ -7,7 +7,7 @@ A format says, for K and for V separately, which *code* a value becomes and at w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -62,7 +62,7 @@ INT8 = Code("int8", 0, 8, Kind.SIGNED, 127.0)
 INT4 = Code("int4", 1, 4, Kind.AFFINE, 15.0)
 FP8_E4M3 = Code("fp8_e4m3", 2, 8, Kind.FLOAT, 448.0, "float8_e4m3fn")
 FP8_E5M2 = Code("fp8_e5m2", 3, 8, Kind.FLOAT, 57344.0, "float8_e5m2")
-# ROCm gfx94x only: no CPU format stores it, but the codec header and reference speak it.
+# ROCm gfx94x only, see :func:`fnuz`.
 FP8_E4M3FNUZ = Code("fp8_e4m3fnuz", 4, 8, Kind.FLOAT, 240.0, "float8_e4m3fnuz")
 CODES = {c.name: c for c in (INT8, INT4, FP8_E4M3, FP8_E5M2, FP8_E4M3FNUZ)}
 
@@ -146,3 +146,18 @@ def get_format(name: str) -> KVFormat:
         raise ValueError(
             f"unknown KV-cache format {name!r}; kvq_plugin knows {', '.join(sorted(FORMATS))}"
         ) from None
+
+
+def fnuz(format: KVFormat) -> KVFormat:
+    """*format* as ROCm's gfx94x GPUs store it: their e4m3 is e4m3fnuz, all else is the same.
+
+    The same byte means half as much there, so static scales made for e4m3fn count double. The
+    page has the same size and the format the same name.
+    """
+    key, value = (
+        replace(s, code=FP8_E4M3FNUZ) if s.code is FP8_E4M3 else s
+        for s in (format.key, format.value)
+    )
+    if key is format.key and value is format.value:
+        return format
+    return replace(format, key=key, value=value)

@@ -126,7 +126,8 @@ def attend(
     """Attention of ``query`` over the paged, quantized cache, written to ``out``.
 
     The queries of sequence s are rows ``query_start_loc[s] : query_start_loc[s + 1]``, the last
-    tokens of its ``seq_lens[s]`` cached ones (which this step's :func:`store` already wrote).
+    tokens of its ``seq_lens[s]`` cached ones (which this step's :func:`store` already wrote). Rows
+    of no sequence, before the first or after the last, are left alone.
 
     Args:
         out, query: ``[T, heads, D]`` of one dtype; D contiguous, other strides free.
@@ -190,8 +191,9 @@ def attend(
     }
     if _use_reference(cache.device.type):
         _check_tables(query, cache, block_table, seq_lens, query_start_loc)
-        n = int(query_start_loc[seq_lens.shape[0]])  # rows after it are padding: left alone
-        out[:n] = reference.attend(
+        # Rows before belong to other launches, rows after are padding: both are left alone.
+        first, n = int(query_start_loc[0]), int(query_start_loc[seq_lens.shape[0]])
+        out[first:n] = reference.attend(
             query[:n],
             cache,
             block_table,
@@ -203,7 +205,7 @@ def attend(
             value_static,
             **options,
             layout=page_layout(cache.device),
-        )
+        )[first:]
         return
     if cache.device.type != "cpu":
         from kvq_plugin import kernels

@@ -79,9 +79,14 @@ class Result:
 
 
 def run(
-    jobs: list[Job], *, timeout: float = 600, multiprocess: bool = False, env: dict | None = None
+    jobs: list[Job],
+    *,
+    timeout: float = 600,
+    multiprocess: bool = False,
+    env: dict | None = None,
+    script: str = __file__,
 ) -> list[Result]:
-    """Run *jobs* one after another in one new process."""
+    """Run *jobs* one after another in one new process, by *script*."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "jobs.json"), Path(folder, "results.json")
         source.write_text(json.dumps([asdict(job) for job in jobs]))
@@ -91,7 +96,7 @@ def run(
             "HF_HUB_OFFLINE": "1",
         }
         done = subprocess.run(
-            [sys.executable, __file__, str(source), str(target)],
+            [sys.executable, script, str(source), str(target)],
             env=settings | (env or {}),
             capture_output=True,
             text=True,

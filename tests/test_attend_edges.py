@@ -11,7 +11,7 @@ import torch
 from attending import NAN, every_dtype, every_format, every_isa, run, slots_of
 from cases import BATCHES, ISAS, ROWS, name_of
 
-from kvq_plugin import reference
+from kvq_plugin import ops, reference
 from kvq_plugin.formats import Kind, get_format
 
 # --- isolation -----------------------------------------------------------------------------------
@@ -133,6 +133,27 @@ def test_padding_rows_and_empty_sequences_are_left_alone(format, isa):
     tokens = p.query.shape[0]
     assert torch.equal(out[:tokens], alone)
     assert (out[tokens:] == 7.0).all()
+
+
+@pytest.mark.parametrize("kernels", [*ISAS, "reference"])
+def test_part_of_a_batch(kernels, monkeypatch):
+    """As the GPU backend launches it: the last sequences' tables, all rows of the query."""
+    p = oracle.build(get_format("int8_per_token_head"), ((40, 1), (20, 1), (33, 5), (12, 12)))
+    isa = ISAS[0]
+    if kernels == "reference":
+        monkeypatch.setattr(ops, "_use_reference", lambda device="cpu": True)
+    else:
+        isa = kernels
+    whole = run(p, isa)
+    part = replace(
+        p,
+        block_table=p.block_table[2:],
+        seq_lens=p.seq_lens[2:],
+        query_start_loc=p.query_start_loc[2:],
+    )
+    out = torch.full_like(p.query, 7.0)
+    run(part, isa, out)
+    assert torch.equal(out[2:], whole[2:]) and bool((out[:2] == 7.0).all())
 
 
 @every_isa

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from kvq_plugin.formats import FORMATS
-from kvq_plugin.serving import options
+from kvq_plugin.serving import compat, options
 from kvq_plugin.serving.checks import check
 
 pytest.importorskip("vllm")
@@ -124,6 +124,63 @@ def test_an_unquantized_cache_must_have_the_models_dtype():
 
 def test_skip_layers_that_exist():
     check(_config(cache={"kv_cache_dtype_skip_layers": ["0", "3", "sliding_window"]}))
+
+
+# --- GPUs ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A process that vLLM's CUDA platform runs in, as far as the checks can tell."""
+    monkeypatch.setattr(compat, "is_cpu", lambda: False)
+    monkeypatch.setattr(compat.current_platform, "get_device_capability", lambda: None)
+
+    def config(*args, backend=None, per_kind=None, **kwargs):
+        made = _config(*args, **kwargs)
+        backend = backend and compat.AttentionBackendEnum[backend]
+        made.attention_config = SimpleNamespace(backend=backend, backend_per_kind=per_kind or {})
+        return made
+
+    return config
+
+
+#: Runs the plugin cannot serve, which vLLM's own kernels may.
+NOT_OURS = [
+    {"model": {"use_mla": True}},
+    {"model": {"is_encoder_decoder": True}},
+    {"model": {"is_hybrid": True}},
+    {"model": {"get_head_size": lambda: 512}},
+    {"kv_transfer_config": object()},
+    {"parallel": {"decode_context_parallel_size": 2}},
+    {"parallel": {"prefill_context_parallel_size": 2}},
+    {"cache": {"block_size": 24}},
+]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "nvfp4", *FORMATS])
+@pytest.mark.parametrize("head_size", [16, 80, 256])
+def test_what_works_on_gpus(on_gpu, dtype, head_size):
+    shape = {"model": {"get_head_size": lambda: head_size}, "cache": {"block_size": 16}}
+    for backend in (None, "TRITON_ATTN"):
+        check(on_gpu(dtype, backend=backend, **shape))
+
+
+@pytest.mark.parametrize("change", NOT_OURS)
+def test_gpu_refusals_name_both_ways_out(on_gpu, change):
+    with pytest.raises(ValueError, match="supported are .*use --") as refusal:
+        check(on_gpu("fp8", **change))
+    assert "one of vLLM's own backends with --attention-backend" in str(refusal.value)
+
+
+@pytest.mark.parametrize("change", NOT_OURS)
+def test_a_backend_of_vllms_is_vllms_business(on_gpu, change):
+    check(on_gpu("fp8", backend="FLASH_ATTN", **change))
+
+
+def test_one_kind_of_layers_left_to_the_plugin_is_checked(on_gpu):
+    kinds = {"sliding_window": compat.AttentionBackendEnum.TRITON_ATTN}
+    with pytest.raises(ValueError, match="blocks of 24"):
+        check(on_gpu("fp8", backend="FLASH_ATTN", per_kind=kinds, cache={"block_size": 24}))
 
 
 # --- static scales ---------------------------------------------------------------------

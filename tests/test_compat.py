@@ -24,7 +24,9 @@ from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving import compat
 
 SERVING = Path(compat.__file__).parent
-OFFICIAL_API = (0, 33)
+#: Tables of names that not every version has: from which version on, or before which.
+SINCE = {(0, 32): compat.SINCE_0_32, (0, 33): compat.SINCE_0_33}
+BEFORE = {(0, 33): compat.UNTIL_0_32}
 
 
 def _installed() -> Path:
@@ -125,11 +127,19 @@ def _imports_of_serving() -> set[tuple[str, str]]:
     return found
 
 
+def _tables(version: tuple[int, ...]) -> tuple[list[dict], list[dict]]:
+    """The version-dependent tables that apply to *version*, and those that do not."""
+    choice = [(version >= since, table) for since, table in SINCE.items()]
+    choice += [(version < before, table) for before, table in BEFORE.items()]
+    return [t for applies, t in choice if applies], [t for applies, t in choice if not applies]
+
+
 def _missing(root: Path, version: tuple[int, ...]) -> list[str]:
-    official = version >= OFFICIAL_API
+    present, absent = _tables(version)
     absent_here = {
         (module.partition(":")[0], name)
-        for module, names in (compat.UNTIL_0_32 if official else compat.SINCE_0_33).items()
+        for table in absent
+        for module, names in table.items()
         for name in names
     }
     wanted = {(module, name) for name, module in compat.NAMES.items()} | _imports_of_serving()
@@ -139,9 +149,7 @@ def _missing(root: Path, version: tuple[int, ...]) -> list[str]:
         if is_platform or _find(root, module, name) or _module(root, f"{module}.{name}"):
             continue
         missing.append(f"{module}.{name}")
-    attributes = dict(compat.ATTRIBUTES)
-    attributes |= compat.SINCE_0_33 if official else compat.UNTIL_0_32
-    for place, names in attributes.items():
+    for place, names in (item for t in (compat.ATTRIBUTES, *present) for item in t.items()):
         module, _, cls = place.partition(":")
         for name in names:
             ok = _has_attribute(root, module, cls, name) if cls else _find(root, module, name)

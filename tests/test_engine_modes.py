@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import gpu_engine
 import pytest
 from engine_jobs import Batch, Job, only, run
 from scaled import add_scales
@@ -102,6 +103,26 @@ def test_compiled_model_in_worker_processes(models):
     (eager,) = only(run([Job(base, SCORED)]))
     (compiled,) = only(run([Job({**base, "enforce_eager": False}, SCORED)], multiprocess=True))
     assert _change(eager, compiled) < 0.15  # fused kernels round elsewhere; e4m3 is coarse
+
+
+def test_gpu_backend_under_vllms_scheduler(models):
+    """Chunks, batches of decodes and prefills, windows, a layer with pages of another size, in
+    pages of 16 tokens by default. Without a GPU: see gpu_engine."""
+    base = {
+        "model": models["window_and_full_layers"],
+        "kv_cache_dtype": DTYPE,
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 8,
+        "max_model_len": 256,
+        "num_gpu_blocks_override": 48,  # the reference reads all of them each time
+    }
+    more = [{"block_size": 32}, {}, {"kv_cache_dtype_skip_layers": ["0"]}]
+    cpu, gpu, skipped = only(
+        run([Job({**base, **settings}, SCORED) for settings in more], script=gpu_engine.__file__)
+    )
+    # bf16 rounds elsewhere; taking a window away moves scores by 0.4.
+    assert _change(cpu, gpu) < MAX_CHANGE
+    assert 0 < _change(cpu, skipped) < MAX_CHANGE
 
 
 @pytest.fixture(scope="module")

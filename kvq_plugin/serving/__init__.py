@@ -20,9 +20,10 @@ def register() -> None:
     from kvq_plugin.formats import FORMATS
     from kvq_plugin.serving import compat
 
-    if not compat.is_cpu():
+    if not (compat.is_cpu() or compat.is_gpu()):
         compat.get_logger(__name__).info(
-            "kvq_plugin has kernels for vLLM's CPU platform only; KV caches here stay vLLM's own"
+            "kvq_plugin has kernels for vLLM's CPU, CUDA and ROCm platforms only; KV caches here "
+            "stay vLLM's own"
         )
         return
     import torch
@@ -31,17 +32,23 @@ def register() -> None:
         compat.register_dtype(name, torch.uint8)
     # Registers the quantization method, which vLLM looks up before any config exists.
     config = importlib.import_module(f"{__name__}.config")
-    compat.override_cpu_backend(f"{__name__}.stock.StockCPUBackend")
-    compat.on_backend_selection(_choose_backend)
+    _register_backends()
     compat.on_config(_on_config)
     compat.on_draft_quant_config(config.wrap_draft_config)
     compat.on_model_created(_on_model_created)
 
 
-def _choose_backend(kv_cache_dtype: str, attn_type: str) -> str | None:
-    from kvq_plugin.serving.backend import backend_path
+def _register_backends() -> None:
+    from kvq_plugin.serving import compat, selection
 
-    return backend_path(kv_cache_dtype, attn_type)
+    if compat.is_cpu():
+        compat.override_backend("CPU_ATTN", f"{__name__}.stock.StockCPUBackend")
+        compat.on_backend_selection(selection.choose_on_cpu)
+        return
+    stock = f"{__name__}.stock_triton.StockTritonBackend"
+    compat.override_backend("TRITON_ATTN", stock)
+    compat.add_backend(selection.BACKEND_NAME, stock)
+    compat.on_backend_selection(selection.choose_on_gpu)
 
 
 def _on_model_created(model, vllm_config, model_config) -> None:
@@ -53,9 +60,12 @@ def _on_model_created(model, vllm_config, model_config) -> None:
 def _on_config(vllm_config) -> None:
     from kvq_plugin.serving.checks import check
     from kvq_plugin.serving.config import wrap_quant_config
+    from kvq_plugin.serving.selection import serves
 
     cache = vllm_config.cache_config
     check(vllm_config)
+    if not serves(vllm_config):
+        return
     asked = cache.cache_dtype
     wrap_quant_config(vllm_config)
     if cache.cache_dtype != asked:  # "auto", and the checkpoint itself asks for a format

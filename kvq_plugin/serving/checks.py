@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 
 from kvq_plugin.formats import FORMATS, KVFormat
-from kvq_plugin.serving import names, options
+from kvq_plugin.serving import compat, names, options
+from kvq_plugin.serving.selection import platform_backend, serves
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
 #: (vLLM 0.32 picks its kernel by the model's dtype, whatever the cache's is).
 _UNQUANTIZED = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BLOCK_MULTIPLE = 32
 _SKIP_KINDS = ("sliding_window",)
 _WITHOUT_ATTENTION = ("medusa", "mlp_speculator")  # methods whose draft model has no KV cache
 
@@ -27,7 +27,7 @@ def check(vllm_config: Any) -> None:
     """Raise ValueError when *vllm_config* asks for a KV cache that cannot be served."""
     options.parse(vllm_config.additional_config)
     model = vllm_config.model_config
-    if model is None:
+    if model is None or not serves(vllm_config):
         return
     asked = vllm_config.cache_config.cache_dtype
     _check_dtype(asked, "--kv-cache-dtype", model.dtype)
@@ -35,6 +35,7 @@ def check(vllm_config: Any) -> None:
     format = FORMATS.get(asked)
     if format is None:
         return
+    _check_device(asked)
     _check_model(asked, model)
     _check_engine(asked, vllm_config)
     _check_skip_layers(vllm_config)
@@ -44,11 +45,12 @@ def check(vllm_config: Any) -> None:
 def _refuse(asked: str, what: str, supported: str, instead: str) -> None:
     raise ValueError(
         f"--kv-cache-dtype {asked} was asked for {what}: supported are {supported}; {instead}"
+        f"{platform_backend().elsewhere}"
     )
 
 
 def _check_dtype(asked: str, flag: str, model_dtype: torch.dtype) -> None:
-    if asked in FORMATS:
+    if asked in FORMATS or not compat.is_cpu():  # vLLM checks its own dtypes on GPUs
         return
     if asked not in _UNQUANTIZED:
         known = ", ".join((*_UNQUANTIZED, *FORMATS))
@@ -91,6 +93,21 @@ def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
         )
 
 
+def _check_device(asked: str) -> None:
+    capability = compat.current_platform.get_device_capability()
+    if capability is None or platform_backend().supports_compute_capability(capability):
+        return  # None on CPUs, and in a process that sees no device
+    from kvq_plugin.serving.gpu import MIN_CAPABILITY
+
+    _refuse(
+        asked,
+        f"{compat.current_platform.get_device_name()}, a GPU of compute capability "
+        f"{capability.major}.{capability.minor}",
+        "GPUs from {}.{} on".format(*MIN_CAPABILITY),
+        "use --kv-cache-dtype auto",
+    )
+
+
 def _check_model(asked: str, model: Any) -> None:
     decoder_only = "decoder-only models with softmax attention"
     instead = "use --kv-cache-dtype auto"
@@ -102,11 +119,7 @@ def _check_model(asked: str, model: Any) -> None:
         _refuse(asked, "a hybrid of attention and state-space layers", decoder_only, instead)
     if model.is_attention_free:
         _refuse(asked, "a model without attention", decoder_only, instead)
-    from kvq_plugin.serving.backend import KVQBackend, unsupported_head_size
-
-    head_size = model.get_head_size()
-    if head_size not in KVQBackend.get_supported_head_sizes():
-        raise ValueError(unsupported_head_size(asked, head_size))
+    platform_backend().require_head_size(asked, model.get_head_size())
 
 
 def _check_engine(asked: str, vllm_config: Any) -> None:
@@ -130,13 +143,13 @@ def _check_engine(asked: str, vllm_config: Any) -> None:
                 "tensor, pipeline and data parallelism",
                 f"use {flag} 1",
             )
-    block_size = vllm_config.cache_config.block_size
-    if block_size and block_size % _BLOCK_MULTIPLE:
+    backend, block_size = platform_backend(), vllm_config.cache_config.block_size
+    if block_size and block_size % backend.block_multiple:
         _refuse(
             asked,
             f"blocks of {block_size} tokens",
-            f"multiples of {_BLOCK_MULTIPLE}",
-            "use --block-size 128",
+            f"multiples of {backend.block_multiple}",
+            f"use --block-size {backend.default_block_size}",
         )
 
 

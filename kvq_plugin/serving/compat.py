@@ -28,6 +28,7 @@ RUN_VERSIONS = ("0.32.0",)
 NAMES: dict[str, str] = {
     "Attention": "vllm.model_executor.layers.attention",
     "AttentionBackend": "vllm.v1.attention.backend",
+    "AttentionCGSupport": "vllm.v1.attention.backend",
     "AttentionImpl": "vllm.v1.attention.backend",
     "AttentionMetadataBuilder": "vllm.v1.attention.backend",
     "AttentionType": "vllm.v1.attention.backend",
@@ -36,13 +37,15 @@ NAMES: dict[str, str] = {
     "CPUAttentionBackend": "vllm.v1.attention.backends.cpu_attn",
     "CPUAttentionBackendImpl": "vllm.v1.attention.backends.cpu_attn",
     "CPUAttentionMetadataBuilder": "vllm.v1.attention.backends.cpu_attn",
+    "TritonAttentionBackend": "vllm.v1.attention.backends.triton_attn",
+    "TritonAttentionImpl": "vllm.v1.attention.backends.triton_attn",
+    "split_decodes_and_prefills": "vllm.v1.attention.backends.utils",
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "register_backend": "vllm.v1.attention.backends.registry",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
     "KVQuantMode": "vllm.v1.kv_cache_interface",
     "CacheConfig": "vllm.config",
     "SpeculativeConfig": "vllm.config",
-    "get_current_vllm_config": "vllm.config",
     "CacheDType": "vllm.config.cache",
     "STR_DTYPE_TO_TORCH_DTYPE": "vllm.utils.torch_utils",
     "current_platform": "vllm.platforms",
@@ -69,6 +72,22 @@ NAMES: dict[str, str] = {
 #: What is patched or read beside imports: "module:Class" or "module" -> attributes.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.platforms.cpu:CpuPlatform": ("get_attn_backend_cls", "check_and_update_config"),
+    "vllm.platforms.cuda:CudaPlatformBase": ("get_attn_backend_cls", "check_and_update_config"),
+    "vllm.platforms.rocm:RocmPlatform": (
+        "get_attn_backend_cls",
+        "check_and_update_config",
+        "is_fp8_fnuz",
+    ),
+    "vllm.platforms.interface:Platform": (
+        "device_type",
+        "get_device_capability",
+        "get_device_name",
+        "is_cpu",
+        "is_cuda",
+        "is_cuda_alike",
+        "is_fp8_fnuz",
+    ),
+    "vllm.config.attention:AttentionConfig": ("backend", "backend_per_kind"),
     "vllm.config.cache:CacheConfig": (
         "cache_dtype",
         "block_size",
@@ -84,8 +103,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.config.speculative:SpeculativeConfig": ("kv_cache_dtype",),
     "vllm.config.vllm:VllmConfig": (
         "additional_config",
+        "attention_config",
         "cache_config",
         "get_quantization_config",
+        "compilation_config",
         "kv_transfer_config",
         "model_config",
         "parallel_config",
@@ -109,15 +130,62 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "get_cache_scale_mapper",
         "get_quant_method",
     ),
+    "vllm.v1.attention.backend:AttentionBackend": (
+        "customize_spec",
+        "full_cls_name",
+        "supports_compute_capability",
+        "supports_kv_cache_dtype",
+        "validate_configuration",
+    ),
+    "vllm.v1.attention.backend:AttentionCGSupport": ("ALWAYS",),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder": (
+        "_cudagraph_support",
+        "_init_reorder_batch_threshold",
+        "build_for_cudagraph_capture",
+        "reorder_batch_threshold",
+        "supports_draft_decode_metadata_update",
+        "supports_update_block_table",
+        "update_block_table",
+        "update_draft_decode_metadata",
+    ),
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "block_table_tensor",
+        "causal",
+        "max_query_len",
+        "max_seq_len",
+        "num_actual_tokens",
+        "num_reqs",
+        "query_start_loc",
+        "seq_lens",
+        "slot_mapping",
+    ),
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum": (
+        "CUSTOM",
+        "TRITON_ATTN",
+        "get_class",
+        "get_path",
+        "is_overridden",
+    ),
+    "vllm.v1.attention.selector:AttentionSelectorConfig": (
+        "attn_type",
+        "kv_cache_dtype",
+        "use_mla",
+        "use_sparse",
+    ),
     "vllm.v1.kv_cache_interface:AttentionSpec": (
         "dtype",
         "head_size",
         "head_size_v",
+        "num_kv_heads",
         "state_content_bytes",
     ),
 }
 
-#: As ATTRIBUTES, for names of the official API, which older versions lack.
+#: As ATTRIBUTES, for what older versions lack: backends under a name of their own,
+SINCE_0_32: dict[str, tuple[str, ...]] = {
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum": ("register",),
+}
+#: and the official API for dtypes.
 SINCE_0_33: dict[str, tuple[str, ...]] = {
     "vllm.config.cache": ("register_kv_cache_dtype", "KV_CACHE_DTYPES"),
     "vllm.v1.kv_cache_interface:KVQuantMode": ("CUSTOM",),
@@ -146,6 +214,13 @@ def is_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()
+
+
+def is_gpu() -> bool:
+    """True when vLLM runs on its CUDA or ROCm platform in this process."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda_alike()
 
 
 # --- kv cache dtypes -------------------------------------------------------------------
@@ -216,28 +291,67 @@ def platform_name() -> str:
 # --- attention backends ----------------------------------------------------------------
 
 
-def override_cpu_backend(path: str) -> None:
-    """Make the class at *path* the one ``CPU_ATTN`` stands for."""
+def override_backend(name: str, path: str) -> None:
+    """Make the class at *path* the one that *name*, an entry of vLLM's enum, stands for."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, path)
+    register_backend(AttentionBackendEnum[name], path)
 
 
-def on_backend_selection(choose: Callable[[str, str], str | None]) -> None:
-    """Let ``choose(kv_cache_dtype, attn_type)`` name an attention layer's backend class.
+def add_backend(name: str, path: str) -> Any:
+    """Make *name* a valid ``--attention-backend`` for the class at *path*; its enum entry.
 
-    Returning None leaves the choice to vLLM. Layers without a KV-cache dtype, MLA and sparse
-    layers are never asked about.
+    Before vLLM 0.32 there are no new names, and CUSTOM stands for the class unless another
+    plugin took it first (then None). Idempotent.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if not hasattr(AttentionBackendEnum, "register"):
+        custom = AttentionBackendEnum.CUSTOM
+        if not custom.is_overridden():
+            register_backend(custom, path)
+        _added_backends[name] = custom if custom.get_path() == path else None
+    elif name not in AttentionBackendEnum.__members__:
+        register_backend(name, path)
+        entry = AttentionBackendEnum[name]
+        # Configs are pickled to processes that know the entry only once they have loaded their
+        # plugins, which is after unpickling; so unpickling adds it. Pickle looks for the method
+        # on the object, and an Enum's own would only look the value up.
+        entry.__reduce_ex__ = lambda protocol: (add_backend, (name, path))
+        _added_backends[name] = entry
+    return _added_backends[name]
+
+
+#: What add_backend returned, by name.
+_added_backends: dict[str, Any] = {}
+
+
+def added_backend(name: str) -> Any:
+    """The enum entry that :func:`add_backend` gave *name*; None without."""
+    return _added_backends.get(name)
+
+
+def on_backend_selection(choose: Callable[[Any, Any], str | None]) -> None:
+    """Let ``choose(selected, config)`` name an attention layer's backend class.
+
+    *selected* is the enum entry of ``--attention-backend`` or None, *config* vLLM's
+    ``AttentionSelectorConfig``. Returning None leaves the choice to vLLM, freely where *selected*
+    is one of :func:`add_backend`. Layers without a KV-cache dtype, MLA and sparse layers are
+    never asked about.
     """
 
     def wrap(stock: Callable[..., str]) -> Callable[..., str]:
         @functools.wraps(stock)
         def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kwargs):
-            config = attn_selector_config
+            config, selected = attn_selector_config, selected_backend
             path = None
             if config.kv_cache_dtype is not None and not (config.use_mla or config.use_sparse):
-                path = choose(config.kv_cache_dtype, config.attn_type)
-            return path or stock(selected_backend, attn_selector_config, *args, **kwargs)
+                path = choose(selected, config)
+            if path is not None:
+                return path
+            if selected is not None and selected in _added_backends.values():
+                selected = None
+            return stock(selected, config, *args, **kwargs)
 
         return get_attn_backend_cls
 

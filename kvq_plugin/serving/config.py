@@ -18,6 +18,7 @@ from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import QuantizationConfig, register_quantization_config
 from kvq_plugin.serving.names import IGNORED_SUFFIXES
 from kvq_plugin.serving.scheme import KVScheme, ScaleLedger
+from kvq_plugin.serving.selection import serves
 
 AUTO = "auto"
 logger = compat.init_logger(f"vllm.{__name__}")
@@ -152,7 +153,7 @@ def wrap_draft_config(config: Any, model_config: Any) -> Any:
     cache dtype in force is ours. Raises ValueError as :func:`wrap_quant_config` does."""
     vllm_config = compat.get_current_vllm_config_or_none()
     asked = AUTO if vllm_config is None else vllm_config.cache_config.cache_dtype
-    if asked not in FORMATS or model_config is None:
+    if asked not in FORMATS or model_config is None or not serves(vllm_config):
         return config
     scheme = _scheme_of(config, model_config)
     if scheme is not None:

@@ -17,6 +17,7 @@ import torch
 from kvq_plugin.formats import FORMATS, FP8_E4M3, Kind, KVFormat, get_format
 from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving import compat
+from kvq_plugin.serving.base import require_same_cache
 from kvq_plugin.serving.compat import AttentionType, CompressedTensorsKVCacheMethod
 from kvq_plugin.serving.names import SCALES, ZERO_POINTS
 from kvq_plugin.serving.scale_keys import ScaleKeys
@@ -61,6 +62,8 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
 
         Loading replaces a placeholder's data by a tensor of the form the checkpoint has.
         """
+        # Here, because every attention layer passes, whichever backend it was given.
+        require_same_cache(layer.kv_cache_dtype, _sharing_target(layer))
         layer.kvq_key_static = layer.kvq_value_static = None
         self.quant_config.kvq_ledger.enter(layer)
         format = _static_format(layer)
@@ -267,7 +270,8 @@ def _reconcile(layer: torch.nn.Module, given: _Given, ledger: ScaleLedger) -> No
                 format.name,
                 int(format.key.code.qmax),
             )
-        k, v = k * _platform_factor(format), v * _platform_factor(format)
+        factor = _platform_factor(layer, format)
+        k, v = k * factor, v * factor
     q, prob = _query_scales(layer, format, given, k)
     _publish(layer, k, v, q, prob, given.k_zero, given.v_zero)
     if format.key.code is FP8_E4M3 and bool((k == 1).all() and (v == 1).all()):
@@ -298,10 +302,15 @@ def _check_values(layer: torch.nn.Module, given: _Given) -> None:
             )
 
 
-def _platform_factor(format: KVFormat) -> float:
-    """2 where an fp8 code's value is half of what e4m3fn means by the same byte (ROCm gfx94x)."""
-    is_fp8 = format.key.code.kind is Kind.FLOAT
-    return 2.0 if is_fp8 and compat.current_platform.is_fp8_fnuz() else 1.0
+def _platform_factor(layer: torch.nn.Module, format: KVFormat) -> float:
+    """2 where an fp8 code's value is half of what e4m3fn means by the same byte (ROCm gfx94x).
+
+    vLLM's own kernels read every float8 that way there, ours e4m3 alone.
+    """
+    if format.key.code.kind is not Kind.FLOAT or not compat.current_platform.is_fp8_fnuz():
+        return 1.0
+    stored = getattr(getattr(layer, "impl", None), "kernel_format", None)
+    return 1.0 if stored is not None and stored.key.code is format.key.code else 2.0
 
 
 def _quantizes_query(layer: torch.nn.Module) -> bool:
@@ -313,7 +322,7 @@ def _query_scales(
     layer: torch.nn.Module, format: KVFormat, given: _Given, k: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q's and prob's scale: single floats, but for q beside a per-head or per-channel k."""
-    factor = _platform_factor(format)
+    factor = _platform_factor(layer, format)
     if given.q is None:
         logger.warning_once(
             "The checkpoint has no q scale: taking k's. This only matters for backends that "

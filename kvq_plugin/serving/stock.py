@@ -4,7 +4,7 @@ for being told that its layers are ``auto`` when the rest of the run is not."""
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving.compat import (
@@ -12,28 +12,7 @@ from kvq_plugin.serving.compat import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
-    get_current_vllm_config,
 )
-
-
-def require_same_cache(kv_cache_dtype: str, target: str | None) -> Any:
-    """The layer whose KV cache a layer reads instead of its own, or None.
-
-    Raises ValueError when the two layers would disagree on what the bytes mean.
-    """
-    if target is None:
-        return None
-    layer = get_current_vllm_config().compilation_config.static_forward_context.get(target)
-    if layer is None:
-        return None  # vLLM reports a bad target itself, right after this
-    ours, theirs = FORMATS.get(kv_cache_dtype), FORMATS.get(layer.kv_cache_dtype)
-    if ours is not theirs:
-        raise ValueError(
-            f"a layer of KV-cache dtype {kv_cache_dtype} shares the cache of {target}, which is "
-            f"{layer.kv_cache_dtype}: expected the same; name both layers or neither in "
-            "--kv-cache-dtype-skip-layers"
-        )
-    return layer
 
 
 class StockBuilder(CPUAttentionMetadataBuilder):
@@ -66,7 +45,6 @@ class StockImpl(CPUAttentionBackendImpl):
         kv_sharing_target_layer_name=None,
         **kwargs,
     ) -> None:
-        require_same_cache(kv_cache_dtype, kv_sharing_target_layer_name)
         super().__init__(
             num_heads,
             head_size,

@@ -1,0 +1,203 @@
+"""The attention backend for CUDA and ROCm: the kernels of :mod:`kvq_plugin.kernels`.
+
+It runs under the name ``TRITON_ATTN``, which vLLM needs to find in its enum of backends. Layers
+that stay unquantized keep whichever of vLLM's backends it would choose without the plugin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from kvq_plugin import ops
+from kvq_plugin.formats import fnuz
+from kvq_plugin.layout import GPU_V1, LANES, MAX_HEAD_SIZES
+from kvq_plugin.serving import base
+from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
+from kvq_plugin.serving.compat import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    current_platform,
+    split_decodes_and_prefills,
+)
+
+#: Compute capability of the oldest NVIDIA GPUs the kernels are compiled for.
+MIN_CAPABILITY = (8, 0)
+#: The same, and all else, for messages.
+LIMITS = (
+    "decoder layers without MLA, multimodal prefixes, R-SWA, context parallelism, KV connectors or "
+    f"batch invariance, head sizes in multiples of {LANES} up to {MAX_HEAD_SIZES[GPU_V1]}, blocks "
+    f"in multiples of {LANES} tokens, models in bfloat16, float16 or float32, and NVIDIA GPUs from "
+    "compute capability {}.{} on".format(*MIN_CAPABILITY)
+)
+
+
+@dataclass
+class Part:
+    """Neighbouring requests of a batch that one launch attends to.
+
+    Attributes:
+        begin, end: the requests.
+        block_table, seq_lens, query_start_loc: theirs, views of the batch's; rows of
+            query_start_loc still count from the batch's first token.
+        max_query_len: bound on their query lengths.
+    """
+
+    begin: int
+    end: int
+    max_query_len: int
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+
+
+@dataclass(kw_only=True)
+class GPUMetadata(KVQMetadata):
+    """A batch and how it is launched.
+
+    Attributes:
+        parts: one, or the decodes and then the rest: a decode reads its whole context with few
+            rows and is split over the GPU, which a prefill of many rows is not.
+        workspace: scratch of the kernels, uint8.
+    """
+
+    parts: tuple[Part, ...] = ()
+    workspace: torch.Tensor | None = None
+
+    def split(self, *parts: tuple[int, int, int]) -> GPUMetadata:
+        """Itself with *parts* of (first request, one past the last, bound on query lengths)."""
+        self.parts = tuple(
+            Part(
+                begin,
+                end,
+                max_query_len,
+                self.block_table[begin:end],
+                self.seq_lens[begin:end],
+                self.query_start_loc[begin : end + 1],
+            )
+            for begin, end, max_query_len in parts
+        )
+        return self
+
+
+class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
+    """Describes a batch without asking the device anything.
+
+    A captured graph keeps the host's numbers and reads the tensors anew at every replay. vLLM
+    captures with bounds that hold for every replay (max_seq_len is the model's longest context,
+    max_query_len all tokens of a graph for mixed batches), so the kernels' grids do as well.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    supports_update_block_table = True
+    # All tensors are vLLM's persistent ones, so there is nothing to update between drafts.
+    supports_draft_decode_metadata_update = True
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        from kvq_plugin import kernels  # imports Triton
+
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        # Once, enough for any batch: a captured graph keeps the address, and nothing may be
+        # allocated during capture. Like the scratch of vLLM's own Triton backend it lies outside
+        # what vLLM measures before it sizes the cache.
+        size = kernels.workspace_size(kv_cache_spec.head_size, device)
+        self._workspace = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def _describe(self, batch: CommonAttentionMetadata) -> GPUMetadata:
+        return GPUMetadata.of(batch, workspace=self._workspace)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> GPUMetadata:
+        """One launch for all: where decodes end is not the same at every replay."""
+        batch = common_attn_metadata
+        return self._describe(batch).split((0, batch.num_reqs, batch.max_query_len))
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> GPUMetadata:
+        batch, bound = common_attn_metadata, self.reorder_batch_threshold
+        decodes, rest, _, _ = split_decodes_and_prefills(batch, decode_threshold=bound)
+        metadata = self._describe(batch)
+        if not decodes or not rest:
+            return metadata.split((0, batch.num_reqs, batch.max_query_len))
+        # The bound rather than the longest of these decodes: with adaptive verification the
+        # device alone knows how long each is.
+        return metadata.split((0, decodes, bound), (decodes, batch.num_reqs, batch.max_query_len))
+
+    def update_block_table(
+        self, metadata: GPUMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> GPUMetadata:
+        """*metadata* for another KV cache group of the same batch."""
+        changed = replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
+        return changed.split(*((p.begin, p.end, p.max_query_len) for p in metadata.parts))
+
+    def update_draft_decode_metadata(self, metadata: GPUMetadata) -> None:
+        """Nothing to do: the tensors *metadata* names are the ones vLLM updates."""
+
+
+class GPUImpl(KVQImpl):
+    """Attention by the Triton or CUDA C++ kernels, whichever ops.attend chooses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if current_platform.is_fp8_fnuz():
+            self.kernel_format = fnuz(self.format)
+
+    def _attend(self, out, query, kv_cache, m, statics) -> None:
+        for part in m.parts:
+            ops.attend(
+                out,
+                query,
+                kv_cache,
+                part.block_table,
+                part.seq_lens,
+                part.query_start_loc,
+                self.kernel_format,
+                self.scale,
+                *statics,
+                causal=m.causal,
+                **self._options,
+                max_query_len=part.max_query_len,
+                max_seq_len=m.max_seq_len,
+                workspace=m.workspace,
+            )
+
+
+class GPUBackend(KVQBackend):
+    """Base of the GPUs' per-format backends."""
+
+    block_multiple = LANES
+    default_block_size = LANES
+    elsewhere = (
+        ", or name one of vLLM's own backends with --attention-backend, which then keeps the "
+        "cache in vLLM's way where it knows this dtype"
+    )
+
+    @staticmethod
+    def get_name() -> str:
+        return "TRITON_ATTN"  # vLLM looks this up in its enum of backends
+
+    @staticmethod
+    def get_builder_cls() -> type[GPUBuilder]:
+        return GPUBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(range(LANES, MAX_HEAD_SIZES[GPU_V1] + 1, LANES))
+
+    @classmethod
+    def supports_compute_capability(cls, capability) -> bool:
+        # ROCm's numbers are those of its architectures, all of which Triton compiles for.
+        return not current_platform.is_cuda() or tuple(capability) >= MIN_CAPABILITY
+
+
+BACKENDS = base.per_format(__name__, GPUBackend, GPUImpl)
+globals().update({backend.__name__: backend for backend in BACKENDS.values()})

@@ -1,0 +1,175 @@
+"""Which backend vLLM's CUDA and ROCm platforms give a layer once the plugin is loaded, and what is
+refused at start. Without a GPU: ``gpu_platform.py`` says what is vLLM's own code there and what a
+stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from gpu_platform import FLASH, run
+
+from kvq_plugin.formats import FORMATS
+
+pytest.importorskip("vllm")
+
+OURS = {name: f"kvq_plugin.serving.gpu.KVQ_{format.name}" for name, format in FORMATS.items()}
+STOCK = "kvq_plugin.serving.stock_triton.StockTritonBackend"
+
+#: Layers that cannot be served, by what the message must say.
+REFUSED = {
+    "head_size not supported": {"head_size": 272},
+    "block_size not supported": {"block_size": 24},
+    "partial multimodal token": {"use_mm_prefix": True},
+    "KV connector not supported": {"use_kv_connector": True},
+    "PCP not supported": {"use_pcp": True},
+    "DCP not supported": {"use_dcp": True},
+    "R-SWA not supported": {"use_rswa": True},
+    "batch invariance not supported": {"use_batch_invariant": True},
+    "decoder self-attention only": {"attn_type": "encoder_decoder"},
+}
+SERVED = (
+    {"has_sink": True, "has_sliding_window": True, "use_non_causal": True},
+    {"head_size": 80, "block_size": 48},
+    {"use_adaptive_verification": True},
+)
+
+#: Engine arguments that must be refused before anything is loaded, by what the message must say.
+ENGINES = {
+    "blocks of 24 tokens: supported are multiples of 16": {"block_size": 24},
+    "context parallelism": {"decode_context_parallel_size": 3, "tensor_parallel_size": 3},
+    "KV connector": {
+        "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    },
+    "int8 needs calibrated scales": {"kv_cache_dtype": "int8"},
+    "unknown key 'wndow'": {"additional_config": {"kvq": {"wndow": 3}}},
+}
+
+SELECT = f"""
+import json
+from kvq_plugin.serving.compat import added_backend
+own = added_backend("KVQ").name
+names, refused, served = {list(FORMATS)!r}, {list(REFUSED.values())!r}, {SERVED!r}
+found = {{
+    "own": own,
+    "auto": [select(n) for n in names],
+    "named": [[select(n, b) for n in names] for b in (own, "TRITON_ATTN")],
+    "unquantized": [select("auto", b) for b in (None, own, "TRITON_ATTN", "FLASH_ATTN")],
+    "encoder": [select(n, attn_type="encoder_only") for n in ("fp8", "int8")],
+    "vllms": select("fp8", "FLASH_ATTN"),
+    "unknown to vllm": refusal(select, "int8", "FLASH_ATTN"),
+    "refused": [refusal(select, **layer) for layer in refused],
+    "served": [select(**layer) for layer in served],
+    "mla": select("fp8", use_mla=True, head_size=576),
+}}
+"""
+CONFIGURE = f"""
+import os, pickle
+model, engines = os.environ["MODEL"], {list(ENGINES.values())!r}
+def summary(dtype, backend=None, **more):
+    config = engine(model, kv_cache_dtype=dtype, attention_backend=backend, **more)
+    return [type(config.quant_config).__name__, config.cache_config.cache_dtype]
+fp8 = {{"kv_cache_dtype": "fp8"}}
+found |= {{
+    "engines": [refusal(engine, model, **(fp8 | more)) for more in engines],
+    "configs": [summary("fp8", b) for b in (None, "KVQ", "TRITON_ATTN", "FLASH_ATTN")],
+    "foreign": [summary("nvfp4"), summary("fp8", "FLASH_ATTN", block_size=24)],
+    "pickle": pickle.dumps(engine(model, attention_backend="KVQ").attention_config).hex(),
+}}
+platform.capability = (7, 5)
+found["old GPU"] = [refusal(engine, model, **fp8), refusal(select, "fp8")]
+"""
+PRINT = """
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def cuda(smollm2) -> dict:
+    return json.loads(run("cuda", SELECT + CONFIGURE + PRINT, MODEL=str(smollm2))[-1])
+
+
+@pytest.fixture(scope="module", params=["cuda", "rocm"])
+def platform(request) -> dict:
+    """What was selected on each; ROCm's with vLLM's registry as it was before 0.32."""
+    if request.param == "cuda":
+        found = request.getfixturevalue("cuda")
+    else:
+        found = json.loads(run(request.param, SELECT + PRINT, OLD_REGISTRY="1")[-1])
+    assert found["own"] == {"cuda": "KVQ", "rocm": "CUSTOM"}[request.param]
+    return found
+
+
+def test_our_names_are_selected_by_themselves_and_by_name(platform):
+    assert platform["auto"] == list(OURS.values())
+    assert platform["named"] == [list(OURS.values())] * 2
+
+
+def test_unquantized_layers_keep_vllms_choice(platform):
+    """Under KVQ, the one vLLM would make without it."""
+    auto, kvq, triton, flash = platform["unquantized"]
+    assert flash == FLASH and triton == STOCK and kvq == auto
+    assert not auto.startswith("kvq_plugin")
+
+
+def test_encoder_layers_have_no_cache(platform):
+    assert platform["encoder"] == [STOCK, STOCK]
+
+
+def test_another_backend_is_left_alone(platform):
+    assert platform["vllms"] == FLASH
+    says = platform["unknown to vllm"]
+    assert "FLASH_ATTN" in says and "drop --attention-backend" in says and "KVQ" in says
+
+
+def test_mla_layers_are_not_touched(platform):
+    assert "kvq_plugin" not in platform["mla"]
+
+
+def test_layers_that_cannot_be_served_are_refused(platform):
+    for says, message in zip(REFUSED, platform["refused"], strict=True):
+        assert says in message and "--kv-cache-dtype auto" in message
+    assert set(platform["served"]) == {OURS["fp8"]}
+
+
+# --- engines ---------------------------------------------------------------------------
+
+
+def test_engines_that_cannot_work_are_refused_at_start(cuda):
+    for says, message in zip(ENGINES, cuda["engines"], strict=True):
+        assert says in message
+
+
+def test_gpus_without_kernels_are_refused(cuda):
+    engine, layer = cuda["old GPU"]
+    assert "stand-in for an H200, a GPU of compute capability 7.5" in engine
+    assert "supported are GPUs from 8.0 on" in engine
+    assert "compute capability not supported" in layer
+
+
+def test_scales_are_loaded_our_way_unless_the_backend_is_vllms(cuda):
+    assert cuda["configs"] == [["KVQConfig", "fp8"]] * 3 + [["NoneType", "fp8"]]
+
+
+def test_what_is_vllms_is_not_checked(cuda):
+    """Its own dtypes, and blocks we could not serve under its own backend."""
+    assert cuda["foreign"] == [["NoneType", "nvfp4"], ["NoneType", "fp8"]]
+
+
+def test_a_config_that_names_the_backend_reaches_other_processes(cuda):
+    """Unpickled, in a new process, before any plugin is loaded: so do vLLM's workers."""
+    code = (
+        "import pickle, sys; config = pickle.loads(bytes.fromhex(sys.stdin.read()));"
+        "backend = config.backend;"
+        "assert pickle.loads(pickle.dumps(backend)) is backend;"
+        "print(backend.name, backend.get_path())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=cuda["pickle"], capture_output=True, text=True,
+        timeout=300, env=os.environ | {"VLLM_PLUGINS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-2:] == ["KVQ", STOCK]
