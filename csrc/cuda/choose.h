@@ -38,13 +38,16 @@ Choice choose(int format, int head_size, int rows) {
 
 // Splits of every sequence, when `blocks` blocks are there without and `slots` run at a time. The
 // fewest that keep nearly as many slots busy as any number would, because each costs a partial
-// result; of sequences as long as they may be.
+// result; of sequences as long as they may be. At most kWaves of blocks, which bounds the workspace
+// whatever the batch.
+constexpr int kWaves = 4;
+
 inline int splits_for(int64_t blocks, int64_t max_seq_len, int64_t slots) {
-  constexpr int kMost = 128;
   constexpr double kEnough = 0.95;
-  const int64_t longest = (max_seq_len + kSplitTokens - 1) / kSplitTokens;
-  const int most = static_cast<int>(longest < 1 ? 1 : longest > kMost ? kMost : longest);
   if (blocks <= 0) return 1;
+  const int64_t longest = (max_seq_len + kSplitTokens - 1) / kSplitTokens;
+  const int64_t room = kWaves * slots / blocks;
+  const int most = static_cast<int>(longest < room ? longest : room);
   const auto busy = [&](int splits) {
     const int64_t work = blocks * splits, waves = (work + slots - 1) / slots;
     return static_cast<double>(work) / static_cast<double>(waves * slots);
