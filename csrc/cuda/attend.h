@@ -139,7 +139,7 @@ KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row
     // tanh(s) = 1 - 2 / (1 + e^2s); x is in units of log2(e).
     const float inner = 2.0f / p.softcap, outer = p.softcap * kLog2e;
     KVQ_UNROLL for (int i = 0; i < 2 * S::kM; ++i) {
-      x[i] = outer - L::divide(2.0f * outer, 1.0f + L::exp2(x[i] * inner));
+      x[i] = outer - 2.0f * outer * L::reciprocal(1.0f + L::exp2(x[i] * inner));
     }
   }
   if (p.alibi_slopes != nullptr) {
@@ -210,7 +210,9 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, int tile, bo
         KVQ_UNROLL for (int i = 0; i < kTokens; ++i) held[j][i] = L::exp2(x[i] - loudest);
       }
       run.sum[n][j] = run.sum[n][j] * shrink + sum;
-      run.minimum[n][j] = run.minimum[n][j] * shrink + minimum;
+      if constexpr (is_affine(S::kValue)) {
+        run.minimum[n][j] = run.minimum[n][j] * shrink + minimum;
+      }
       KVQ_UNROLL for (int i = 0; i < S::kD / 16; ++i) {
         run.out[i][n][j] *= shrink_out;
         run.out[i][n][j + 2] *= shrink_out;

@@ -128,6 +128,11 @@ struct Lane {
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
   }
+  static __device__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
   static __device__ float max(float a, float b) { return fmaxf(a, b); }
   static __device__ float min(float a, float b) { return fminf(a, b); }
   static __device__ float divide(float a, float b) { return __fdiv_rn(a, b); }

@@ -24,14 +24,14 @@ struct Shape {
   static constexpr int kKeyLoad = kKeyShare < 16 ? kKeyShare : 16;
   static constexpr int kValueLoad = kValueShare < 16 ? kValueShare : 16;
 
-  // Sub-tiles of 16 tokens that one warp holds at a time: as many as 32 registers of K, or of V,
-  // keep in flight. Twelve such warps on a multiprocessor are 48 KB, and 26 KB hide the latency of
-  // an H200's memory (4.3 TB/s x 0.8 us / 132).
+  // Sub-tiles of 16 tokens that one warp holds at a time: up to 4 KB of K, and as much of V, in up to
+  // 32 registers each. Twelve such warps on a multiprocessor keep 48 KB of either in flight;
+  // 26 KB hide the latency of an H200's memory (4.3 TB/s x 0.8 us / 132).
   static constexpr int kWidest = kKeyRow > kValueRow ? kKeyRow : kValueRow;
-  static constexpr int kM = kWidest >= 256 ? 1 : kWidest >= 128 ? 2 : 4;
+  static constexpr int kM = kWidest >= 256 ? 1 : 2;
   static constexpr int kTile = 16 * kM;
   // Blocks that share a multiprocessor: what the accumulators leave of its registers.
-  static constexpr int kBlocks = kHead * kRowTiles > 128 ? 2 : 3;
+  static constexpr int kBlocks = kHead * kRowTiles > 128 ? 2 : kHead * kRowTiles > 64 ? 3 : 4;
 };
 
 // Head sizes above 128 take 8 rows at a time: 16 would need more registers than there are.

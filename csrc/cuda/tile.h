@@ -112,10 +112,14 @@ struct Tile {
   KVQ_HD void look_up(const AttendParams& p, const int32_t* table, Span seen, int tile, int last) {
     const int kt = key_token(tile), vt = value_token(tile);
     const bool any = tile < last;
-    key_block = any && kt < seen.end ? L::load_index(table + kt / p.cache.block_size) : 0;
-    value_block = any && vt < seen.end ? L::load_index(table + vt / p.cache.block_size) : 0;
+    const uint32_t size = p.cache.block_size;
+    key_block = any && kt < seen.end ? L::load_index(table + kt / size) : 0;
+    value_block = any && vt < seen.end ? L::load_index(table + vt / size) : 0;
   }
 
+  static KVQ_HD int place(const AttendParams& p, int token) {
+    return static_cast<uint32_t>(token) % static_cast<uint32_t>(p.cache.block_size);
+  }
   static KVQ_HD const uint8_t* page(const AttendParams& p, int kv_head, int block) {
     return p.cache.data + block * p.cache.block_stride + kv_head * p.cache.head_stride;
   }
@@ -149,7 +153,7 @@ struct Tile {
 
   KVQ_HD void load_key(const AttendParams& p, const PageLayout& at, int kv_head, Span seen,
                        int tile) {
-    const int token = key_token(tile), position = token % p.cache.block_size;
+    const int token = key_token(tile), position = place(p, token);
     const uint8_t* from = page(p, kv_head, key_block);
     const int row = p.cache.head_size * code_bits(S::kKey.code) / 8;
     rows<2 * S::kM, kKeyWords, S::kKeyLoad>(key, from + at.key_codes + position * row, token, seen,
@@ -166,7 +170,7 @@ struct Tile {
 
   KVQ_HD void load_value(const AttendParams& p, const PageLayout& at, int kv_head, Span seen,
                          int tile) {
-    const int token = value_token(tile), position = token % p.cache.block_size;
+    const int token = value_token(tile), position = place(p, token);
     const int row = p.cache.head_size * code_bits(S::kValue.code) / 8;
     const uint8_t* from = page(p, kv_head, value_block) + at.value_codes + position * row;
     rows<4 * S::kM, kValueWords, S::kValueLoad>(value, from, token, seen, row, 8, L::id() / 4);

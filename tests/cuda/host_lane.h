@@ -245,6 +245,7 @@ struct HostLane {
 
   static float exp2(float x) { return std::exp2(x); }
   static float log2(float x) { return std::log2(x); }
+  static float reciprocal(float x) { return 1.0f / x; }
   static float max(float a, float b) { return std::fmax(a, b); }
   static float min(float a, float b) { return std::fmin(a, b); }
   static float divide(float a, float b) { return a / b; }
