@@ -7,8 +7,9 @@
 //
 //     S^T [tokens, rows] = K [tokens, D] q^T        O^T [D, rows] += V^T [D, tokens] P^T
 //
-// Fragments are permuted so that each lane's share of a page is contiguous, which lets codes go from
-// memory to registers in loads of 16 bytes, without shared memory or barriers. With lane = 4 g + t:
+// Fragments are permuted so that each lane's share of a page is contiguous, which lets codes go
+// from memory to registers in loads of 16 bytes, without shared memory or barriers. With lane = 4 g
+// + t:
 //
 // * K: lane (g, t) holds tokens 2 kM g .. 2 kM (g + 1) of the tile, and of each the t-th 16 bytes
 //   of every 64. The dims of a product may come in any order, and q is loaded in the same one.
@@ -42,7 +43,8 @@ struct Running {
   // Largest score so far, and largest score + log2(V's token scale): weights are relative to the
   // second, so that they fill fp16's range whatever V's scales are. The same without such scales.
   float peak[S::kN][2], loudest[S::kN][2];
-  float sum[S::kN][2], minimum[S::kN][2];  // of weights, and of weights times V's mins; a lane's own
+  float sum[S::kN][2],
+      minimum[S::kN][2];  // of weights, and of weights times V's mins; a lane's own
   float out[S::kD / 16][S::kN][4];
 
   KVQ_HD void clear() {
@@ -88,7 +90,7 @@ KVQ_HD void scores_of(const Tile<L, S>& tile, const Query<L, S>& query,
       Key::template along<L>(tile.key[2 * m + 1][w], high);
       KVQ_UNROLL for (int s = 0; s < kSteps; ++s) {
         KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
-          const uint32_t(&b)[2] = query.fragment[n][w * kSteps + s];
+          const uint32_t (&b)[2] = query.fragment[n][w * kSteps + s];
           L::mma(scores[m][n], low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1], b[0],
                  b[1]);
         }
@@ -122,18 +124,16 @@ KVQ_HD void accumulate(const Tile<L, S>& tile, const uint32_t (&weights)[S::kM][
 template <class L, class S>
 KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row, int token,
                          bool masked, const float (&scale)[2 * S::kM],
-                         const float (&offset)[2 * S::kM], float (&x)[2 * S::kM]) {
-  const float factor = shared.factor[row], bias = shared.bias[row];
+                         const float (&minimum)[2 * S::kM], float (&x)[2 * S::kM]) {
+  const float factor = shared.factor[row], bias = Query<L, S>::kBias ? shared.bias[row] : 0.0f;
   KVQ_UNROLL for (int i = 0; i < 2 * S::kM; ++i) {
-    if constexpr (S::kKey.per_token) {
-      if constexpr (is_affine(S::kKey)) {
-        x[i] = (scale[i] * x[i] + offset[i] * bias) * factor;
-      } else {
-        x[i] = scale[i] * x[i] * factor;
-      }
+    if constexpr (is_affine(S::kKey)) {
+      x[i] = scale[i] * x[i] + minimum[i] * bias;
     } else {
-      x[i] = (x[i] + bias) * factor;
+      if constexpr (Query<L, S>::kBias) x[i] += bias;
+      if constexpr (S::kKey.per_token) x[i] *= scale[i];
     }
+    x[i] *= factor;
   }
   if (p.softcap > 0.0f) {
     // tanh(s) = 1 - 2 / (1 + e^2s); x is in units of log2(e).
@@ -165,14 +165,11 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, int tile, bo
                     Running<L, S>& run) {
   constexpr int kTokens = 2 * S::kM;
   const int token = Tile<L, S>::key_token(tile);
-  float key_scale[kTokens] = {}, key_offset[kTokens] = {};
+  float key_scale[kTokens] = {}, key_minimum[kTokens] = {};
   float value_log[kTokens] = {}, value_offset[kTokens] = {};
   KVQ_UNROLL for (int i = 0; i < kTokens; ++i) {
     if constexpr (S::kKey.per_token) key_scale[i] = metadata_scale<L>(S::kKey, key_words[i]);
-    if constexpr (is_affine(S::kKey)) {
-      constexpr float kCenter = Decoder<S::kKey.code>::kCenter;
-      key_offset[i] = L::widen(key_words[i] >> 16) + kCenter * key_scale[i];
-    }
+    if constexpr (is_affine(S::kKey)) key_minimum[i] = L::widen(key_words[i] >> 16);
     if constexpr (S::kValue.per_token) {
       const float scale = metadata_scale<L>(S::kValue, value_words[i]);
       value_log[i] = L::log2(scale);
@@ -188,7 +185,7 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, int tile, bo
       float x[kTokens];
       KVQ_UNROLL for (int i = 0; i < kTokens; ++i) x[i] = scores[i / 2][n][i % 2 * 2 + j];
       const int row = 8 * n + L::id() % 4 * 2 + j;
-      shape_scores<L, S>(p, shared, row, token, masked, key_scale, key_offset, x);
+      shape_scores<L, S>(p, shared, row, token, masked, key_scale, key_minimum, x);
       const float shrink = raise<L>(run.peak[n][j], x);
       const float base = unit(run.peak[n][j]);
       float sum = 0.0f, minimum = 0.0f, shrink_out = shrink;

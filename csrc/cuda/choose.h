@@ -20,7 +20,10 @@ constexpr Choice choice_of() {
 
 template <int kFormatRow>
 Choice choose_in(int head_size, int rows) {
-  const int row_tiles = kvq::gpu::row_tiles(head_size <= 64 ? 64 : head_size <= 128 ? 128 : 256, rows);
+  const int row_tiles = kvq::gpu::row_tiles(head_size <= 64    ? 64
+                                            : head_size <= 128 ? 128
+                                                               : 256,
+                                            rows);
   if (head_size > 128) return choice_of<kFormatRow, 256, 1>();
   if (head_size > 64) {
     return row_tiles == 2 ? choice_of<kFormatRow, 128, 2>() : choice_of<kFormatRow, 128, 1>();

@@ -20,31 +20,46 @@ KVQ_HD uint32_t e4m3_by_shift(uint32_t high) {
 }
 
 // A word's codes as pairs of halves.
-//   along: pair i of one token's codes; dims(i, 0) and dims(i, 1) say which.
-//   across: pair i is dim i of token a and of token b.
-// Values are code - kCenter: integer codes lose their offset, so that sums stay small.
+//
+// along: pair i of one token's codes, for K; dim(i, 0) and dim(i, 1) say which. A pair is
+//   (code + kOffset) * kUnit * gain(i): integers are read as fp16's subnormals, which costs a mask
+//   and no arithmetic, and the rest is taken back from the score. (Tensor cores multiply subnormals
+//   exactly.) Scores are sums over a few hundred dims, so the offset costs no accuracy.
+// across: pair i is dim i of token a and of token b, for V: code - kCenter, which keeps sums over
+//   100,000 tokens near 0, because tensor cores truncate what they add to a large sum.
 template <Code C>
 struct Decoder;
 
 template <Code C>
 struct ByteDecoder {
   static constexpr int kCodes = 4;
-  static constexpr float kCenter = 0.0f;
+  static constexpr float kCenter = 0.0f, kOffset = 0.0f, kUnit = 1.0f;
   static KVQ_CONSTEXPR int dim(int pair, int which) { return 2 * pair + which; }
+  static KVQ_CONSTEXPR float gain(int) { return 1.0f; }
   template <class L>
   static KVQ_HD void across(uint32_t a, uint32_t b, uint32_t (&out)[4]) {
     uint32_t low[2], high[2];
-    Decoder<C>::template along<L>(L::permute(a, b, 0x5140u), low);   // a0 b0 a1 b1
-    Decoder<C>::template along<L>(L::permute(a, b, 0x7362u), high);  // a2 b2 a3 b3
+    Decoder<C>::template exact<L>(L::permute(a, b, 0x5140u), low);   // a0 b0 a1 b1
+    Decoder<C>::template exact<L>(L::permute(a, b, 0x7362u), high);  // a2 b2 a3 b3
     out[0] = low[0], out[1] = low[1], out[2] = high[0], out[3] = high[1];
+  }
+  template <class L>
+  static KVQ_HD void along(uint32_t word, uint32_t (&out)[2]) {
+    Decoder<C>::template exact<L>(word, out);
   }
 };
 
 template <>
 struct Decoder<Code::kInt8> : ByteDecoder<Code::kInt8> {
-  // 0x6400 | c is 1024 + c; the stored c is the code + 128.
+  static constexpr float kOffset = 128.0f, kUnit = 0x1p-24f;
   template <class L>
   static KVQ_HD void along(uint32_t word, uint32_t (&out)[2]) {
+    out[0] = L::permute(word, 0u, 0x4140u);
+    out[1] = L::permute(word, 0u, 0x4342u);
+  }
+  // 0x6400 | c is 1024 + c; the stored c is the code + 128.
+  template <class L>
+  static KVQ_HD void exact(uint32_t word, uint32_t (&out)[2]) {
     out[0] = L::sub2(L::permute(word, 0x64646464u, 0x4140u), 0x64806480u);
     out[1] = L::sub2(L::permute(word, 0x64646464u, 0x4342u), 0x64806480u);
   }
@@ -53,7 +68,7 @@ struct Decoder<Code::kInt8> : ByteDecoder<Code::kInt8> {
 template <>
 struct Decoder<Code::kFp8E5M2> : ByteDecoder<Code::kFp8E5M2> {
   template <class L>
-  static KVQ_HD void along(uint32_t word, uint32_t (&out)[2]) {
+  static KVQ_HD void exact(uint32_t word, uint32_t (&out)[2]) {
     out[0] = L::permute(word, 0u, 0x1404u);
     out[1] = L::permute(word, 0u, 0x3424u);
   }
@@ -62,7 +77,7 @@ struct Decoder<Code::kFp8E5M2> : ByteDecoder<Code::kFp8E5M2> {
 template <>
 struct Decoder<Code::kFp8E4M3> : ByteDecoder<Code::kFp8E4M3> {
   template <class L>
-  static KVQ_HD void along(uint32_t word, uint32_t (&out)[2]) {
+  static KVQ_HD void exact(uint32_t word, uint32_t (&out)[2]) {
     if constexpr (L::kNativeFp8) {
       out[0] = L::e4m3_to_halves(word & 0xFFFFu);
       out[1] = L::e4m3_to_halves(word >> 16);
@@ -76,26 +91,25 @@ struct Decoder<Code::kFp8E4M3> : ByteDecoder<Code::kFp8E4M3> {
 template <>
 struct Decoder<Code::kInt4> {
   static constexpr int kCodes = 8;
-  static constexpr float kCenter = 8.0f;
-  static KVQ_CONSTEXPR int dim(int pair, int which) {
-    return pair % 2 + pair / 2 * 4 + which * 2;
+  static constexpr float kCenter = 8.0f, kOffset = 0.0f, kUnit = 0x1p-24f;
+  static KVQ_CONSTEXPR int dim(int pair, int which) { return pair % 2 + pair / 2 * 4 + which * 2; }
+  static KVQ_CONSTEXPR float gain(int pair) { return pair < 2 ? 1.0f : 16.0f; }
+  // The low and the high nibbles of bytes 0 and 2.
+  template <class L>
+  static KVQ_HD void along(uint32_t word, uint32_t (&out)[4]) {
+    out[0] = word & 0x000F000Fu;
+    out[1] = word >> 8 & 0x000F000Fu;
+    out[2] = word & 0x00F000F0u;
+    out[3] = word >> 8 & 0x00F000F0u;
   }
-  // The low and high nibbles of bytes 0 and 2: 0x6400 | c is 1024 + c, 0x6400 | c << 4 is
-  // 16 (64 + c).
+  // 0x6400 | c is 1024 + c, 0x6400 | c << 4 is 16 (64 + c).
   template <class L>
   static KVQ_HD uint32_t low(uint32_t word) {
-    return L::sub2((word & 0x000F000Fu) | 0x64006400u, 0x64086408u);
+    return L::sub2(L::and_or(word, 0x000F000Fu, 0x64006400u), 0x64086408u);
   }
   template <class L>
   static KVQ_HD uint32_t high(uint32_t word) {
-    return L::fma2((word & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, 0xD480D480u);
-  }
-  template <class L>
-  static KVQ_HD void along(uint32_t word, uint32_t (&out)[4]) {
-    out[0] = low<L>(word);
-    out[1] = low<L>(word >> 8);
-    out[2] = high<L>(word);
-    out[3] = high<L>(word >> 8);
+    return L::fma2(L::and_or(word, 0x00F000F0u, 0x64006400u), 0x2C002C00u, 0xD480D480u);
   }
   template <class L>
   static KVQ_HD void across(uint32_t a, uint32_t b, uint32_t (&out)[8]) {

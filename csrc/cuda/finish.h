@@ -29,8 +29,7 @@ KVQ_HD void finish(const AttendParams& p, const RowTile& r, int row, int dim, fl
   }
   // A row that sees nothing gets zeros. A NaN sum is not 0.
   const float result = total == 0.0f ? 0.0f : L::divide(out, total);
-  const int64_t at =
-      (r.start + r.query(row)) * p.out.token_stride + head * p.out.head_stride + dim;
+  const int64_t at = (r.start + r.query(row)) * p.out.token_stride + head * p.out.head_stride + dim;
   save_activation(p.out.data, p.activation, at, result);
 }
 

@@ -1,6 +1,6 @@
 // One thread of a warp: the operations that kernels are written in. `Lane` does them with the GPU's
-// instructions; tests/cuda/host_lane.h does the same on a CPU, so that the kernels, fragment layouts
-// included, run under g++ and its sanitizers.
+// instructions; tests/cuda/host_lane.h does the same on a CPU, so that the kernels, fragment
+// layouts included, run under g++ and its sanitizers.
 #pragma once
 
 #include "../codec.h"
@@ -80,6 +80,13 @@ struct Lane {
 
   static __device__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
+  }
+
+  // (a & b) | c, in one instruction although two of them are constants.
+  static __device__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
   }
 
   // Two halves at a time.

@@ -1,5 +1,5 @@
-// Quantize on write: one warp per (token, kv head) measures, encodes and writes the row of K and the
-// row of V. The same codec and the same order of roundings as csrc/cpu/quantize.h; compile with
+// Quantize on write: one warp per (token, kv head) measures, encodes and writes the row of K and
+// the row of V. The same codec and the same order of roundings as csrc/cpu/quantize.h; compile with
 // -fmad=false, because a fused multiply-add rounds once where the specification rounds twice.
 #pragma once
 
@@ -76,8 +76,7 @@ KVQ_HD RowScale measure(float (&x)[kShare], bool real) {
   } else {
     peak = reduce<L>(peak, 1, kWarp, larger);
     const float amax = peak < kAmaxFloor ? kAmaxFloor : peak;
-    return {L::divide(kMax, amax), 0.0f,
-            poison ? 0x7FC00000u : float_bits(amax * (1.0f / kMax))};
+    return {L::divide(kMax, amax), 0.0f, poison ? 0x7FC00000u : float_bits(amax * (1.0f / kMax))};
   }
 }
 
@@ -152,9 +151,9 @@ KVQ_HD void store_block(const StoreParams& p) {
   const PageLayout at = page_layout(kFormat, p.cache.head_size, p.cache.block_size);
   const int64_t key_row = p.cache.head_size * code_bits(kFormat.key.code) / 8;
   const int64_t value_row = p.cache.head_size * code_bits(kFormat.value.code) / 8;
-  store_row<L, kFormat.key.code, kFormat.key.per_token>(
-      p, p.key, p.key_scale, token, head, page + at.key_codes + position * key_row,
-      page + at.key_metadata + 4 * position);
+  store_row<L, kFormat.key.code, kFormat.key.per_token>(p, p.key, p.key_scale, token, head,
+                                                        page + at.key_codes + position * key_row,
+                                                        page + at.key_metadata + 4 * position);
   store_row<L, kFormat.value.code, kFormat.value.per_token>(
       p, p.value, p.value_scale, token, head, page + at.value_codes + position * value_row,
       page + at.value_metadata + 4 * position);

@@ -17,7 +17,7 @@ template <class S>
 struct alignas(16) Shared {
   float out[kWarps][S::kRows][S::kD];
   float exponent[kWarps][S::kRows], sum[kWarps][S::kRows];
-  // Of each row: score = (factor * q . codes + bias), what it sees, ALiBi.
+  // Of each row: score = factor * (q . codes + bias), what it sees, ALiBi.
   float factor[S::kRows], bias[S::kRows], slope[S::kRows];
   Span span[S::kRows];
   int position[S::kRows];
@@ -28,6 +28,8 @@ template <class L, class S>
 struct Query {
   using Key = Decoder<S::kKey.code>;
   static constexpr int kSteps = S::kD / 16;
+  // Whether scores have a part that no code decides: offsets, mins or zero points (integers only).
+  static constexpr bool kBias = S::kKey.code == Code::kInt8 || S::kKey.code == Code::kInt4;
   uint32_t fragment[S::kN][kSteps][2];
 
   // Dim of K's pair `pair` in word `word` of lane t's share.
@@ -44,9 +46,9 @@ struct Query {
     KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
       const int row = 8 * n + g;
       const bool real = row < r.count;
-      const int64_t at = real ? (r.start + r.query(row)) * p.query.token_stride +
-                                    r.head(row) * p.query.head_stride
-                              : 0;
+      const int64_t at =
+          real ? (r.start + r.query(row)) * p.query.token_stride + r.head(row) * p.query.head_stride
+               : 0;
       const int64_t channels = static_cast<int64_t>(r.kv_head) * p.cache.head_size;
       float x[2 * kSteps][2], peak = 0.0f;
       KVQ_UNROLL for (int i = 0; i < 2 * kSteps; ++i) {
@@ -68,26 +70,28 @@ struct Query {
       const float shrink = bits_float((127u + 13u + 127u - exponent) << 23);
       float bias = 0.0f;
       KVQ_UNROLL for (int i = 0; i < 2 * kSteps; ++i) {
-        const uint32_t pair = L::pack_halves(x[i][0] * shrink, x[i][1] * shrink);
+        const float gain = 1.0f / Key::gain(i % kPairs);
+        const uint32_t pair = L::pack_halves(x[i][0] * shrink * gain, x[i][1] * shrink * gain);
         fragment[n][i / 2][i % 2] = pair;
-        // What a code's offset adds to the score, from q as rounded.
-        KVQ_UNROLL for (int j = 0; j < 2; ++j) {
-          const float q = L::widen(j ? pair >> 16 : pair & 0xFFFFu);
-          if constexpr (is_affine(S::kKey)) bias += q;
-          if constexpr (!S::kKey.per_token) {
+        // What offsets of the codes add to the score, from q as rounded.
+        if constexpr (kBias) {
+          KVQ_UNROLL for (int j = 0; j < 2; ++j) {
             const int d = dim(t, i / kPairs, i % kPairs, j);
-            if (p.key_scale.zero_point != nullptr && d < p.cache.head_size) {
-              bias -= q * p.key_scale.zero_point[channels + d];
+            float offset = is_affine(S::kKey) ? 1.0f : -Key::kOffset;
+            if constexpr (!S::kKey.per_token) {
+              if (p.key_scale.zero_point != nullptr && d < p.cache.head_size) {
+                offset -= p.key_scale.zero_point[channels + d];
+              }
             }
+            bias += L::widen(j ? pair >> 16 : pair & 0xFFFFu) * Key::gain(i % kPairs) * offset;
           }
         }
       }
       bias = reduce<L>(bias, 1, 4, [](float a, float b) { return a + b; });
       if (L::warp() == 0 && t == 0) {
         const int query = real ? r.query(row) : r.query(0);
-        shared.factor[row] =
-            p.scale * kLog2e * bits_float((exponent - 13u) << 23);
-        shared.bias[row] = bias;
+        shared.factor[row] = p.scale * kLog2e * bits_float((exponent - 13u) << 23) / Key::kUnit;
+        shared.bias[row] = bias * Key::kUnit;
         shared.slope[row] =
             real && p.alibi_slopes != nullptr ? p.alibi_slopes[r.head(row)] * kLog2e : 0.0f;
         shared.position[row] = r.length - r.queries + query;
@@ -127,8 +131,8 @@ struct Tile {
   // The rows of `kTokens` tokens from `token` on: those not seen are zeros, because what lies there
   // may be a NaN, which a weight of 0 would not hide, or no page at all.
   template <int kTokens, int kWords, int kLoad>
-  static KVQ_HD void rows(uint32_t (&to)[kTokens][kWords], const uint8_t* from, int token, Span seen,
-                          int row_bytes, int lanes, int lane) {
+  static KVQ_HD void rows(uint32_t (&to)[kTokens][kWords], const uint8_t* from, int token,
+                          Span seen, int row_bytes, int lanes, int lane) {
     constexpr int kLoadWords = kLoad / 4;
     KVQ_UNROLL for (int i = 0; i < kTokens; ++i) {
       const bool visible = token + i >= seen.begin && token + i < seen.end;
@@ -157,7 +161,7 @@ struct Tile {
     const uint8_t* from = page(p, kv_head, key_block);
     const int row = p.cache.head_size * code_bits(S::kKey.code) / 8;
     rows<2 * S::kM, kKeyWords, S::kKeyLoad>(key, from + at.key_codes + position * row, token, seen,
-                                           row, 4, L::id() % 4);
+                                            row, 4, L::id() % 4);
     const bool any = token < seen.end && token + 2 * S::kM > seen.begin;
     if constexpr (S::kKey.per_token) {
       metadata(key_metadata, from + at.key_metadata + 4 * position, any);

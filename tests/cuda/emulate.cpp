@@ -1,13 +1,11 @@
 // The GPU kernels under g++: as a library with the entry points of csrc/cuda/api.h, which
 // kvq_plugin/kernels/cuda.py can be pointed at, and with a sanitizer as a program that runs one
 // recorded call (main below), where every buffer is an allocation of its own.
-#include "host_lane.h"
-
 #include "attend.h"
 #include "choose.h"
-#include "store.h"
-
 #include "host.cpp"
+#include "host_lane.h"
+#include "store.h"
 
 namespace kvq {
 namespace gpu {

@@ -221,6 +221,8 @@ struct HostLane {
     return out;
   }
 
+  static uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+
   // fp16 from fp32: exact here, since a product of two halves and its sum with a third of the
   // magnitudes that decode.h uses fit fp32.
   static uint32_t sub2(uint32_t a, uint32_t b) { return fma2(b, 0xBC00BC00u /* -1 */, a); }
