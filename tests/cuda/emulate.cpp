@@ -1,6 +1,7 @@
-// The GPU kernels under g++: as a library with the entry points of csrc/cuda/api.h, which
-// kvq_plugin/kernels/cuda.py can be pointed at, and with a sanitizer as a program that runs one
-// recorded call (main below), where every buffer is an allocation of its own.
+// The GPU kernels under g++ and its sanitizers: a program that runs recorded calls, with every
+// buffer an allocation of its own. tests/emulator.py records the calls that
+// kvq_plugin/kernels/cuda.py would launch. (-shared makes a library of it with the entry points of
+// csrc/cuda/api.h.)
 #include "attend.h"
 #include "choose.h"
 #include "host.cpp"
@@ -29,6 +30,29 @@ void attend_shape(const AttendParams& p, int x, int y) {
   run_grid(x, y, p.num_seqs, [&] { attend_block<HostLane, S>(p, *shared); });
 }
 
+// Compiling all kernels takes a minute: every format at head sizes up to 64, and of the larger
+// classes what differs (loads and tiles of other widths). KVQ_ALL_SHAPES compiles the rest too.
+constexpr bool emulated(int format, int head, int row_tiles) {
+#if defined(KVQ_ALL_SHAPES)
+  return format >= 0 && head > 0 && row_tiles > 0;
+#else
+  const int shape = head * 10 + row_tiles;
+  return shape == 641 || (shape == 642 && format == 2) || (shape == 1281 && format >= 3) ||
+         (shape == 1282 && format == 5) || (shape == 2561 && format == 4);
+#endif
+}
+
+template <int kFormatRow, int kHead, int kRowTiles>
+void attend_if(const AttendParams& p, int x, int y) {
+  if constexpr (emulated(kFormatRow, kHead, kRowTiles)) {
+    attend_shape<kFormatRow, kHead, kRowTiles>(p, x, y);
+  } else {
+    fprintf(stderr, "not emulated: format %d, head size %d, %d rows; see emulated()\n", kFormatRow,
+            kHead, 8 * kRowTiles);
+    exit(3);
+  }
+}
+
 template <int kFormatRow = 0>
 void attend_host(const AttendParams& p, int x, int y) {
   if constexpr (kFormatRow + 1 < kNumFormats) {
@@ -36,12 +60,11 @@ void attend_host(const AttendParams& p, int x, int y) {
   }
   const int head = p.cache.head_size;
   const bool wide = p.tile_rows > 8;
-  if (head > 128) return attend_shape<kFormatRow, 256, 1>(p, x, y);
+  if (head > 128) return attend_if<kFormatRow, 256, 1>(p, x, y);
   if (head > 64) {
-    return wide ? attend_shape<kFormatRow, 128, 2>(p, x, y)
-                : attend_shape<kFormatRow, 128, 1>(p, x, y);
+    return wide ? attend_if<kFormatRow, 128, 2>(p, x, y) : attend_if<kFormatRow, 128, 1>(p, x, y);
   }
-  return wide ? attend_shape<kFormatRow, 64, 2>(p, x, y) : attend_shape<kFormatRow, 64, 1>(p, x, y);
+  return wide ? attend_if<kFormatRow, 64, 2>(p, x, y) : attend_if<kFormatRow, 64, 1>(p, x, y);
 }
 
 template <int kFormatRow = 0>
@@ -76,61 +99,57 @@ int32_t kvq_cuda_attend(const AttendParams* p, kvq_stream) {
 
 const char* kvq_cuda_error(int32_t) { return "no error: this library runs on the CPU"; }
 
-// 0: one token's pairs; 1: two tokens' codes. Words in, fp16 pairs out, of `code`'s Decoder.
-KVQ_EXPORT void kvq_decode(int code, int across, const uint32_t* a, const uint32_t* b,
-                           uint32_t* out) {
-  using namespace kvq;
-  using namespace kvq::gpu;
-  const auto run = [&](auto decoder) {
-    using D = decltype(decoder);
-    uint32_t along[D::kCodes / 2], pairs[D::kCodes];
-    D::template along<HostLane>(*a, along);
-    D::template across<HostLane>(*a, *b, pairs);
-    for (int i = 0; i < D::kCodes / (across ? 1 : 2); ++i) out[i] = across ? pairs[i] : along[i];
-  };
-  switch (static_cast<Code>(code)) {
-    case Code::kInt8:
-      return run(Decoder<Code::kInt8>{});
-    case Code::kInt4:
-      return run(Decoder<Code::kInt4>{});
-    case Code::kFp8E5M2:
-      return run(Decoder<Code::kFp8E5M2>{});
-    default:
-      return run(Decoder<Code::kFp8E4M3>{});
+// What a word of each of two tokens decodes to, for every code.
+struct DecodeParams {
+  const uint32_t *a, *b;  // [count]
+  uint32_t* along;        // [count, codes of a word / 2]: of a
+  uint32_t* across;       // [count, codes of a word]
+  int64_t count, code;
+};
+
+template <kvq::Code C>
+static void decode(const DecodeParams& p) {
+  using D = kvq::gpu::Decoder<C>;
+  using Lane = kvq::gpu::HostLane;
+  for (int64_t i = 0; i < p.count; ++i) {
+    uint32_t along[D::kCodes / 2], across[D::kCodes];
+    D::template along<Lane>(p.a[i], along);
+    D::template across<Lane>(p.a[i], p.b[i], across);
+    memcpy(p.along + i * D::kCodes / 2, along, sizeof(along));
+    memcpy(p.across + i * D::kCodes, across, sizeof(across));
   }
 }
 
-#if defined(KVQ_EMULATE_MAIN)
-
-// A call on file: int64 which (0 store, 1 attend), bytes of the struct, number of regions; the
-// struct; per region its address in the recording process, its bytes (both int64) and its data.
-// Pointers of the struct are moved to copies of the regions; all regions are written back.
-
-int main(int argc, char** argv) {
-  if (argc != 2) return fprintf(stderr, "usage: emulate CALL\n"), 2;
-  FILE* file = fopen(argv[1], "r+b");
-  if (file == nullptr) return perror(argv[1]), 2;
-  const auto read = [&](void* to, size_t n) {
-    if (fread(to, 1, n, file) != n) fprintf(stderr, "%s is too short\n", argv[1]), exit(2);
-  };
-  int64_t head[3];
-  read(head, sizeof(head));
-  std::vector<char> params(head[1]);
-  read(params.data(), params.size());
-  struct Region {
-    int64_t address, size;
-    long at;
-    std::unique_ptr<char[]> copy;
-  };
-  std::vector<Region> regions(head[2]);
-  for (auto& r : regions) {
-    read(&r.address, 8);
-    read(&r.size, 8);
-    r.at = ftell(file);
-    r.copy = std::make_unique<char[]>(r.size);  // aligned to 16 bytes
-    read(r.copy.get(), r.size);
+static void decode_words(const DecodeParams& p) {
+  using kvq::Code;
+  switch (static_cast<Code>(p.code)) {
+    case Code::kInt8:
+      return decode<Code::kInt8>(p);
+    case Code::kInt4:
+      return decode<Code::kInt4>(p);
+    case Code::kFp8E5M2:
+      return decode<Code::kFp8E5M2>(p);
+    default:
+      return decode<Code::kFp8E4M3>(p);
   }
-  // Every 8 bytes that hold a region's address are a pointer to it.
+}
+
+// A call on file: int64 which (0 store, 1 attend, 2 decode), bytes of the struct, number of
+// regions; the struct; per region its address in the recording process, its bytes (both int64) and
+// its data. Pointers of the struct are moved to copies of the regions; all regions are written
+// back.
+struct Region {
+  int64_t address, size;
+  long at;
+  std::unique_ptr<char[]> copy;
+};
+
+static void read(FILE* file, void* to, size_t n) {
+  if (fread(to, 1, n, file) != n) fprintf(stderr, "the recorded call is too short\n"), exit(2);
+}
+
+// Every 8 bytes that lie in a region are a pointer into it.
+static void move_pointers(std::vector<char>& params, const std::vector<Region>& regions) {
   for (size_t i = 0; i + 8 <= params.size(); i += 8) {
     int64_t word;
     memcpy(&word, &params[i], 8);
@@ -141,20 +160,49 @@ int main(int argc, char** argv) {
       break;
     }
   }
-  if (head[0] == 0) {
-    StoreParams p;
-    memcpy(&p, params.data(), sizeof(p));
-    kvq_cuda_store(&p, nullptr);
-  } else {
-    AttendParams p;
-    memcpy(&p, params.data(), sizeof(p));
-    kvq_cuda_attend(&p, nullptr);
+}
+
+template <class Params, class Call>
+static void run(const std::vector<char>& bytes, const Call& call) {
+  Params p;
+  if (bytes.size() != sizeof(p)) fprintf(stderr, "a struct of another size\n"), exit(2);
+  memcpy(&p, bytes.data(), sizeof(p));
+  call(p);
+}
+
+static void replay(const char* name) {
+  FILE* file = fopen(name, "r+b");
+  if (file == nullptr) perror(name), exit(2);
+  int64_t head[3];
+  read(file, head, sizeof(head));
+  std::vector<char> params(head[1]);
+  read(file, params.data(), params.size());
+  std::vector<Region> regions(head[2]);
+  for (auto& r : regions) {
+    read(file, &r.address, 8);
+    read(file, &r.size, 8);
+    r.at = ftell(file);
+    r.copy = std::make_unique<char[]>(r.size);
+    read(file, r.copy.get(), r.size);
+  }
+  move_pointers(params, regions);
+  switch (head[0]) {
+    case 0:
+      run<StoreParams>(params, [](const auto& p) { kvq_cuda_store(&p, nullptr); });
+      break;
+    case 1:
+      run<AttendParams>(params, [](const auto& p) { kvq_cuda_attend(&p, nullptr); });
+      break;
+    default:
+      run<DecodeParams>(params, decode_words);
   }
   for (const auto& r : regions) {
     fseek(file, r.at, SEEK_SET);
     fwrite(r.copy.get(), 1, r.size, file);
   }
-  return fclose(file);
+  fclose(file);
 }
 
-#endif
+int main(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) replay(argv[i]);
+}
