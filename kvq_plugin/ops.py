@@ -1,7 +1,9 @@
 """Public operators: check once, choose the kernels once, call.
 
-``KVQ_KERNELS=reference`` runs :mod:`kvq_plugin.reference` instead of the compiled kernels, for
-debugging; it is slow. There is no other fallback: without the compiled library, loading fails.
+The device of the cache decides: on a CPU the compiled library and pages of layout ``cpu-v1``, on a
+CUDA or ROCm device :mod:`kvq_plugin.kernels` and ``gpu-v1``. ``KVQ_KERNELS=reference`` runs
+:mod:`kvq_plugin.reference` instead on either, for debugging; it is slow. There is no other
+fallback: without the compiled library, loading fails.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 
 from kvq_plugin import _native, reference
 from kvq_plugin.formats import KVFormat
-from kvq_plugin.layout import LANES, MAX_HEAD_SIZE
+from kvq_plugin.layout import CPU_V1, GPU_V1, LANES, MAX_HEAD_SIZES
 from kvq_plugin.reference import StaticScale
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
@@ -21,14 +23,19 @@ _KERNELS = ("native", "reference")
 
 
 @cache
-def _use_reference() -> bool:
+def _use_reference(device: str = "cpu") -> bool:
     kernels = os.environ.get("KVQ_KERNELS", "native")
     if kernels not in _KERNELS:
         raise ValueError(f"KVQ_KERNELS={kernels!r}: expected one of {', '.join(_KERNELS)}")
-    if kernels == "native":
+    if kernels == "native" and device == "cpu":
         _native.load()
         _register_fakes()
     return kernels == "reference"
+
+
+def page_layout(device: torch.device) -> str:
+    """Id of the layout of pages on *device* (:mod:`kvq_plugin.layout`)."""
+    return CPU_V1 if device.type == "cpu" else GPU_V1
 
 
 def _register_fakes() -> None:
@@ -60,6 +67,7 @@ def store(
     Raises ValueError naming what was expected and what came.
     """
     _check_pages(cache, key, format)
+    _check_device(cache, key=key, value=value, slot_mapping=slot_mapping)
     for name, x in (("key", key), ("value", value)):
         _check_rows(name, x)
         if x.shape[1] != cache.shape[1]:
@@ -70,11 +78,15 @@ def store(
     if slot_mapping.shape[0] > key.shape[0]:
         raise ValueError(f"{slot_mapping.shape[0]} slots for {key.shape[0]} rows of key")
     _check_static(format, key, cache, key_static, value_static)
-    if _use_reference():
+    if _use_reference(cache.device.type):
         _check_slots(slot_mapping, cache)
         n = slot_mapping.shape[0]
         args = (key[:n], value[:n], cache, slot_mapping, format, key_static, value_static)
-        return reference.store(*args)
+        return reference.store(*args, layout=page_layout(cache.device))
+    if cache.device.type != "cpu":
+        from kvq_plugin import kernels
+
+        return kernels.store(key, value, cache, slot_mapping, format, key_static, value_static)
     try:
         torch.ops.kvq.store(
             key,
@@ -107,6 +119,9 @@ def attend(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """Attention of ``query`` over the paged, quantized cache, written to ``out``.
 
@@ -122,10 +137,23 @@ def attend(
         window: 0, or the number of tokens a query sees, itself included.
         softcap: 0, or ``s -> softcap * tanh(s / softcap)``.
         alibi_slopes, sinks: ``[heads]`` fp32; a sink is a logit that joins the denominator.
+        max_query_len, max_seq_len, workspace: read on GPUs only. Bounds of the batch, by default
+            what the shapes of query and block_table allow, and scratch memory of
+            :func:`kvq_plugin.kernels.workspace_size` bytes, by default allocated for the call.
 
     Raises ValueError naming what was expected and what came.
     """
     _check_pages(cache, query, format)
+    _check_device(
+        cache,
+        query=query,
+        out=out,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        query_start_loc=query_start_loc,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
     _check_rows("query", query)
     _check_rows("out", out)
     if out.shape != query.shape or out.dtype != query.dtype:
@@ -153,7 +181,14 @@ def attend(
             if x.shape[0] != query.shape[1]:
                 raise ValueError(f"{name} has {x.shape[0]} entries for {query.shape[1]} heads")
     _check_static(format, query, cache, key_static, value_static)
-    if _use_reference():
+    options = {
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }
+    if _use_reference(cache.device.type):
         _check_tables(query, cache, block_table, seq_lens, query_start_loc)
         n = int(query_start_loc[seq_lens.shape[0]])  # rows after it are padding: left alone
         out[:n] = reference.attend(
@@ -166,11 +201,30 @@ def attend(
             scale,
             key_static,
             value_static,
-            causal=causal,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
+            **options,
+            layout=page_layout(cache.device),
+        )
+        return
+    if cache.device.type != "cpu":
+        from kvq_plugin import kernels
+
+        kernels.attend(
+            out,
+            query,
+            cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            format,
+            scale,
+            key_static,
+            value_static,
+            **options,
+            max_query_len=query.shape[0] if max_query_len is None else max_query_len,
+            max_seq_len=(
+                block_table.shape[1] * cache.shape[2] if max_seq_len is None else max_seq_len
+            ),
+            workspace=workspace,
         )
         return
     try:
@@ -185,11 +239,7 @@ def attend(
             scale,
             *_pair(key_static, "scale"),
             *_pair(value_static, "scale"),
-            causal,
-            window,
-            softcap,
-            alibi_slopes,
-            sinks,
+            *options.values(),
         )
     except RuntimeError:
         _check_tables(query, cache, block_table, seq_lens, query_start_loc)
@@ -220,9 +270,11 @@ def _check_vector(name: str, x: torch.Tensor, dtype: torch.dtype) -> None:
 
 def _check_pages(cache: torch.Tensor, rows: torch.Tensor, format: KVFormat) -> None:
     head_size = rows.shape[-1]
-    if head_size % LANES or head_size > MAX_HEAD_SIZE:
+    largest = MAX_HEAD_SIZES[page_layout(cache.device)]
+    if head_size % LANES or head_size > largest:
         raise ValueError(
-            f"head size {head_size}: expected a multiple of {LANES} up to {MAX_HEAD_SIZE}"
+            f"head size {head_size} on {cache.device.type}: expected a multiple of {LANES} up to "
+            f"{largest}; use --kv-cache-dtype auto"
         )
     content = format.bytes_per_token(head_size)
     good = cache.dtype == torch.uint8 and cache.dim() == 4 and cache.shape[3] == content
@@ -231,6 +283,15 @@ def _check_pages(cache: torch.Tensor, rows: torch.Tensor, format: KVFormat) -> N
             f"cache for {format.name} at head size {head_size} must be uint8 "
             f"[blocks, kv heads, block size (a multiple of {LANES}), {content}] with contiguous "
             f"pages, got {_describe(cache)}"
+        )
+
+
+def _check_device(cache: torch.Tensor, **others: torch.Tensor | None) -> None:
+    elsewhere = [n for n, x in others.items() if x is not None and x.device != cache.device]
+    if elsewhere:
+        raise ValueError(
+            f"all tensors must be on one device: the cache is on {cache.device}, "
+            f"{', '.join(elsewhere)} elsewhere"
         )
 
 

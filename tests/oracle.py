@@ -16,7 +16,7 @@ import torch
 
 from kvq_plugin import reference
 from kvq_plugin.formats import Code, Granularity, Kind, KVFormat
-from kvq_plugin.layout import PageLayout, StreamLayout
+from kvq_plugin.layout import CPU_V1, PageLayout, StreamLayout
 
 
 def single_threaded(function):
@@ -156,6 +156,7 @@ class Problem:
     values: tuple[torch.Tensor, ...]
     blocks: tuple[torch.Tensor, ...]  # per sequence, physical block ids
     options: dict = field(default_factory=dict)
+    layout: str = CPU_V1
 
     def arguments(self) -> tuple:
         """Positional arguments from ``query`` on, shared by ops.attend and reference.attend."""
@@ -166,7 +167,8 @@ class Problem:
 
     @single_threaded
     def expected(self) -> torch.Tensor:
-        return reference.attend(*self.arguments(), **self.options, dtype=torch.float64)
+        options = {**self.options, "layout": self.layout, "dtype": torch.float64}
+        return reference.attend(*self.arguments(), **options)
 
     def only(self, s: int) -> Problem:
         """The same problem with sequence *s* alone in the batch."""
@@ -200,6 +202,7 @@ def build(
     value_spread: float = 1.0,
     style: str = "plain",
     seed: int = 0,
+    kind: str = CPU_V1,
     **options,
 ) -> Problem:
     """A batch over a shuffled paged cache whose every unused byte is 0xFF.
@@ -211,10 +214,11 @@ def build(
         batch: (sequence length, query length) pairs.
         key_spread, value_spread: tokens are scaled log-uniformly between ``1 / spread`` and 1.
         style: see :func:`empty_cache`.
+        kind: layout of the pages.
         options: keyword options of attend.
     """
     g = torch.Generator().manual_seed(seed)
-    layout = PageLayout(format, head_size, block_size)
+    layout = PageLayout(format, head_size, block_size, kind)
     counts = [-(-length // block_size) for length, _ in batch]
     total = sum(counts) + 3  # some blocks that nobody owns
     cache = empty_cache(format, total, kv_heads, head_size, block_size, style)
@@ -255,6 +259,7 @@ def build(
         values=tuple(dense[1]),
         blocks=tuple(owned),
         options=options,
+        layout=kind,
     )
 
 
@@ -410,7 +415,8 @@ class _Operand:
 
 
 def _operand(problem: Problem, s: int, head: int, value: bool) -> _Operand:
-    layout = PageLayout(problem.format, problem.query.shape[2], problem.cache.shape[2])
+    size = problem.cache.shape[2]
+    layout = PageLayout(problem.format, problem.query.shape[2], size, problem.layout)
     which = layout.value if value else layout.key
     static = problem.value_static if value else problem.key_static
     length = int(problem.seq_lens[s])

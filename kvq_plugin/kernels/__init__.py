@@ -1,0 +1,137 @@
+"""Store and attend on GPUs: by CUDA C++ kernels where they serve the case, else by Triton's.
+
+``KVQ_GPU_KERNELS`` chooses: ``auto`` (the default), ``triton``, or ``cuda``, which is an error
+where the CUDA C++ kernels cannot serve. The bytes in the cache are the same either way, and the
+same as on CPUs apart from their order (layout ``gpu-v1``).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache as memoize
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from kvq_plugin.formats import KVFormat
+from kvq_plugin.reference import StaticScale
+
+CHOICES = ("auto", "triton", "cuda")
+#: Query rows up to which the CUDA C++ kernels read the cache once; Triton's take wider tiles.
+CUDA_ROWS = 16
+
+
+@memoize
+def _choice() -> str:
+    choice = os.environ.get("KVQ_GPU_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"KVQ_GPU_KERNELS={choice!r}: expected one of {', '.join(CHOICES)}")
+    return choice
+
+
+def _cuda_serves(format: KVFormat, head_size: int, cache: torch.Tensor) -> bool:
+    """Whether the CUDA C++ kernels shall run; told to, they raise themselves if they cannot."""
+    if _choice() == "auto":
+        from kvq_plugin.kernels import cuda
+
+        return cuda.supports(format, head_size, cache)
+    return _choice() == "cuda"
+
+
+def _triton(name: str) -> ModuleType:
+    """``kvq_plugin.kernels.<name>``, which imports Triton."""
+    if find_spec("triton") is None:
+        raise ValueError(
+            "this case needs Triton, which is not installed: pip install triton (a CUDA or ROCm "
+            "build of PyTorch brings it), or use head sizes the CUDA C++ kernels serve"
+        )
+    from kvq_plugin.kernels import paged, store
+
+    return {"paged": paged, "store": store}[name]
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    format: KVFormat,
+    key_static: StaticScale | None = None,
+    value_static: StaticScale | None = None,
+) -> None:
+    """Quantize new rows into pages of layout ``gpu-v1``; checked arguments of
+    :func:`kvq_plugin.ops.store`.
+
+    Raises ValueError for a head size, block size or alignment that the kernels cannot do.
+    """
+    args = (key, value, cache, slot_mapping, format, key_static, value_static)
+    if _cuda_serves(format, key.shape[-1], cache):
+        from kvq_plugin.kernels import cuda
+
+        cuda.store(*args)
+    else:
+        _triton("store").store(*args)
+
+
+def attend(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    format: KVFormat,
+    scale: float,
+    key_static: StaticScale | None = None,
+    value_static: StaticScale | None = None,
+    *,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    max_query_len: int,
+    max_seq_len: int,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """Attention over pages of layout ``gpu-v1``; checked arguments of
+    :func:`kvq_plugin.ops.attend`, and
+
+    Args:
+        max_query_len, max_seq_len: bounds of the batch, known on the host; grids and splits
+            follow from them and from shapes, never from data on the device.
+        workspace: uint8, at least :func:`workspace_size` bytes; allocated for the call if None.
+
+    Raises ValueError for a head size, block size or alignment that the kernels cannot do.
+    """
+    args = (
+        out, query, cache, block_table, seq_lens, query_start_loc, format, scale,
+        key_static, value_static,
+    )  # fmt: skip
+    options = {
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "max_query_len": max_query_len,
+        "max_seq_len": max_seq_len,
+        "workspace": workspace,
+    }
+    rows = max_query_len * (query.shape[1] // cache.shape[1])
+    few = max_query_len == 1 or rows <= CUDA_ROWS or _choice() == "cuda"
+    if few and _cuda_serves(format, query.shape[-1], cache):
+        from kvq_plugin.kernels import cuda
+
+        cuda.attend(*args, **options)
+    else:
+        _triton("paged").attend(*args, **options)
+
+
+def workspace_size(head_size: int, device: torch.device) -> int:
+    """Bytes that :func:`attend` needs at most on *device*, whatever the batch: reserve them once
+    and pass them as ``workspace``."""
+    from kvq_plugin.kernels import cuda, launch
+
+    return max(module.workspace_size(head_size, device) for module in (cuda, launch))

@@ -1,0 +1,375 @@
+"""Dequantize on read: paged attention over pages of layout ``gpu-v1``, split over the context.
+
+A program owns a tile of query rows (BLOCK_Q tokens times HEADS query heads of one kv head) and a
+range of the context; each K and V tile is loaded and decoded once for all its rows. Nothing is
+multiplied per element of the cache. With q normalised per row by a power of two:
+
+* K's static scale goes into q, its token scale and the softmax scale onto the scores;
+* V's token scale goes onto the probabilities, its static scale onto the output;
+* zero points and minima are rank-1 terms, in fp32.
+
+Products take fp16 operands, in which every code is exact and q and P keep 11 bits; scores,
+softmax and sums are fp32. Probabilities are scaled by up to 2**15 to use fp16's range, and the
+running maximum includes V's token scale, so that neither can overflow (see ``_weights``).
+
+Split ranges follow from ``seq_lens`` on the device; the host only chooses how many splits there
+are at most, from shapes. Programs whose range is empty leave a log-sum-exp of -inf behind.
+Flash decoding: https://pytorch.org/blog/flash-decoding/
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvq_plugin.kernels.codec import INT4, bits_float, decode, float_bits
+
+LOG2E = tl.constexpr(1.4426950408889634)
+#: Exponent added to probabilities: the largest becomes 2**14 (2**15 with a token scale), and
+#: those fp16 loses are below 2**-38 of it.
+HEADROOM = tl.constexpr(14.0)
+
+
+@triton.jit
+def _find_sequence(query_start, num_seqs, block, BLOCK_Q: tl.constexpr):
+    """Last sequence whose blocks start at or before *block*. Sequence s starts at block
+    ``query_start[s] // BLOCK_Q + s``: at least as many as needed, and known without a scan."""
+    low, high = 0, num_seqs
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start + middle) // BLOCK_Q + middle <= block:
+            low = middle + 1
+        else:
+            high = middle
+    return tl.maximum(low - 1, 0)
+
+
+@triton.jit
+def _locate(query_start, seq_lens, num_seqs, LONG: tl.constexpr, SHORT: tl.constexpr,
+            BLOCK_Q: tl.constexpr):  # fmt: skip
+    """This program's sequence, its first query row, query length, first token in the sequence's
+    query, and context length. A first token at or past the query length: nothing to do.
+
+    Queries of up to SHORT tokens belong to the launch with one block per sequence, longer ones
+    to the LONG launch, whose blocks are packed; it runs backwards, longest ranges first.
+    """
+    if LONG:
+        block = tl.num_programs(0) - 1 - tl.program_id(0)
+        seq = _find_sequence(query_start, num_seqs, block, BLOCK_Q)
+    else:
+        block = tl.program_id(0)
+        seq = block
+    start = tl.load(query_start + seq)
+    count = tl.load(query_start + seq + 1) - start
+    first = 0
+    if LONG:
+        first = (block - (start // BLOCK_Q + seq)) * BLOCK_Q
+        count = tl.where(count <= SHORT, 0, count)
+        first = tl.where(first < 0, count, first)  # rows before the first sequence
+    else:
+        count = tl.where(count > SHORT, 0, count)
+    return seq, start, count, first, tl.load(seq_lens + seq)
+
+
+@triton.jit
+def _load_query(query, rows, scale, zero, dims, D: tl.constexpr, mask_rows):
+    """fp32 query ``[M, W]`` at columns *dims*, K's static scale multiplied in."""
+    inside = dims < D
+    q = tl.load(query + rows[:, None] + dims[None, :], mask=mask_rows[:, None] & inside[None, :],
+                other=0.0).to(tl.float32)  # fmt: skip
+    if scale is not None:
+        q *= tl.load(scale + dims, mask=inside, other=0.0)[None, :]
+    return q
+
+
+@triton.jit
+def _zero_dot(q, zero, dims, D: tl.constexpr):
+    return tl.sum(q * tl.load(zero + dims, mask=dims < D, other=0.0)[None, :], 1)
+
+
+@triton.jit
+def _operand(x, EXACT_DOT: tl.constexpr):
+    """An fp16 operand of a matrix product; the interpreter multiplies it in fp32."""
+    return x.to(tl.float32) if EXACT_DOT else x
+
+
+@triton.jit
+def _words(page, METADATA: tl.constexpr, position, mask):
+    at = (page + METADATA + position * 4).to(tl.pointer_type(tl.int32), bitcast=True)
+    return tl.load(at, mask=mask, other=0)
+
+
+@triton.jit
+def _low_half(word):
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _high_half(word):
+    return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _token_scale(word, CODE: tl.constexpr):
+    return _low_half(word) if CODE == INT4 else bits_float(word)
+
+
+@triton.jit
+def _tanh(y):
+    # Exact limits: exp2 gives inf or 0 beyond its range.
+    return 1.0 - 2.0 / (tl.exp2(y * (2.0 * LOG2E)) + 1.0)
+
+
+@triton.jit
+def attend_kernel(
+    out, query, cache, block_table, seq_lens, query_start, key_scale, key_zero, value_scale,
+    value_zero, alibi, sinks, partial, partial_lse, scale, softcap, window, num_seqs,
+    out_stride_t, out_stride_h, query_stride_t, query_stride_h, block_stride, head_stride,
+    table_stride,
+    K_CODES: tl.constexpr, K_METADATA: tl.constexpr, K_CODE: tl.constexpr,
+    K_DYNAMIC: tl.constexpr, K_WIDTH: tl.constexpr,
+    V_CODES: tl.constexpr, V_METADATA: tl.constexpr, V_CODE: tl.constexpr,
+    V_DYNAMIC: tl.constexpr, V_WIDTH: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    LONG: tl.constexpr, SHORT: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT_DOT: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(blocks of queries, kv heads * ceil(GROUP / HEADS), splits)``.
+
+    With SPLIT, results go to ``partial [blocks, axis 1, splits, BLOCK_M, D]`` and
+    ``partial_lse [blocks, axis 1, splits, BLOCK_M]`` fp32; otherwise to ``out``.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
+    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    seq, start, count, first, length = _locate(
+        query_start, seq_lens, num_seqs, LONG, SHORT, BLOCK_Q
+    )
+    if first >= count:
+        return
+    kv_head = tl.program_id(1) // CHUNKS
+    row = tl.arange(0, BLOCK_M)
+    token = first + row // HEADS
+    member = (tl.program_id(1) % CHUNKS) * HEADS + row % HEADS
+    real = (row < BLOCK_Q * HEADS) & (token < count) & (member < GROUP)
+    head = kv_head * GROUP + member
+    place = length - count + token  # of a query in its sequence
+
+    # Context that any row sees, and this program's tiles of it.
+    last = length - count + tl.minimum(first + BLOCK_Q, count) - 1
+    end = length
+    begin = 0
+    if CAUSAL:
+        end = tl.minimum(end, last + 1)
+    if WINDOW:
+        begin = tl.maximum(length - count + first - window + 1, 0)
+        if not CAUSAL:
+            end = tl.minimum(end, last + window)
+    tile_begin, tile_end = begin // BLOCK_N, tl.cdiv(tl.maximum(end, 0), BLOCK_N)
+    if SPLIT:
+        share = tl.cdiv(tl.maximum(tile_end - tile_begin, 0), tl.num_programs(2))
+        share = tl.maximum(share, MIN_TILES)
+        tile_begin += tl.program_id(2) * share
+        tile_end = tl.minimum(tile_end, tile_begin + share)
+
+    # Queries: fp16, each row divided by the power of two of its largest element.
+    K_PACKED: tl.constexpr = K_CODE == INT4
+    k_at = tl.arange(0, K_WIDTH)
+    k_dims = (k_at // 4) * 8 + k_at % 4 if K_PACKED else k_at
+    K_ROW: tl.constexpr = D // 2 if K_PACKED else D
+    k_inside = k_at < K_ROW
+    static_k = key_scale + kv_head * D if key_scale is not None else None
+    rows = (start + token).to(tl.int64) * query_stride_t + head.to(tl.int64) * query_stride_h
+    q0 = _load_query(query, rows, static_k, key_zero, k_dims, D, real)
+    q1 = q0
+    amax = tl.max(tl.abs(q0), 1)
+    if K_PACKED:
+        q1 = _load_query(query, rows, static_k, key_zero, k_dims + 4, D, real)
+        amax = tl.maximum(amax, tl.max(tl.abs(q1), 1))
+    exponent = tl.minimum(tl.maximum(float_bits(amax) >> 23, 1), 253)
+    unit = bits_float(exponent << 23)
+    q0 = (q0 * bits_float((254 - exponent) << 23)[:, None]).to(tl.float16)
+    q1 = (q1 * bits_float((254 - exponent) << 23)[:, None]).to(tl.float16)
+    bias = tl.zeros([BLOCK_M], tl.float32)
+    if K_PACKED:
+        bias = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
+    elif key_zero is not None:
+        bias = _zero_dot(q0.to(tl.float32), key_zero + kv_head * D, k_dims, D)
+    factor = unit * (scale if SOFTCAP else scale * LOG2E)
+    slope = tl.zeros([BLOCK_M], tl.float32)
+    if alibi is not None:
+        slope = tl.load(alibi + head, mask=real, other=0.0) * LOG2E
+
+    V_PACKED: tl.constexpr = V_CODE == INT4
+    v_at = tl.arange(0, V_WIDTH)
+    v_dims = (v_at // 4) * 8 + v_at % 4 if V_PACKED else v_at
+    V_ROW: tl.constexpr = D // 2 if V_PACKED else D
+    v_inside = v_at < V_ROW
+    acc0 = tl.zeros([BLOCK_M, V_WIDTH], tl.float32)
+    acc1 = acc0
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sink = top
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=real, other=float("-inf")) * LOG2E
+        if SPLIT:  # a sink counts once
+            sink = tl.where(tl.program_id(2) == 0, sink, float("-inf"))
+        top = sink - HEADROOM
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    minima = tl.zeros([BLOCK_M], tl.float32)
+    table = block_table + seq.to(tl.int64) * table_stride
+    pages = cache + kv_head.to(tl.int64) * head_stride
+
+    for tile in range(tile_begin, tile_end):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        seen = (n >= begin) & (n < end)  # outside: stale bytes, or a page given back
+        if PAGE % BLOCK_N == 0:  # one page per tile
+            block = tl.load(table + (tile * BLOCK_N) // PAGE)
+            position = (tile * BLOCK_N) % PAGE + tl.arange(0, BLOCK_N)
+        else:
+            block = tl.load(table + n // PAGE, mask=seen, other=0)
+            position = n % PAGE
+        page = pages + block.to(tl.int64) * block_stride
+        k_rows = page + (K_CODES + position * K_ROW)
+        mask = k_inside[:, None] & seen[None, :]
+        k = tl.load(k_rows[None, :] + k_at[:, None], mask=mask, other=0)
+        if K_PACKED:
+            s = tl.dot(_operand(q0, EXACT_DOT), _operand(decode(k & 15, K_CODE), EXACT_DOT))
+            s = tl.dot(_operand(q1, EXACT_DOT), _operand(decode(k >> 4, K_CODE), EXACT_DOT), s)
+        else:
+            s = tl.dot(_operand(q0, EXACT_DOT), _operand(decode(k, K_CODE), EXACT_DOT))
+            if key_zero is not None:
+                s -= bias[:, None]
+        if K_DYNAMIC:
+            word = _words(page, K_METADATA, position, seen)
+            s *= _token_scale(word, K_CODE)[None, :]
+            if K_PACKED:
+                s += bias[:, None] * _high_half(word)[None, :]
+        s *= factor[:, None]
+        if SOFTCAP:
+            s = (softcap * LOG2E) * _tanh(s / softcap)
+        away = place[:, None] - n[None, :]
+        if alibi is not None:
+            s -= slope[:, None] * away.to(tl.float32)
+        visible = seen[None, :] & real[:, None]
+        if CAUSAL:
+            visible = visible & (away >= 0)
+        if WINDOW:
+            visible = visible & (away < window)
+            if not CAUSAL:
+                visible = visible & (-away < window)
+        s = tl.where(visible, s, float("-inf"))
+
+        # P takes V's token scale: the maximum is that of their product, to within a factor 2.
+        # Scales below 2**-60 do not count, so that the mass stays far below fp32's maximum.
+        if V_DYNAMIC:
+            word = _words(page, V_METADATA, position, seen)
+            v_scale = _token_scale(word, V_CODE)
+            v_exponent = ((float_bits(v_scale) >> 23) & 0xFF) - 127
+            shift = tl.maximum(v_exponent, -60).to(tl.float32) - HEADROOM
+            loudest = tl.max(s + shift[None, :], 1)
+        else:
+            loudest = tl.max(s, 1) - HEADROOM
+        peak = tl.maximum(top, loudest)
+        origin = tl.where(peak == float("-inf"), 0.0, peak)  # rows that have seen nothing
+        shrink = tl.exp2(top - origin)
+        p = tl.exp2(s - origin[:, None])
+        mass = mass * shrink + tl.sum(p, 1)
+        top = peak
+        if V_DYNAMIC:
+            # A hidden token's scale may be NaN, and 0 * NaN is NaN.
+            if V_PACKED:
+                low = tl.where(visible, p * _high_half(word)[None, :], 0.0)
+                minima = minima * shrink + tl.sum(low, 1)
+            p = tl.where(visible, p * v_scale[None, :], 0.0)
+        p = _operand(p.to(tl.float16), EXACT_DOT)
+        v_rows = page + (V_CODES + position * V_ROW)
+        mask = seen[:, None] & v_inside[None, :]
+        v = tl.load(v_rows[:, None] + v_at[None, :], mask=mask, other=0)
+        if V_PACKED:
+            acc0 = tl.dot(p, _operand(decode(v & 15, V_CODE), EXACT_DOT), acc0 * shrink[:, None])
+            acc1 = tl.dot(p, _operand(decode(v >> 4, V_CODE), EXACT_DOT), acc1 * shrink[:, None])
+        else:
+            acc0 = tl.dot(p, _operand(decode(v, V_CODE), EXACT_DOT), acc0 * shrink[:, None])
+
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    total = mass
+    if sinks is not None:
+        total += tl.exp2(sink - origin)
+    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+    if V_PACKED:
+        acc0 += minima[:, None]
+        acc1 += minima[:, None]
+    channel = kv_head * D + v_dims
+    if value_zero is not None:
+        zero = tl.load(value_zero + channel, mask=v_inside, other=0.0)
+        acc0 -= mass[:, None] * zero[None, :]
+    if value_scale is not None:
+        acc0 *= tl.load(value_scale + channel, mask=v_inside, other=0.0)[None, :]
+    acc0 *= inverse[:, None]
+    acc1 *= inverse[:, None]
+    if SPLIT:
+        program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+        slot = (program * tl.num_programs(2) + tl.program_id(2)) * BLOCK_M + row
+        lse = tl.where(total == 0.0, float("-inf"), origin + tl.log2(total))
+        tl.store(partial_lse + slot, lse, mask=real)
+        target = partial + slot[:, None] * D + v_dims[None, :]
+    else:
+        rows = (start + token).to(tl.int64) * out_stride_t + head.to(tl.int64) * out_stride_h
+        target = out + rows[:, None] + v_dims[None, :]
+    mask = real[:, None] & v_inside[None, :]
+    tl.store(target, to_output(acc0, target.dtype.element_ty, EXACT_DOT), mask=mask)
+    if V_PACKED:
+        tl.store(target + 4, to_output(acc1, target.dtype.element_ty, EXACT_DOT), mask=mask)
+
+
+@triton.jit
+def to_output(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 to the output's dtype, to nearest even. Triton's interpreter truncates to bf16, so
+    there the rounding is done in integers first."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        u = float_bits(x)
+        u = tl.where(x == x, (u + 0x7FFF + ((u >> 16) & 1)) & -65536, u)
+        return bits_float(u).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def merge_kernel(
+    out, query_start, seq_lens, partial, partial_lse, num_seqs, splits,
+    out_stride_t, out_stride_h,
+    D: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    LONG: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Combine the splits of a query row. Grid ``(blocks of queries, query heads)``, blocks as
+    in :func:`attend_kernel`; SPLITS is *splits* rounded up to a power of two."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
+    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    seq, start, count, first, length = _locate(
+        query_start, seq_lens, num_seqs, LONG, SHORT, BLOCK_Q
+    )
+    head = tl.program_id(1)
+    member = head % GROUP
+    axis1 = (head // GROUP) * CHUNKS + member // HEADS
+    programs = tl.num_programs(1) // GROUP * CHUNKS
+    program = tl.program_id(0).to(tl.int64) * programs + axis1
+    at = tl.arange(0, WIDTH)
+    for i in range(tl.minimum(count - first, BLOCK_Q)):
+        slot = program * splits * BLOCK_M + i * HEADS + member % HEADS
+        s = tl.arange(0, SPLITS)
+        lse = tl.load(partial_lse + slot + s * BLOCK_M, mask=s < splits, other=float("-inf"))
+        top = tl.max(lse, 0)
+        origin = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.sum(tl.exp2(lse - origin), 0)
+        acc = tl.zeros([WIDTH], tl.float32)
+        for s0 in range(0, splits, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S)
+            lse = tl.load(partial_lse + slot + s * BLOCK_M, mask=s < splits, other=float("-inf"))
+            full = lse != float("-inf")
+            rows = (slot + s * BLOCK_M)[:, None] * D + at[None, :]
+            x = tl.load(partial + rows, mask=full[:, None] & (at < D)[None, :], other=0.0)
+            acc += tl.sum(x * tl.exp2(lse - origin)[:, None], 0)
+        acc *= tl.where(total == 0.0, 0.0, 1.0 / total)
+        row = (start + first + i).to(tl.int64) * out_stride_t + head.to(tl.int64) * out_stride_h
+        tl.store(out + row + at, to_output(acc, out.dtype.element_ty, INTERPRETED), mask=at < D)

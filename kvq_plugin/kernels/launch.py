@@ -1,0 +1,164 @@
+"""How the Triton kernels are launched: one table of tile shapes, and what follows from shapes.
+
+Nothing here looks at data on a device, so that a CUDA graph may capture every launch.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache as memoize
+
+import torch
+import triton
+
+from kvq_plugin.formats import KVFormat
+from kvq_plugin.layout import GPU_V1, PageLayout
+
+ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+#: Query rows of one program at most; more query heads per kv head are dealt out in chunks.
+MAX_ROWS = 64
+
+
+@dataclass(frozen=True)
+class AttendChoice:
+    """``block_n`` tokens per tile, warps, and stages of the software pipeline."""
+
+    block_n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class StoreChoice:
+    """``block_t`` tokens per program, and warps."""
+
+    block_t: int
+    warps: int
+
+
+# The choices below follow from bytes in flight, not from a timing: to stream 4.3 TB/s at about
+# 0.8 us of latency, each of 132 SMs needs some 26 KiB under way. A tile of 8 KiB of K and as much
+# of V, three stages deep, gives 32 KiB per program, with four programs to an SM.
+#: (long queries, bits of the wider code, head size rounded up) -> choice
+ATTEND = {
+    (False, 8, 64): AttendChoice(block_n=128, warps=4, stages=3),
+    (False, 8, 128): AttendChoice(block_n=64, warps=4, stages=3),
+    (False, 8, 256): AttendChoice(block_n=32, warps=4, stages=3),
+    (False, 4, 64): AttendChoice(block_n=128, warps=4, stages=3),
+    (False, 4, 128): AttendChoice(block_n=128, warps=4, stages=3),
+    (False, 4, 256): AttendChoice(block_n=64, warps=4, stages=3),
+    (True, 8, 64): AttendChoice(block_n=64, warps=4, stages=3),
+    (True, 8, 128): AttendChoice(block_n=64, warps=4, stages=3),
+    (True, 8, 256): AttendChoice(block_n=32, warps=8, stages=3),
+    (True, 4, 64): AttendChoice(block_n=64, warps=4, stages=3),
+    (True, 4, 128): AttendChoice(block_n=64, warps=4, stages=3),
+    (True, 4, 256): AttendChoice(block_n=32, warps=8, stages=3),
+}
+#: Programs per multiprocessor that splitting the context aims for, by (long queries).
+PROGRAMS_PER_SM = {False: 4, True: 2}
+#: Tokens that make a split worth its partial result.
+MIN_SPLIT_TOKENS = 256
+#: Splits combined at a time, and warps that do it.
+MERGE_BLOCK, MERGE_WARPS = 16, 4
+#: Batches of up to ``tokens`` -> choice; decoding wants programs, prefill wants wide ones.
+STORE = ((256, StoreChoice(block_t=1, warps=1)), (None, StoreChoice(block_t=16, warps=4)))
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
+    return triton.knobs.runtime.interpret
+
+
+def attend_choice(format: KVFormat, head_size: int, long: bool) -> AttendChoice:
+    bits = max(format.key.code.bits, format.value.code.bits)
+    width = next(w for w in (64, 128, 256) if head_size <= w)
+    choice = ATTEND[long, bits, width]
+    if torch.version.hip is not None:  # no asynchronous copies to shared memory to keep busy
+        return AttendChoice(choice.block_n, choice.warps, min(choice.stages, 2))
+    return choice
+
+
+def store_choice(tokens: int) -> StoreChoice:
+    return next(choice for most, choice in STORE if most is None or tokens <= most)
+
+
+@memoize
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # the interpreter: few programs, yet more than one split
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split_count(programs: int, max_seq_len: int, device: torch.device, long: bool) -> int:
+    """Splits of the context for a grid of *programs* over contexts of up to *max_seq_len*."""
+    target = PROGRAMS_PER_SM[long] * multiprocessors(device)
+    return max(1, min(target // programs, triton.cdiv(max_seq_len, MIN_SPLIT_TOKENS)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How query rows are dealt to programs.
+
+    ``heads`` query heads of one kv head and ``block_m // heads`` tokens make the tile;
+    queries of up to ``short`` tokens take one block each, longer ones the second launch, if
+    ``long``.
+    """
+
+    heads: int
+    block_m: int
+    short: int
+    long: bool
+
+    @property
+    def block_q(self) -> int:
+        return self.block_m // self.heads
+
+
+def rows(group: int, max_query_len: int) -> Rows:
+    """Rows for *group* query heads per kv head and queries of up to *max_query_len* tokens."""
+    chunks = triton.cdiv(group, MAX_ROWS)
+    heads = triton.cdiv(group, chunks)
+    if heads * max_query_len <= MAX_ROWS:
+        block_m = max(16, triton.next_power_of_2(heads * max_query_len))
+        return Rows(heads, block_m, block_m // heads, long=False)
+    block_m = max(16, triton.next_power_of_2(heads))
+    return Rows(heads, block_m, block_m // heads, long=True)
+
+
+def workspace_size(head_size: int, device: torch.device) -> int:
+    """Bytes that :func:`kvq_plugin.kernels.attend` needs at most for split contexts, whatever
+    the batch: reserve them once and pass them as ``workspace``."""
+    programs = max(PROGRAMS_PER_SM.values()) * multiprocessors(device)
+    return programs * MAX_ROWS * (head_size + 1) * 4
+
+
+def check(format: KVFormat, rows: torch.Tensor, cache: torch.Tensor) -> None:
+    """Refuse what the kernels cannot do, before anything is launched.
+
+    Raises ValueError for a head size or block size that pages of layout ``gpu-v1`` cannot have,
+    for activations that are not floats, and for pages that are not 16-byte aligned.
+    """
+    PageLayout(format, rows.shape[-1], cache.shape[2], GPU_V1)
+    if rows.dtype not in ACTIVATIONS:
+        raise ValueError(
+            f"activations of {rows.dtype} cannot be attended to: expected bfloat16, float16 or "
+            f"float32; use --dtype bfloat16"
+        )
+    misplaced = [x for x in (cache.data_ptr(), *cache.stride()[:2]) if x % 16]
+    if misplaced:
+        raise ValueError(
+            f"pages must start on multiples of 16 bytes: the cache's address is "
+            f"{cache.data_ptr():#x}, its block and head strides are {list(cache.stride()[:2])}; "
+            f"allocate it aligned, as torch.empty does"
+        )
+    if cache.device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"Triton kernels need a CUDA or ROCm device, the cache is on {cache.device}; "
+            f"call kvq_plugin.ops, or set TRITON_INTERPRET=1 to debug"
+        )
+
+
+def on_device_of(x: torch.Tensor):
+    """Triton launches on the current device; this makes it that of *x*."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

@@ -1,0 +1,204 @@
+"""Quantize on write: new K and V rows into pages of layout ``gpu-v1``.
+
+A program quantizes BLOCK_T tokens of one kv head, K or V. All arithmetic that decides a byte is
+the reference's, operation by operation; reductions are minima and maxima, whose order is free.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvq_plugin.formats import KVFormat
+from kvq_plugin.kernels import launch
+from kvq_plugin.kernels.codec import (
+    INT4,
+    NAN_BITS,
+    bits_float,
+    encode,
+    float_bits,
+    is_nan_bits,
+    round_to_int,
+    widen,
+)
+from kvq_plugin.layout import GPU_V1, PageLayout
+from kvq_plugin.reference import AMAX_FLOOR, FP16_MAX, FP32_MAX, StaticScale
+
+_AMAX_FLOOR = tl.constexpr(AMAX_FLOOR)
+_FP16_MAX = tl.constexpr(FP16_MAX)
+_FP32_MAX = tl.constexpr(FP32_MAX)
+
+
+@triton.jit
+def _fields(u, inverse, zero, dims, valid, HAS_ZERO: tl.constexpr, CODE: tl.constexpr):
+    """Static scales: ``u [T, W]`` fp32 bits of the columns *dims* -> fields."""
+    factor = tl.load(inverse + dims, mask=valid, other=1.0)[None, :]
+    y = bits_float(u) * factor
+    if HAS_ZERO:
+        y = tl.where(y == y, y, 0.0)
+        y = tl.minimum(tl.maximum(y, -508.0), 508.0)  # 4 * 127, as the reference
+        y = round_to_int(y).to(tl.float32) + tl.load(zero + dims, mask=valid, other=0.0)[None, :]
+    # The product of a NaN loses its sign on a GPU; a positive scale keeps that of any other.
+    return encode(tl.where(is_nan_bits(u) & (not HAS_ZERO), u, float_bits(y)), CODE)
+
+
+@triton.jit
+def _finite(u):
+    """fp32 with NaN as 0 and infinities as the largest finite value."""
+    x = bits_float(tl.where(is_nan_bits(u), 0, u))
+    return tl.minimum(tl.maximum(x, -_FP32_MAX), _FP32_MAX)
+
+
+@triton.jit
+def _store_stream(
+    x, cache, slots, inverse, zero, tokens, num_slots,
+    stride_t, stride_h, block_stride, head_stride,
+    CODES: tl.constexpr, METADATA: tl.constexpr, CODE: tl.constexpr, QMAX: tl.constexpr,
+    QMAX_INVERSE: tl.constexpr, DYNAMIC: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """WIDTH bytes of codes per token, padded to a power of two; a byte holds dim ``dims`` and,
+    if codes have 4 bits, ``dims + 4``."""
+    PACKED: tl.constexpr = CODE == INT4
+    ROW: tl.constexpr = D // 2 if PACKED else D
+    head = tl.program_id(1)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slot = tl.load(slots + token, mask=token < tokens, other=-1)
+    keep = (slot >= 0) & (slot < num_slots)  # never a byte outside of the cache
+    at = tl.arange(0, WIDTH)
+    inside = at < ROW
+    dims = (at // 4) * 8 + at % 4 if PACKED else at
+    mask = keep[:, None] & inside[None, :]
+    rows = x + token.to(tl.int64)[:, None] * stride_t + head.to(tl.int64) * stride_h
+    low = widen(tl.load(rows + dims[None, :], mask=mask, other=0.0))
+    position = slot % PAGE
+    page = cache + (slot // PAGE) * block_stride + head.to(tl.int64) * head_stride
+    if not DYNAMIC:
+        HAS_ZERO: tl.constexpr = zero is not None
+        fields = _fields(
+            low, inverse + head * D, zero + head * D if HAS_ZERO else None, dims, inside,
+            HAS_ZERO, CODE,
+        )  # fmt: skip
+    elif PACKED:
+        high = widen(tl.load(rows + dims[None, :] + 4, mask=mask, other=0.0))
+        poison = tl.max((is_nan_bits(low) | is_nan_bits(high)).to(tl.int32), 1) > 0
+        x0 = tl.minimum(tl.maximum(_finite(low), -_FP16_MAX), _FP16_MAX)
+        x1 = tl.minimum(tl.maximum(_finite(high), -_FP16_MAX), _FP16_MAX)
+        # Adding 0.0 makes -0 into +0, which the order of a reduction would decide otherwise.
+        least = tl.min(tl.where(inside[None, :], tl.minimum(x0, x1), _FP16_MAX), 1) + 0.0
+        most = tl.max(tl.where(inside[None, :], tl.maximum(x0, x1), -_FP16_MAX), 1) + 0.0
+        scale = ((most - least) * QMAX_INVERSE).to(tl.float16)
+        minimum = least.to(tl.float16)
+        wide = scale.to(tl.float32)
+        # The codes use the scale and min as stored.
+        one = tl.full(wide.shape, 1.0, tl.float32)
+        factor = tl.where(wide > 0, tl.div_rn(one, tl.where(wide > 0, wide, one)), 0.0)
+        base = minimum.to(tl.float32)[:, None]
+        fields = encode(float_bits((x0 - base) * factor[:, None]), CODE)
+        fields |= encode(float_bits((x1 - base) * factor[:, None]), CODE) << 4
+        word = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        word |= minimum.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        word = tl.where(poison, 0x7E007E00, word)
+    else:
+        poison = tl.max(is_nan_bits(low).to(tl.int32), 1) > 0
+        y = _finite(low)
+        amax = tl.maximum(tl.max(tl.abs(y), 1), _AMAX_FLOOR)
+        factor = tl.div_rn(tl.full(amax.shape, QMAX, tl.float32), amax)
+        fields = encode(float_bits(y * factor[:, None]), CODE)
+        word = tl.where(poison, NAN_BITS, float_bits(amax * QMAX_INVERSE))
+    tl.store(
+        page[:, None] + CODES + position[:, None] * ROW + at[None, :],
+        fields.to(tl.uint8),
+        mask=mask,
+    )
+    if DYNAMIC:
+        words = (page + METADATA + position * 4).to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.store(words, word, mask=keep)
+
+
+@triton.jit
+def store_kernel(
+    key, value, cache, slots, key_inverse, key_zero, value_inverse, value_zero,
+    tokens, num_slots, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
+    block_stride, head_stride,
+    K_CODES: tl.constexpr, K_METADATA: tl.constexpr, K_CODE: tl.constexpr,
+    K_QMAX: tl.constexpr, K_QMAX_INVERSE: tl.constexpr, K_DYNAMIC: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_CODES: tl.constexpr, V_METADATA: tl.constexpr, V_CODE: tl.constexpr,
+    V_QMAX: tl.constexpr, V_QMAX_INVERSE: tl.constexpr, V_DYNAMIC: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(ceil(tokens / BLOCK_T), kv heads, 2)``; the last axis is K or V."""
+    if tl.program_id(2) == 0:
+        _store_stream(
+            key, cache, slots, key_inverse, key_zero, tokens, num_slots,
+            key_stride_t, key_stride_h, block_stride, head_stride,
+            K_CODES, K_METADATA, K_CODE, K_QMAX, K_QMAX_INVERSE, K_DYNAMIC, PAGE, D, K_WIDTH,
+            BLOCK_T,
+        )  # fmt: skip
+    else:
+        _store_stream(
+            value, cache, slots, value_inverse, value_zero, tokens, num_slots,
+            value_stride_t, value_stride_h, block_stride, head_stride,
+            V_CODES, V_METADATA, V_CODE, V_QMAX, V_QMAX_INVERSE, V_DYNAMIC, PAGE, D, V_WIDTH,
+            BLOCK_T,
+        )  # fmt: skip
+
+
+def constants(format: KVFormat, head_size: int, block_size: int) -> dict:
+    """The ``constexpr`` arguments of :func:`store_kernel`, BLOCK_T excepted."""
+    layout = PageLayout(format, head_size, block_size, GPU_V1)
+    found = {"PAGE": block_size, "D": head_size}
+    for prefix, which in (("K", layout.key), ("V", layout.value)):
+        code = which.stream.code
+        # The reference multiplies with 1 / qmax rounded to fp32.
+        inverse = float(torch.tensor(1.0 / code.qmax, dtype=torch.float32))
+        found |= {
+            f"{prefix}_CODES": which.codes,
+            f"{prefix}_METADATA": which.metadata,
+            f"{prefix}_CODE": code.id,
+            f"{prefix}_QMAX": code.qmax,
+            f"{prefix}_QMAX_INVERSE": inverse,
+            f"{prefix}_DYNAMIC": which.stream.is_dynamic,
+            f"{prefix}_WIDTH": triton.next_power_of_2(head_size * code.bits // 8),
+        }
+    return found
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    format: KVFormat,
+    key_static: StaticScale | None = None,
+    value_static: StaticScale | None = None,
+) -> None:
+    """:func:`kvq_plugin.ops.store` by Triton, for checked arguments.
+
+    The data is never looked at on the host: slots outside of the cache are skipped, where the
+    CPU's operator raises.
+    """
+    launch.check(format, key, cache)
+    tokens, heads, head_size = slot_mapping.shape[0], *key.shape[1:]
+    if not tokens or not heads:
+        return
+    choice = launch.store_choice(tokens)
+    grid = (triton.cdiv(tokens, choice.block_t), heads, 2)
+    statics = [
+        getattr(static, name) if static is not None else None
+        for static in (key_static, value_static)
+        for name in ("inverse", "zero_point")
+    ]
+    with launch.on_device_of(cache):
+        store_kernel[grid](
+            key, value, cache, slot_mapping, *statics,
+            tokens, cache.shape[0] * cache.shape[2],
+            key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            cache.stride(0), cache.stride(1),
+            **constants(format, head_size, cache.shape[2]),
+            BLOCK_T=choice.block_t, num_warps=choice.warps, num_stages=1,
+            enable_fp_fusion=False,
+        )  # fmt: skip
