@@ -5,7 +5,6 @@ masks, splits and rounding are all the kernel's own; the instructions are emulat
 """
 
 import ctypes
-from dataclasses import replace
 
 import emulator
 import numpy as np
@@ -17,7 +16,7 @@ from cases import BATCHES, DYNAMIC_ROWS, OUTPUT_ROUNDING, ROWS, STATIC_ROWS, nam
 from kvq_plugin import reference
 from kvq_plugin.formats import CODES, FORMATS, Granularity
 from kvq_plugin.kernels import cuda
-from kvq_plugin.layout import CPU_V1, GPU_V1, PageLayout, repack
+from kvq_plugin.layout import GPU_V1, PageLayout
 
 every_format = pytest.mark.parametrize("format", ROWS, ids=name_of)
 
@@ -31,26 +30,15 @@ def bound(dtype) -> float:
     return OPERANDS + OUTPUT_ROUNDING[dtype] / 3**0.5
 
 
-def on_gpu_pages(problem: oracle.Problem) -> oracle.Problem:
-    """The same problem with its cache in layout gpu-v1."""
-    cache = problem.cache
-    shapes = (problem.format, problem.query.shape[-1], cache.shape[2])
-    pages = repack(reference._pages(cache), *(PageLayout(*shapes, x) for x in (CPU_V1, GPU_V1)))
-    moved = oracle.clone_storage(cache)
-    moved.copy_(pages.view(cache.shape))
-    return replace(problem, cache=moved)
-
-
 def check(tmp_path, format, batch, *, multiprocessors=4, **kwargs):
     """One emulated call against float64. Returns the struct it was launched with."""
-    problem = oracle.build(format, batch, **kwargs)
+    problem = oracle.build(format, batch, kind=GPU_V1, **kwargs)
     expected = problem.expected()
-    moved = on_gpu_pages(problem)
-    out = torch.full_like(moved.query, float("nan"))
+    out = torch.full_like(problem.query, float("nan"))
     lengths, counts = zip(*batch, strict=True)
     params = emulator.attend(
-        tmp_path / "call", out, moved.arguments(), multiprocessors=multiprocessors,
-        max_query_len=max(counts), max_seq_len=max(lengths), **moved.options,
+        tmp_path / "call", out, problem.arguments(), multiprocessors=multiprocessors,
+        max_query_len=max(counts), max_seq_len=max(lengths), **problem.options,
     )  # fmt: skip
     error = (out.double() - expected).square().mean().sqrt()
     assert error <= bound(out.dtype) * expected.square().mean().sqrt()
@@ -134,15 +122,15 @@ def test_splits(tmp_path, name):
 
 
 def test_a_nan_reaches_its_own_output_only(tmp_path):
-    problem = oracle.build(FORMATS["int8_per_token_head"], ((33, 1), (40, 1)), kv_heads=1)
-    moved = on_gpu_pages(problem)
+    batch = ((33, 1), (40, 1))
+    problem = oracle.build(FORMATS["int8_per_token_head"], batch, kv_heads=1, kind=GPU_V1)
     layout = PageLayout(problem.format, 64, 32, GPU_V1)
-    page = reference._pages(moved.cache)[int(moved.block_table[0, 1]), 0]
+    page = reference._pages(problem.cache)[int(problem.block_table[0, 1]), 0]
     page[layout.value.metadata : layout.value.metadata + 4] = torch.tensor(
         [float("nan")]
     ).view(torch.uint8)  # fmt: skip
-    out = torch.zeros_like(moved.query)
-    emulator.attend(tmp_path / "call", out, moved.arguments(), max_query_len=1, max_seq_len=40)
+    out = torch.zeros_like(problem.query)
+    emulator.attend(tmp_path / "call", out, problem.arguments(), max_query_len=1, max_seq_len=40)
     assert out[0].isnan().all()
     assert out[1].isfinite().all()
 
@@ -159,7 +147,8 @@ def test_store_writes_the_reference_s_bytes(tmp_path, format, dtype):
     if not format.is_dynamic:
         zero = format.key.code is CODES["int8"]
         statics = [
-            oracle.static_scale(format, Granularity.CHANNEL, heads, head_size, g, zero) for _ in "kv"
+            oracle.static_scale(format, Granularity.CHANNEL, heads, head_size, g, zero)
+            for _ in "kv"
         ]
     rows = 4.0 * torch.randn(2, tokens, heads, head_size, generator=g)
     rows[0, 0, 0, 3], rows[1, 1, 1, 5] = float("nan"), float("inf")

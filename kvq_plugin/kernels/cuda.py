@@ -170,9 +170,7 @@ def supports(format: KVFormat, head_size: int, cache: torch.Tensor) -> bool:
 def _require(format: KVFormat, head_size: int, cache: torch.Tensor) -> ctypes.CDLL:
     reason = refusal(format, head_size, cache)
     if reason is not None:
-        raise ValueError(
-            f"KVQ_GPU_KERNELS=cuda: {reason}; unset it, or set KVQ_GPU_KERNELS=triton"
-        )
+        raise ValueError(f"KVQ_GPU_KERNELS=cuda: {reason}; unset it, or set KVQ_GPU_KERNELS=triton")
     return _load()
 
 

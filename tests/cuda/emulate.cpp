@@ -37,8 +37,9 @@ constexpr bool emulated(int format, int head, int row_tiles) {
   return format >= 0 && head > 0 && row_tiles > 0;
 #else
   const int shape = head * 10 + row_tiles;
-  return shape == 641 || (shape == 642 && format == 2) || (shape == 1281 && format >= 3) ||
-         (shape == 1282 && format == 5) || (shape == 2561 && format == 4);
+  return shape == 641 || (shape == 642 && (format == 2 || format == 3)) ||
+         (shape == 1281 && format >= 3) || (shape == 1282 && format == 5) ||
+         (shape == 2561 && format == 4);
 #endif
 }
 
