@@ -39,8 +39,9 @@ class DecodeParams(ctypes.Structure):
 _KINDS = {cuda.StoreParams: 0, cuda.AttendParams: 1, DecodeParams: 2}
 
 
-def _cached(name: str, command: list[str], *inputs: Path) -> Path:
-    """*command* ``-o`` a file of build/, compiled again only when an input has changed."""
+def cached(name: str, command: list[str], *inputs: Path) -> Path:
+    """*command* ``-o`` a file of build/, compiled again only when an input has changed. What the
+    compiler said lies beside it, with suffix ``.log``."""
     digest = hashlib.sha256(repr(command).encode())
     for folder in inputs:
         for path in sorted(folder.glob("*.*")):
@@ -49,7 +50,12 @@ def _cached(name: str, command: list[str], *inputs: Path) -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(fresh)], check=True, timeout=280)
+        done = subprocess.run(
+            [*command, "-o", str(fresh)], capture_output=True, text=True, timeout=280
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, f"{' '.join(command)}\n{said[-6000:]}"
+        target.with_suffix(".log").write_text(said)
         fresh.rename(target)
     return target
 
@@ -65,7 +71,7 @@ def compiler() -> str:
 def program() -> Path:
     source = ROOT / "tests" / "cuda" / "emulate.cpp"
     include = f"-I{ROOT / 'csrc' / 'cuda'}"
-    return _cached("emulate", [compiler(), *FLAGS, include, str(source)], *SOURCES)
+    return cached("emulate", [compiler(), *FLAGS, include, str(source)], *SOURCES)
 
 
 @memoize
@@ -74,7 +80,7 @@ def host_library():
     source = ROOT / "csrc" / "cuda" / "host.cpp"
     command = [compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unused-function",
                "-Werror", "-fPIC", "-shared", "-fvisibility=hidden", str(source)]  # fmt: skip
-    library = ctypes.CDLL(str(_cached("host", command, *SOURCES)))
+    library = ctypes.CDLL(str(cached("host", command, *SOURCES)))
     library.kvq_cuda_plan.restype = ctypes.c_int64
     library.kvq_cuda_plan.argtypes = [
         ctypes.POINTER(cuda.AttendParams), ctypes.c_int64, ctypes.c_int32,

@@ -13,8 +13,8 @@ template <int kFormatRow, int kHead, int kRowTiles>
 struct Shape {
   static constexpr Format kFormat = kFormats[kFormatRow];
   static constexpr Stream kKey = kFormat.key, kValue = kFormat.value;
-  static constexpr int kD = kHead;           // head sizes up to this; channels beyond are zeros
-  static constexpr int kN = kRowTiles;       // row tiles of 8
+  static constexpr int kD = kHead;             // head sizes up to this; channels beyond are zeros
+  static constexpr int kN = kRowTiles;         // row tiles of 8
   static constexpr int kRows = 8 * kRowTiles;  // (query token, head of the group) pairs
 
   // Bytes of one token, of one lane's share of it, and of one load.
@@ -24,9 +24,9 @@ struct Shape {
   static constexpr int kKeyLoad = kKeyShare < 16 ? kKeyShare : 16;
   static constexpr int kValueLoad = kValueShare < 16 ? kValueShare : 16;
 
-  // Sub-tiles of 16 tokens that one warp holds at a time: up to 4 KB of K, and as much of V, in up to
-  // 32 registers each. Twelve such warps on a multiprocessor keep 48 KB of either in flight;
-  // 26 KB hide the latency of an H200's memory (4.3 TB/s x 0.8 us / 132).
+  // Sub-tiles of 16 tokens that one warp holds at a time: up to 4 KB of K, and as much of V, in up
+  // to 32 registers each. Twelve such warps on a multiprocessor keep 48 KB of either in flight; 26
+  // KB hide the latency of an H200's memory (4.3 TB/s x 0.8 us / 132).
   static constexpr int kWidest = kKeyRow > kValueRow ? kKeyRow : kValueRow;
   static constexpr int kM = kWidest >= 256 ? 1 : 2;
   static constexpr int kTile = 16 * kM;

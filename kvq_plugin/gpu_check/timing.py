@@ -12,6 +12,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -140,13 +141,16 @@ def _others(bench: Bench, device) -> Iterator[None]:
         query = torch.randn(
             batch, KV_HEADS * GROUP, 1, HEAD_SIZE, device=device, dtype=torch.bfloat16
         )
-        attention = torch.nn.functional.scaled_dot_product_attention
-        bench.add("attend", "torch sdpa", "bf16", batch, context, 4 * keys.numel(),
-                  lambda q=query, k=keys, v=values: attention(q, k, v, enable_gqa=True))  # fmt: skip
-        del keys, values
+        call = partial(
+            torch.nn.functional.scaled_dot_product_attention, query, keys, values, enable_gqa=True
+        )
+        bench.add("attend", "torch sdpa", "bf16", batch, context, 4 * keys.numel(), call)
+        del keys, values, call
         yield
         for mode in stock.MODES if stock.missing() == "" else ():
-            call, size = stock.decode(mode, batch, context, KV_HEADS, GROUP, HEAD_SIZE, PAGE, device)
+            call, size = stock.decode(
+                mode, batch, context, KV_HEADS, GROUP, HEAD_SIZE, PAGE, device
+            )
             bench.add("attend", "vllm triton", mode, batch, context, size, call)
             yield
 
