@@ -22,7 +22,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvq_plugin.kernels.codec import INT4, bits_float, decode, float_bits
+from kvq_plugin.kernels.codec import (
+    INT4,
+    bits_float,
+    decode,
+    dims_of,
+    float_bits,
+    int_to_float,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 #: Exponent added to probabilities: the largest becomes 2**14 (2**15 with a token scale), and
@@ -133,7 +140,8 @@ def attend_kernel(
     PAGE: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     LONG: tl.constexpr, SHORT: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT_DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ISA: tl.constexpr,
+    EXACT_DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(blocks of queries, kv heads * ceil(GROUP / HEADS), splits)``.
 
@@ -175,7 +183,7 @@ def attend_kernel(
     # Queries: fp16, each row divided by the power of two of its largest element.
     K_PACKED: tl.constexpr = K_CODE == INT4
     k_at = tl.arange(0, K_WIDTH)
-    k_dims = (k_at // 4) * 8 + k_at % 4 if K_PACKED else k_at
+    k_dims = dims_of(k_at, K_CODE)
     K_ROW: tl.constexpr = D // 2 if K_PACKED else D
     k_inside = k_at < K_ROW
     static_k = key_scale + kv_head * D if key_scale is not None else None
@@ -202,7 +210,7 @@ def attend_kernel(
 
     V_PACKED: tl.constexpr = V_CODE == INT4
     v_at = tl.arange(0, V_WIDTH)
-    v_dims = (v_at // 4) * 8 + v_at % 4 if V_PACKED else v_at
+    v_dims = dims_of(v_at, V_CODE)
     V_ROW: tl.constexpr = D // 2 if V_PACKED else D
     v_inside = v_at < V_ROW
     acc0 = tl.zeros([BLOCK_M, V_WIDTH], tl.float32)
@@ -230,13 +238,13 @@ def attend_kernel(
             position = n % PAGE
         page = pages + block.to(tl.int64) * block_stride
         k_rows = page + (K_CODES + position * K_ROW)
-        mask = k_inside[:, None] & seen[None, :]
+        mask = seen[None, :] if K_WIDTH == K_ROW else seen[None, :] & k_inside[:, None]
         k = tl.load(k_rows[None, :] + k_at[:, None], mask=mask, other=0)
+        s = tl.dot(_operand(q0, EXACT_DOT), _operand(decode(k, K_CODE, ISA), EXACT_DOT))
         if K_PACKED:
-            s = tl.dot(_operand(q0, EXACT_DOT), _operand(decode(k & 15, K_CODE), EXACT_DOT))
-            s = tl.dot(_operand(q1, EXACT_DOT), _operand(decode(k >> 4, K_CODE), EXACT_DOT), s)
+            high = _operand(decode(k, K_CODE, ISA, HIGH=True), EXACT_DOT)
+            s = tl.dot(_operand(q1, EXACT_DOT), high, s)
         else:
-            s = tl.dot(_operand(q0, EXACT_DOT), _operand(decode(k, K_CODE), EXACT_DOT))
             if key_zero is not None:
                 s -= bias[:, None]
         if K_DYNAMIC:
@@ -265,7 +273,7 @@ def attend_kernel(
             word = _words(page, V_METADATA, position, seen)
             v_scale = _token_scale(word, V_CODE)
             v_exponent = ((float_bits(v_scale) >> 23) & 0xFF) - 127
-            shift = tl.maximum(v_exponent, -60).to(tl.float32) - HEADROOM
+            shift = int_to_float(tl.maximum(v_exponent, -60)) - HEADROOM
             loudest = tl.max(s + shift[None, :], 1)
         else:
             loudest = tl.max(s, 1) - HEADROOM
@@ -278,18 +286,18 @@ def attend_kernel(
         if V_DYNAMIC:
             # A hidden token's scale may be NaN, and 0 * NaN is NaN.
             if V_PACKED:
-                low = tl.where(visible, p * _high_half(word)[None, :], 0.0)
-                minima = minima * shrink + tl.sum(low, 1)
+                lift = tl.where(visible, p * _high_half(word)[None, :], 0.0)
+                minima = minima * shrink + tl.sum(lift, 1)
             p = tl.where(visible, p * v_scale[None, :], 0.0)
         p = _operand(p.to(tl.float16), EXACT_DOT)
         v_rows = page + (V_CODES + position * V_ROW)
-        mask = seen[:, None] & v_inside[None, :]
+        mask = seen[:, None] if V_WIDTH == V_ROW else seen[:, None] & v_inside[None, :]
         v = tl.load(v_rows[:, None] + v_at[None, :], mask=mask, other=0)
+        low = _operand(decode(v, V_CODE, ISA, IN_PLACE=True), EXACT_DOT)
+        acc0 = tl.dot(p, low, acc0 * shrink[:, None])
         if V_PACKED:
-            acc0 = tl.dot(p, _operand(decode(v & 15, V_CODE), EXACT_DOT), acc0 * shrink[:, None])
-            acc1 = tl.dot(p, _operand(decode(v >> 4, V_CODE), EXACT_DOT), acc1 * shrink[:, None])
-        else:
-            acc0 = tl.dot(p, _operand(decode(v, V_CODE), EXACT_DOT), acc0 * shrink[:, None])
+            high = _operand(decode(v, V_CODE, ISA, HIGH=True, IN_PLACE=True), EXACT_DOT)
+            acc1 = tl.dot(p, high, acc1 * shrink[:, None])
 
     origin = tl.where(top == float("-inf"), 0.0, top)
     total = mass

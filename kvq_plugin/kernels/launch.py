@@ -13,6 +13,7 @@ import torch
 import triton
 
 from kvq_plugin.formats import KVFormat
+from kvq_plugin.kernels.codec import PORTABLE, SM80, SM89
 from kvq_plugin.layout import GPU_V1, PageLayout
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,23 +38,26 @@ class StoreChoice:
     warps: int
 
 
-# The choices below follow from bytes in flight, not from a timing: to stream 4.3 TB/s at about
-# 0.8 us of latency, each of 132 SMs needs some 26 KiB under way. A tile of 8 KiB of K and as much
-# of V, three stages deep, gives 32 KiB per program, with four programs to an SM.
+# Not yet measured on a GPU. To stream 4.3 TB/s at about 0.8 us of latency, each of an H200's 132
+# SMs needs some 26 KiB under way; two tiles of 8 KiB of K and as much of V give 32 KiB per program,
+# and shared memory holds four programs per SM. Stages: the address of a tile comes out of the block
+# table, so Triton 3.9 spends half the stages on that load; with fewer than five, tiles are loaded
+# one at a time (read in the PTX: cp.async.wait_group 0). Eight warps where four spill registers
+# (ptxas). tests/test_triton_compile.py holds these limits.
 #: (long queries, bits of the wider code, head size rounded up) -> choice
 ATTEND = {
-    (False, 8, 64): AttendChoice(block_n=128, warps=4, stages=3),
-    (False, 8, 128): AttendChoice(block_n=64, warps=4, stages=3),
-    (False, 8, 256): AttendChoice(block_n=32, warps=4, stages=3),
-    (False, 4, 64): AttendChoice(block_n=128, warps=4, stages=3),
-    (False, 4, 128): AttendChoice(block_n=128, warps=4, stages=3),
-    (False, 4, 256): AttendChoice(block_n=64, warps=4, stages=3),
-    (True, 8, 64): AttendChoice(block_n=64, warps=4, stages=3),
-    (True, 8, 128): AttendChoice(block_n=64, warps=4, stages=3),
-    (True, 8, 256): AttendChoice(block_n=32, warps=8, stages=3),
-    (True, 4, 64): AttendChoice(block_n=64, warps=4, stages=3),
-    (True, 4, 128): AttendChoice(block_n=64, warps=4, stages=3),
-    (True, 4, 256): AttendChoice(block_n=32, warps=8, stages=3),
+    (False, 8, 64): AttendChoice(block_n=128, warps=4, stages=5),
+    (False, 8, 128): AttendChoice(block_n=64, warps=4, stages=5),
+    (False, 8, 256): AttendChoice(block_n=32, warps=4, stages=5),
+    (False, 4, 64): AttendChoice(block_n=128, warps=4, stages=5),
+    (False, 4, 128): AttendChoice(block_n=128, warps=4, stages=5),
+    (False, 4, 256): AttendChoice(block_n=64, warps=4, stages=5),
+    (True, 8, 64): AttendChoice(block_n=64, warps=4, stages=5),
+    (True, 8, 128): AttendChoice(block_n=64, warps=8, stages=5),
+    (True, 8, 256): AttendChoice(block_n=32, warps=8, stages=5),
+    (True, 4, 64): AttendChoice(block_n=64, warps=4, stages=5),
+    (True, 4, 128): AttendChoice(block_n=64, warps=8, stages=5),
+    (True, 4, 256): AttendChoice(block_n=32, warps=8, stages=5),
 }
 #: Programs per multiprocessor that splitting the context aims for, by (long queries).
 PROGRAMS_PER_SM = {False: 4, True: 2}
@@ -68,6 +72,14 @@ STORE = ((256, StoreChoice(block_t=1, warps=1)), (None, StoreChoice(block_t=16, 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
     return triton.knobs.runtime.interpret
+
+
+@memoize
+def decoder(device: torch.device) -> int:
+    """Which of the decoders of ``codec.py`` runs on *device*."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return PORTABLE.value
+    return SM89.value if torch.cuda.get_device_capability(device) >= (8, 9) else SM80.value
 
 
 def attend_choice(format: KVFormat, head_size: int, long: bool) -> AttendChoice:

@@ -101,7 +101,8 @@ def attend(
                 **page, **owned,
                 CAUSAL=causal, WINDOW=window > 0, SOFTCAP=softcap != 0.0, SPLIT=splits > 1,
                 MIN_TILES=triton.cdiv(launch.MIN_SPLIT_TOKENS, choice.block_n),
-                BLOCK_N=choice.block_n, EXACT_DOT=launch.interpreted(),
+                BLOCK_N=choice.block_n, ISA=launch.decoder(cache.device),
+                EXACT_DOT=launch.interpreted(),
                 num_warps=choice.warps, num_stages=choice.stages,
             )  # fmt: skip
             if splits > 1:
