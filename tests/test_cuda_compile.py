@@ -121,7 +121,7 @@ def loops(cubin: Path) -> list[list[str]]:
 def test_the_loop_over_tiles(cubins, case):
     """Codes come 16 bytes at a time and products follow; nothing goes through the stack or
     through shared memory but a few facts of each row."""
-    row, head, _ = case
+    row, _, _ = case
     found = loops(cubins[case])
     assert len(found) == len(kernels(cubins[case]))
     for code in found:
@@ -133,4 +133,4 @@ def test_the_loop_over_tiles(cubins, case):
         products = [i for i, op in enumerate(code) if op.startswith("HMMA")]
         assert products[0] < first < products[-1]
         assert not [op for op in code if op.startswith(("LDL", "STL", "STS", "BAR"))]
-        assert len(products) >= head // 4
+        assert len(products) >= 32  # K and V, 8 KB of 8-bit codes

@@ -20,7 +20,7 @@ LEVELS = (
     ("serving", "hf_cache", "model", "servers"),
     ("calibrate", "evaluate"),
     ("report",),
-    ("demo", "bench"),
+    ("demo", "bench", "gpu_check"),
     ("cli", "__main__"),
 )
 #: The only modules that may import a package at all, anywhere in the file.

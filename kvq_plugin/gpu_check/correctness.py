@@ -18,7 +18,7 @@ from kvq_plugin.layout import GPU_V1
 
 @dataclass(frozen=True)
 class Grid:
-    """Shapes whose product is checked. Formats take turns: every pair of shapes meets all."""
+    """Shapes whose product is checked once each; formats take turns."""
 
     groups: tuple[int, ...] = (1, 4, 7, 8, 16)
     head_sizes: tuple[int, ...] = (64, 128, 256)
@@ -30,12 +30,13 @@ class Grid:
 
     def cases(self):
         """(head size, page, format) with its (context, batch, group) list; the product once."""
-        for i, (d, page, row) in enumerate(
-            itertools.product(self.head_sizes, self.pages, range(len(ROWS)))
-        ):
-            shapes = itertools.product(self.contexts, self.batches, self.groups)
-            mine = [s for j, s in enumerate(shapes) if (j + i) % len(ROWS) == row]
-            yield (d, page, ROWS[row]), mine
+        for i, (d, page) in enumerate(itertools.product(self.head_sizes, self.pages)):
+            shapes = list(itertools.product(self.contexts, self.batches, self.groups))
+            for row, format in enumerate(ROWS):
+                yield (
+                    (d, page, format),
+                    [shape for j, shape in enumerate(shapes) if (i + j) % len(ROWS) == row],
+                )
 
 
 GRID = Grid()
