@@ -325,10 +325,10 @@ KVQ_HD void combine(const AttendParams& p, const RowTile& r, const Splits& split
 
 template <class L, class S>
 KVQ_HD void attend_block(const AttendParams& p, Shared<S>& shared) {
-  const RowTile r = row_tile(p, L::block_y(), L::block_z());
+  const RowTile r = row_tile(p, L::block_x(), L::block_z());
   if (r.count <= 0) return;
   const Splits splits = splits_of(p, r);
-  const int split = L::block_x();
+  const int split = L::block_y();
   if (split >= splits.active) return;
   const int first = splits.first_tile + split * splits.per_split;
   const int last = min_of(first + splits.per_split, splits.first_tile + splits.tiles);

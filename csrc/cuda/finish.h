@@ -36,19 +36,21 @@ KVQ_HD void finish(const AttendParams& p, const RowTile& r, int row, int dim, fl
 // One block per (sequence, kv head, row tile), after attend_block of all splits.
 template <class L>
 KVQ_HD void merge_block(const AttendParams& p) {
-  const RowTile r = row_tile(p, L::block_y(), L::block_z());
+  const RowTile r = row_tile(p, L::block_x(), L::block_z());
   if (r.count <= 0) return;
   const int active = splits_of(p, r).active, d = p.cache.head_size;
   if (active == 1) return;
   const float* stats = statistics(p);
-  const int stride = kThreads * L::blocks_x();
-  for (int i = L::block_x() * kThreads + L::thread(); i < r.count * d; i += stride) {
+  const int stride = kThreads * L::blocks_y();
+  for (int i = L::block_y() * kThreads + L::thread(); i < r.count * d; i += stride) {
     const int row = i / d, dim = i % d;
     const int64_t at = partial(p, r, row, 0);
     float exponent = -__builtin_inff();
+    // Unrolled, so that the loads of several splits are under way at once.
+    KVQ_UNROLL_BY(16)
     for (int s = 0; s < active; ++s) exponent = L::max(exponent, stats[2 * (at + s)]);
     float sum = 0.0f, out = 0.0f;
-    KVQ_UNROLL_BY(4) for (int s = 0; s < active; ++s) {
+    KVQ_UNROLL_BY(16) for (int s = 0; s < active; ++s) {
       const float share = share_of<L>(stats[2 * (at + s)], exponent);
       sum += stats[2 * (at + s) + 1] * share;
       out += p.workspace[(at + s) * d + dim] * share;

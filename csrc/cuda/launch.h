@@ -14,10 +14,10 @@ cudaError_t attend_format(const AttendParams& p, cudaStream_t stream);
 template <int kFormatRow>
 cudaError_t store_format(const StoreParams& p, cudaStream_t stream);
 
-inline dim3 attend_grid(const AttendParams& p, int x) {
+inline dim3 attend_grid(const AttendParams& p, int y) {
   const int rows = p.max_query_len * (p.num_heads / p.cache.num_kv_heads);
   const int row_tiles = (rows + p.tile_rows - 1) / p.tile_rows;
-  return dim3(x, row_tiles * p.cache.num_kv_heads, p.num_seqs);
+  return dim3(row_tiles * p.cache.num_kv_heads, y, p.num_seqs);
 }
 
 }  // namespace gpu

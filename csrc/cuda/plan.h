@@ -65,15 +65,16 @@ struct RowTile {
   KVQ_HD int head(int row) const { return kv_head * group + (first + row) % group; }
 };
 
-KVQ_HD RowTile row_tile(const AttendParams& p, int y, int z) {
+// Of blocks (x, ., z): x counts row tiles and kv heads, and has no limit that a prompt reaches.
+KVQ_HD RowTile row_tile(const AttendParams& p, int x, int z) {
   RowTile r;
   r.sequence = z;
-  r.kv_head = y % p.cache.num_kv_heads;
+  r.kv_head = x % p.cache.num_kv_heads;
   r.start = p.query_start[z];
   r.queries = p.query_start[z + 1] - r.start;
   r.length = p.seq_lens[z];
   r.group = p.num_heads / p.cache.num_kv_heads;
-  r.first = y / p.cache.num_kv_heads * p.tile_rows;
+  r.first = x / p.cache.num_kv_heads * p.tile_rows;
   r.count = min_of(p.tile_rows, r.queries * r.group - r.first);
   return r;
 }

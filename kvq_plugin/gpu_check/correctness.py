@@ -190,7 +190,7 @@ def check_graphs(candidates: Sequence[Candidate], device: torch.device) -> Outco
         pool = fill(candidate, format, 128, 16, 257, 2, device)
         if candidate.refusal(format, 128, pool.cache) is not None:
             continue
-        problem = decode(pool, 3, 4000, 4, torch.bfloat16, ragged=False)
+        problem = decode(pool, 3, 4096, 4, torch.bfloat16, ragged=False)
         rows = [torch.zeros(3, 2, 128, dtype=torch.bfloat16, device=device) for _ in "kv"]
         slots = torch.full((3,), -1, device=device)
         out = torch.zeros_like(problem.query)

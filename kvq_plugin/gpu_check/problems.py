@@ -128,10 +128,10 @@ class Decode:
         return (self.query, pool.cache, self.table, self.lengths, self.starts, pool.format, scale,
                 *pool.statics)  # fmt: skip
 
-    def run(self, candidate: Candidate, workspace: torch.Tensor | None = None) -> torch.Tensor:
-        out = torch.full_like(self.query, float("nan"))
-        candidate.attend(out, *self.arguments(), max_query_len=1, max_seq_len=self.longest,
-                         workspace=workspace)  # fmt: skip
+    def run(self, candidate: Candidate, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The output; *out*, if given."""
+        out = torch.full_like(self.query, float("nan")) if out is None else out
+        candidate.attend(out, *self.arguments(), max_query_len=1, max_seq_len=self.longest)
         return out
 
     def expected(self, sequence: int) -> torch.Tensor:

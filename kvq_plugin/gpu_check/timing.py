@@ -112,10 +112,10 @@ def _ours(bench: Bench, candidates: Sequence[Candidate], device) -> Iterator[Non
         # Every sequence has pages of its own, in shuffled order.
         order = torch.randperm(blocks, device=device).int().view(batch, -1)
         problem.table.copy_(order)
-        size = pool.cache.numel()
+        out = torch.empty_like(problem.query)
         for candidate in candidates:
-            bench.add("attend", candidate.name, name, batch, context, size,
-                      lambda c=candidate, p=problem: p.run(c))  # fmt: skip
+            call = partial(problem.run, candidate, out)
+            bench.add("attend", candidate.name, name, batch, context, pool.cache.numel(), call)
         yield
 
 
@@ -128,9 +128,8 @@ def _stores(bench: Bench, candidates: Sequence[Candidate], device) -> Iterator[N
         slots = torch.randperm(tokens, device=device)
         size = pool.cache.numel() + sum(x.numel() * 2 for x in rows)
         for candidate in candidates:
-            bench.add("store", candidate.name, name, tokens, 0, size,
-                      lambda c=candidate, p=pool, r=rows, s=slots, f=format:
-                      c.store(*r, p.cache, s, f, *p.statics))  # fmt: skip
+            call = partial(candidate.store, *rows, pool.cache, slots, format, *pool.statics)
+            bench.add("store", candidate.name, name, tokens, 0, size, call)
         yield
 
 

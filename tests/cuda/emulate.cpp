@@ -18,16 +18,16 @@ void run_grid(int x, int y, int z, const Body& body) {
   const std::function<void()> call = body;
   for (int k = 0; k < z; ++k) {
     for (int j = 0; j < y; ++j) {
-      for (int i = 0; i < x; ++i) block.run(i, j, k, x, call);
+      for (int i = 0; i < x; ++i) block.run(i, j, k, y, call);
     }
   }
 }
 
 template <int kFormatRow, int kHead, int kRowTiles>
-void attend_shape(const AttendParams& p, int x, int y) {
+void attend_shape(const AttendParams& p, int x) {
   using S = Shape<kFormatRow, kHead, kRowTiles>;
   const auto shared = std::make_unique<Shared<S>>();
-  run_grid(x, y, p.num_seqs, [&] { attend_block<HostLane, S>(p, *shared); });
+  run_grid(x, p.splits, p.num_seqs, [&] { attend_block<HostLane, S>(p, *shared); });
 }
 
 // Compiling all kernels takes a minute: every format at head sizes up to 64, and of the larger
@@ -44,9 +44,9 @@ constexpr bool emulated(int format, int head, int row_tiles) {
 }
 
 template <int kFormatRow, int kHead, int kRowTiles>
-void attend_if(const AttendParams& p, int x, int y) {
+void attend_if(const AttendParams& p, int x) {
   if constexpr (emulated(kFormatRow, kHead, kRowTiles)) {
-    attend_shape<kFormatRow, kHead, kRowTiles>(p, x, y);
+    attend_shape<kFormatRow, kHead, kRowTiles>(p, x);
   } else {
     fprintf(stderr, "not emulated: format %d, head size %d, %d rows; see emulated()\n", kFormatRow,
             kHead, 8 * kRowTiles);
@@ -55,17 +55,17 @@ void attend_if(const AttendParams& p, int x, int y) {
 }
 
 template <int kFormatRow = 0>
-void attend_host(const AttendParams& p, int x, int y) {
+void attend_host(const AttendParams& p, int x) {
   if constexpr (kFormatRow + 1 < kNumFormats) {
-    if (p.cache.format != kFormatRow) return attend_host<kFormatRow + 1>(p, x, y);
+    if (p.cache.format != kFormatRow) return attend_host<kFormatRow + 1>(p, x);
   }
   const int head = p.cache.head_size;
   const bool wide = p.tile_rows > 8;
-  if (head > 128) return attend_if<kFormatRow, 256, 1>(p, x, y);
+  if (head > 128) return attend_if<kFormatRow, 256, 1>(p, x);
   if (head > 64) {
-    return wide ? attend_if<kFormatRow, 128, 2>(p, x, y) : attend_if<kFormatRow, 128, 1>(p, x, y);
+    return wide ? attend_if<kFormatRow, 128, 2>(p, x) : attend_if<kFormatRow, 128, 1>(p, x);
   }
-  return wide ? attend_if<kFormatRow, 64, 2>(p, x, y) : attend_if<kFormatRow, 64, 1>(p, x, y);
+  return wide ? attend_if<kFormatRow, 64, 2>(p, x) : attend_if<kFormatRow, 64, 1>(p, x);
 }
 
 template <int kFormatRow = 0>
@@ -90,10 +90,10 @@ int32_t kvq_cuda_attend(const AttendParams* p, kvq_stream) {
   using namespace kvq::gpu;
   if (p->num_seqs == 0 || p->num_tokens == 0 || p->max_query_len == 0) return 0;
   const int rows = p->max_query_len * (p->num_heads / p->cache.num_kv_heads);
-  const int y = (rows + p->tile_rows - 1) / p->tile_rows * p->cache.num_kv_heads;
-  attend_host(*p, p->splits, y);
+  const int x = (rows + p->tile_rows - 1) / p->tile_rows * p->cache.num_kv_heads;
+  attend_host(*p, x);
   if (p->splits > 1) {
-    run_grid(2, y, p->num_seqs, [&] { merge_block<HostLane>(*p); });
+    run_grid(x, 2, p->num_seqs, [&] { merge_block<HostLane>(*p); });
   }
   return 0;
 }

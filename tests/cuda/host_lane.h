@@ -29,8 +29,8 @@ class Block {
 
   Block() : stacks_(new char[kThreads * kStack]) {}
 
-  void run(int x, int y, int z, int blocks_x, const std::function<void()>& body) {
-    x_ = x, y_ = y, z_ = z, blocks_x_ = blocks_x, body_ = &body;
+  void run(int x, int y, int z, int blocks_y, const std::function<void()>& body) {
+    x_ = x, y_ = y, z_ = z, blocks_y_ = blocks_y, body_ = &body;
     current_block = this;
     arrived_ = 0, phase_ = 0, moved_ = true;
     for (auto& warp : warps_) warp.arrived = 0, warp.phase = 0;
@@ -82,7 +82,7 @@ class Block {
     }
   }
 
-  int thread_ = 0, x_ = 0, y_ = 0, z_ = 0, blocks_x_ = 1;
+  int thread_ = 0, x_ = 0, y_ = 0, z_ = 0, blocks_y_ = 1;
   static inline Block* current_block = nullptr;
 
  private:
@@ -153,7 +153,7 @@ struct HostLane {
   static int block_x() { return block().x_; }
   static int block_y() { return block().y_; }
   static int block_z() { return block().z_; }
-  static int blocks_x() { return block().blocks_x_; }
+  static int blocks_y() { return block().blocks_y_; }
   static void sync() { block().sync(); }
 
   template <class T>
