@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import cache as memoize
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -39,16 +40,14 @@ def _cuda_serves(format: KVFormat, head_size: int, cache: torch.Tensor) -> bool:
     return _choice() == "cuda"
 
 
-def _triton(name: str) -> ModuleType:
-    """``kvq_plugin.kernels.<name>``, which imports Triton."""
+def _triton(module: str) -> ModuleType:
+    """A module of this package that imports Triton."""
     if find_spec("triton") is None:
         raise ValueError(
             "this case needs Triton, which is not installed: pip install triton (a CUDA or ROCm "
             "build of PyTorch brings it), or use head sizes the CUDA C++ kernels serve"
         )
-    from kvq_plugin.kernels import paged, store
-
-    return {"paged": paged, "store": store}[name]
+    return import_module(f"kvq_plugin.kernels.{module}")
 
 
 def store(
@@ -71,7 +70,7 @@ def store(
 
         cuda.store(*args)
     else:
-        _triton("store").store(*args)
+        _triton("triton_store").store(*args)
 
 
 def attend(
@@ -126,7 +125,7 @@ def attend(
 
         cuda.attend(*args, **options)
     else:
-        _triton("paged").attend(*args, **options)
+        _triton("triton_paged").attend(*args, **options)
 
 
 def workspace_size(head_size: int, device: torch.device) -> int:

@@ -7,7 +7,7 @@ import triton
 
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.kernels import launch
-from kvq_plugin.kernels.attend import attend_kernel, merge_kernel
+from kvq_plugin.kernels.triton_attend import attend_kernel, merge_kernel
 from kvq_plugin.layout import GPU_V1, PageLayout
 from kvq_plugin.reference import StaticScale
 

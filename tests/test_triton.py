@@ -1,0 +1,154 @@
+"""Triton's kernels where there is no GPU: in its interpreter, and the choice between kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from kvq_plugin import kernels
+from kvq_plugin.formats import get_format
+from kvq_plugin.kernels import launch
+
+ROOT = Path(__file__).parent.parent
+FORMAT = get_format("int8_per_token_head")
+
+
+def test_interpreted_kernels():
+    """tests/interpreted, in a process of its own: TRITON_INTERPRET changes what Triton's import
+    and vLLM's do. On a machine with a GPU it is hidden, so that tensors stay on the CPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
+         str(ROOT / "tests" / "interpreted")],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
+             "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, timeout=290,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+# --- launches ------------------------------------------------------------------------------------
+
+
+def test_every_case_has_a_launch_choice():
+    for name in ("fp8", "int4_per_token_head"):
+        for head_size in range(16, 257, 16):
+            for long in (False, True):
+                assert launch.attend_choice(get_format(name), head_size, long).block_n >= 16
+
+
+@pytest.mark.parametrize("group", (1, 3, 4, 7, 8, 16, 33, 64, 71, 128))
+@pytest.mark.parametrize("max_query_len", (1, 2, 4, 7, 16, 17, 64, 5000))
+def test_rows_of_a_program(group, max_query_len):
+    rows = launch.rows(group, max_query_len)
+    assert 16 <= rows.block_m <= launch.MAX_ROWS
+    assert rows.block_q >= 1 and rows.short == rows.block_q
+    assert rows.long or rows.short >= max_query_len, "somebody must own every query"
+    assert -(-group // rows.heads) * rows.heads >= group
+
+
+def test_splits_fill_the_device_and_stay_worth_it(monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    device = torch.device("cuda", 0)
+    for batch in (1, 8, 17, 64, 4096):
+        for length in (100, 1000, 131072):
+            programs = batch * 8
+            splits = launch.split_count(programs, length, device, long=False)
+            assert 1 <= splits <= max(1, -(-length // launch.MIN_SPLIT_TOKENS))
+            assert splits == 1 or programs * splits <= 4 * 132
+            need = programs * splits * 64 * 129 * 4 if splits > 1 else 0
+            assert need <= launch.workspace_size(128, device)
+    assert launch.split_count(8, 131072, device, long=False) == 66
+
+
+@pytest.mark.parametrize(
+    ("head_size", "block_size", "message"),
+    (
+        (272, 16, r"head size 272.*multiple of 16 up to 256; use --kv-cache-dtype auto"),
+        (64, 24, r"block size 24.*multiple of 16"),
+    ),
+)
+def test_pages_that_cannot_be(head_size, block_size, message):
+    rows = torch.zeros(1, 1, head_size)
+    cache = torch.zeros(1, 1, block_size, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        launch.check(FORMAT, rows, cache)
+
+
+def test_activations_that_cannot_be():
+    with pytest.raises(ValueError, match="float64.*expected bfloat16.*use --dtype bfloat16"):
+        launch.check(FORMAT, torch.zeros(1, 1, 64).double(), torch.zeros(1, 1, 16, 136).byte())
+
+
+def test_misaligned_pages():
+    storage = torch.zeros(16 * 136 + 8, dtype=torch.uint8)
+    cache = storage[8:].view(1, 1, 16, 136)
+    with pytest.raises(ValueError, match="multiples of 16 bytes.*allocate it aligned"):
+        launch.check(FORMAT, torch.zeros(1, 1, 64), cache)
+
+
+# --- which kernels -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Names of the kernels that :mod:`kvq_plugin.kernels` calls, instead of calling them."""
+    names = []
+
+    def module(name, **more):
+        def note(*args, **kwargs):
+            names.append(name)
+
+        return SimpleNamespace(store=note, attend=note, **more)
+
+    cuda = module("cuda", supports=lambda format, head_size, cache: head_size != 80)
+    monkeypatch.setitem(sys.modules, "kvq_plugin.kernels.cuda", cuda)
+    monkeypatch.setattr(kernels, "cuda", cuda, raising=False)
+    monkeypatch.setattr(kernels, "_triton", module)
+    kernels._choice.cache_clear()
+    yield names
+    kernels._choice.cache_clear()
+
+
+def attend(head_size, max_query_len):
+    query, cache = torch.zeros(1, 8, head_size), torch.zeros(1, 2, 16, 8)
+    kernels.attend(query, query, cache, None, None, None, FORMAT, 1.0,
+                   max_query_len=max_query_len, max_seq_len=1)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("choice", "head_size", "max_query_len", "expected"),
+    (
+        ("auto", 64, 1, "cuda"),
+        ("auto", 64, 4, "cuda"),
+        ("auto", 64, 5, "triton_paged"),
+        ("auto", 80, 1, "triton_paged"),
+        ("triton", 64, 1, "triton_paged"),
+        ("cuda", 64, 500, "cuda"),
+        ("cuda", 80, 1, "cuda"),  # which then says why it cannot
+    ),
+)
+def test_choice_of_attention(called, monkeypatch, choice, head_size, max_query_len, expected):
+    monkeypatch.setenv("KVQ_GPU_KERNELS", choice)
+    attend(head_size, max_query_len)
+    assert called == [expected]
+
+
+@pytest.mark.parametrize(("choice", "expected"), (("auto", "cuda"), ("triton", "triton_store")))
+def test_choice_of_store(called, monkeypatch, choice, expected):
+    monkeypatch.setenv("KVQ_GPU_KERNELS", choice)
+    row = torch.zeros(1, 2, 64)
+    kernels.store(row, row, torch.zeros(1, 2, 16, 8), None, FORMAT)
+    assert called == [expected]
+
+
+def test_misspelt_choice_is_refused(called, monkeypatch):
+    monkeypatch.setenv("KVQ_GPU_KERNELS", "cutlass")
+    with pytest.raises(ValueError, match="KVQ_GPU_KERNELS='cutlass': expected one of auto"):
+        attend(64, 1)
