@@ -4,7 +4,9 @@ What only a device can show (the build's result, graphs, sanitizers, times) is n
 """
 
 import csv
+import inspect
 import io
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from kvq_plugin import reference
+from kvq_plugin import kernels, reference
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.gpu_check import (
     __main__,
@@ -26,6 +28,7 @@ from kvq_plugin.gpu_check import (
     problems,
     sanitize,
     timing,
+    worker,
 )
 from kvq_plugin.gpu_check.report import Clock, Outcome, Report
 from kvq_plugin.layout import GPU_V1
@@ -44,6 +47,18 @@ def off_by(factor: float) -> candidates.Candidate:
         out.mul_(factor)
 
     return replace(GOOD, name="wrong", attend=attend)
+
+
+def test_all_candidates_take_the_same_arguments():
+    """The kernels a device would run are found, and take what the checks pass."""
+    pytest.importorskip("triton")
+    made = [candidates.cuda(), candidates.triton()]
+    assert [c.name for c in made] == ["cuda", "triton"]
+    for c in made:
+        store, attend = (list(inspect.signature(f).parameters) for f in (c.store, c.attend))
+        assert store == list(inspect.signature(kernels.store).parameters)
+        assert attend[:10] == list(inspect.signature(kernels.attend).parameters)[:10]
+        assert {"max_query_len", "max_seq_len", "workspace"} <= set(attend)
 
 
 def report(clock: Clock = FOREVER) -> tuple[Report, io.StringIO]:
@@ -137,6 +152,27 @@ def test_steps_end_when_their_time_is_over_and_say_so():
     assert 0 < outcome.passed < 8
     assert outcome.skipped == f"{8 - outcome.passed} of 8 shapes, for time"
     assert outcome.word == "partly"
+
+
+def test_workers_share_the_cases_and_lose_none(monkeypatch):
+    few = [c for c in golden_cases.cases() if (c.head_size, c.dtype) == (16, "float16")]
+    monkeypatch.setattr(golden_cases, "cases", lambda: iter(few))
+    parts = [worker.work([GOOD], CPU, i, 3, 1e9, SMALL, ragged=4) for i in range(3)]
+    merged = worker.merge(parts)
+    assert [merged[step].passed for step in worker.STEPS] == [len(few), 4, 8]
+    assert not any(o.failures or o.skipped for o in merged.values())
+
+
+def test_a_worker_that_dies_is_a_failure():
+    good = json.dumps({"grid": {"passed": 3, "failures": [], "skipped": ""}})
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE)
+        for code in (f"print('noise'); print('{good}')", "print('out of memory'); exit(7)")
+    ]
+    merged = worker.finish(processes, FOREVER, 60)
+    assert merged["grid"].passed == 3
+    assert "status 7" in merged["grid"].failures[0]
+    assert "out of memory" in merged["grid"].failures[0]
 
 
 def test_one_step_s_failure_hides_no_other():

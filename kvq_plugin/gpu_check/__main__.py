@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvq_plugin.gpu_check import build, candidates, correctness, golden, sanitize, timing
-from kvq_plugin.gpu_check.report import Clock, Report
+from kvq_plugin.gpu_check import build, candidates, correctness, sanitize, timing, worker
+from kvq_plugin.gpu_check.report import Clock, Outcome, Report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +48,11 @@ def _kernels(report: Report) -> list[candidates.Candidate]:
     return [c for c in made if c is not None]
 
 
+def _gather(outcomes: dict, processes: list, clock: Clock, limit: float) -> Outcome:
+    outcomes.update(worker.finish(processes, clock, limit))
+    return Outcome(passed=len(processes))
+
+
 def check(report: Report, device: torch.device, arguments: argparse.Namespace) -> list[timing.Row]:
     """Every step on *device*; the rows of the timing."""
     clock = report.clock
@@ -61,13 +66,17 @@ def check(report: Report, device: torch.device, arguments: argparse.Namespace) -
         )
     names = [c.name for c in made]
     report.console.print(f"checking {' and '.join(names)}", highlight=False)
-    report.run("golden bytes", lambda: golden.check(made, device))
-    # In the background, while the steps that are not timed run.
+    # What is not timed runs at the same time: correctness, sanitizers, graphs.
+    limit = 0.6 * clock.left()
     watched = {tool: sanitize.start(tool, names) for tool in sanitize.TOOLS}
-    report.run("ragged batches", lambda: correctness.check_ragged(made, device, clock, 60))
+    shards = worker.count(torch.cuda.mem_get_info(device)[0])
+    processes = worker.start(names, shards, limit - 30)
     report.run("CUDA graphs", lambda: correctness.check_graphs(made, device))
-    report.run("grid", lambda: correctness.check_grid(made, device, clock, 120))
-    report.run("compute-sanitizer", lambda: sanitize.finish(watched, min(90, clock.left() - 90)))
+    outcomes: dict[str, Outcome] = {}
+    report.run("correctness", lambda: _gather(outcomes, processes, clock, limit))
+    for step, outcome in outcomes.items():
+        report.run(step, lambda outcome=outcome: outcome)
+    report.run("compute-sanitizer", lambda: sanitize.finish(watched, clock.left() - 110))
     rows: list[timing.Row] = []
     if not arguments.no_timing:
 

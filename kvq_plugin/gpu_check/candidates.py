@@ -41,9 +41,9 @@ def triton() -> Candidate | None:
     """Triton's kernels; None where Triton is not installed."""
     if find_spec("triton") is None:
         return None
-    from kvq_plugin.kernels import paged, store
+    from kvq_plugin.kernels import triton_paged, triton_store
 
-    return Candidate("triton", store.store, paged.attend, _never)
+    return Candidate("triton", triton_store.store, triton_paged.attend, _never)
 
 
 def standin(name: str = "reference") -> Candidate:

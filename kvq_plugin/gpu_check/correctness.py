@@ -61,11 +61,14 @@ def check_grid(
     clock: Clock,
     share: float,
     grid: Grid = GRID,
+    shard: tuple[int, int] = (0, 1),
 ) -> Outcome:
-    """Every shape of *grid*, with each candidate that serves it, for at most *share* seconds."""
+    """Every shape of *grid*, with each candidate that serves it, for at most *share* seconds.
+    *shard* (index, count): of the kinds of page only each count-th from index on."""
     outcome = Outcome()
     pools = list(grid.cases())
     random.Random(0).shuffle(pools)  # so that a run cut short has seen some of everything
+    pools = pools[shard[0] :: shard[1]]
     total = sum(len(shapes) for _, shapes in pools)
     done = 0
     work = ((key, shape) for key, shapes in pools for shape in shapes)
@@ -125,16 +128,17 @@ def check_ragged(
     clock: Clock,
     share: float,
     cases: int = 120,
+    shard: tuple[int, int] = (0, 1),
 ) -> Outcome:
     """Random batches with random options against the float64 reference on the CPU, including the
     stores' bytes against the reference's."""
     outcome = Outcome()
-    done = 0
-    for seed in clock.within(range(cases), share):
+    seeds, done = range(cases)[shard[0] :: shard[1]], 0
+    for seed in clock.within(seeds, share):
         _ragged_case(outcome, candidates, device, seed)
         done += 1
-    if done < cases:
-        outcome.skipped = f"{cases - done} of {cases} batches, for time"
+    if done < len(seeds):
+        outcome.skipped = f"{len(seeds) - done} of {len(seeds)} batches, for time"
     return outcome
 
 

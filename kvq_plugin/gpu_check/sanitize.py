@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -40,19 +41,19 @@ def start(tool: str, names: list[str]) -> subprocess.Popen | None:
     )
 
 
-def finish(processes: dict[str, subprocess.Popen | None], timeout: float) -> Outcome:
-    """What the sanitizers found, waiting up to *timeout* seconds for each."""
-    outcome = Outcome()
+def finish(processes: dict[str, subprocess.Popen | None], limit: float) -> Outcome:
+    """What the sanitizers found, waiting up to *limit* seconds for all."""
+    outcome, end = Outcome(), time.monotonic() + limit
     for tool, process in processes.items():
         if process is None:
             outcome.skipped = "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
             continue
         try:
-            text, _ = process.communicate(timeout=max(1.0, timeout))
+            text, _ = process.communicate(timeout=max(1.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            outcome.skipped = f"{tool} took more than {timeout:.0f} s"
+            outcome.skipped = f"{tool}, which took more than {limit:.0f} s"
             continue
         if "Device not supported" in text:
             outcome.skipped = f"{tool}: the sanitizer does not support this machine's GPU"
