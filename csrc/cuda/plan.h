@@ -31,7 +31,7 @@ struct Shape {
   static constexpr int kM = kWidest >= 256 ? 1 : 2;
   static constexpr int kTile = 16 * kM;
   // Blocks that share a multiprocessor: what the accumulators leave of its registers.
-  static constexpr int kBlocks = kHead * kRowTiles > 128 ? 2 : kHead * kRowTiles > 64 ? 3 : 4;
+  static constexpr int kBlocks = kHead > 128 || kRowTiles > 1 ? 2 : kHead > 64 ? 3 : 4;
 };
 
 // Head sizes above 128 take 8 rows at a time: 16 would need more registers than there are.
