@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,13 +12,16 @@ from kvq_plugin.gpu_check.report import Outcome
 ROOT = Path(__file__).parent.parent.parent
 
 
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
 def missing_tools() -> str:
     """What the build lacks here, in words; empty if nothing."""
     if not (ROOT / "csrc" / "cuda" / "CMakeLists.txt").exists():
         return "csrc/cuda (run this in a checkout of the project)"
-    missing = [name for name in ("nvcc", "cmake") if shutil.which(name) is None]
-    if missing == ["nvcc"] and Path("/usr/local/cuda/bin/nvcc").exists():
-        return ""  # CMake looks there too
+    missing = [name for name, found in (("nvcc", nvcc()), ("cmake", shutil.which("cmake")))
+               if found is None]  # fmt: skip
     return " and ".join(missing)
 
 
@@ -34,9 +38,9 @@ def build(architecture: str, timeout: float, folder: Path | None = None) -> Outc
          f"-DCMAKE_CUDA_ARCHITECTURES={architecture}-real"],
         ["cmake", "--build", str(folder), "--parallel"],
     )  # fmt: skip
-    outcome = Outcome()
+    outcome, env = Outcome(), dict(os.environ, CUDACXX=nvcc() or "nvcc")
     for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
         if done.returncode:
             outcome.failures.append(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-3000:]}")
             return outcome
