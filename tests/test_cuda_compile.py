@@ -100,7 +100,7 @@ def test_no_spills_and_shared_memory_fits(cubins, case):
 def loops(cubin: Path) -> list[list[str]]:
     """The machine instructions of each kernel's loop over tiles: the one with products in it."""
     text = subprocess.run(
-        [disassembler(), "-c", str(cubin)], capture_output=True, text=True, check=True, timeout=60
+        [disassembler(), "-c", str(cubin)], capture_output=True, text=True, check=True, timeout=240
     ).stdout
     found = []
     for section in re.split(r"\n//-+ \.text\.", text)[1:]:
