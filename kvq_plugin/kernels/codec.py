@@ -41,12 +41,14 @@ def bits_float(u):
 @triton.jit
 def widen(x):
     """Activations as fp32 bits. NaN keeps its sign, which a GPU's conversions drop."""
+    if x.dtype == tl.bfloat16:
+        # A shift, because the interpreter's conversion makes subnormals zero.
+        return x.to(tl.int16, bitcast=True).to(tl.int32) << 16
     wide = float_bits(x.to(tl.float32))
-    if x.dtype == tl.float32:
-        sign = wide & -2147483648
-    else:
+    if x.dtype == tl.float16:
         sign = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) & -2147483648
-    return tl.where((wide & MAGNITUDE) > INF_BITS, sign | NAN_BITS, wide)
+        wide = tl.where((wide & MAGNITUDE) > INF_BITS, sign | NAN_BITS, wide)
+    return wide
 
 
 @triton.jit

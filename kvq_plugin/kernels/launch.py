@@ -54,10 +54,10 @@ ATTEND = {
     (False, 4, 256): AttendChoice(block_n=64, warps=4, stages=5),
     (True, 8, 64): AttendChoice(block_n=64, warps=4, stages=5),
     (True, 8, 128): AttendChoice(block_n=64, warps=8, stages=5),
-    (True, 8, 256): AttendChoice(block_n=32, warps=8, stages=5),
-    (True, 4, 64): AttendChoice(block_n=64, warps=4, stages=5),
-    (True, 4, 128): AttendChoice(block_n=64, warps=8, stages=5),
-    (True, 4, 256): AttendChoice(block_n=32, warps=8, stages=5),
+    (True, 8, 256): AttendChoice(block_n=16, warps=8, stages=5),
+    (True, 4, 64): AttendChoice(block_n=32, warps=4, stages=5),
+    (True, 4, 128): AttendChoice(block_n=32, warps=8, stages=5),
+    (True, 4, 256): AttendChoice(block_n=16, warps=8, stages=5),
 }
 #: Programs per multiprocessor that splitting the context aims for, by (long queries).
 PROGRAMS_PER_SM = {False: 4, True: 2}

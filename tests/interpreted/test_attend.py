@@ -8,14 +8,13 @@ import fp16_bound
 import oracle
 import pytest
 import torch
-from cases import ACTIVATIONS, BATCHES, ROWS, name_of
+from cases import BATCHES, ROWS, name_of
 
 from kvq_plugin.formats import CODES, Granularity, Kind, get_format
 from kvq_plugin.kernels import launch
 from kvq_plugin.kernels import triton_paged as paged
 from kvq_plugin.layout import GPU_V1, PageLayout
 
-every_format = pytest.mark.parametrize("format", ROWS, ids=name_of)
 SMALL = ((65, 1), (40, 9), (16, 16))
 INT8, INT4, FP8 = map(get_format, ("int8_per_token_head", "int4_per_token_head", "fp8"))
 NAN = float("nan")
@@ -34,33 +33,38 @@ def check(format, batch=SMALL, **options) -> None:
     fp16_bound.compare(p, run(p), p.expected())
 
 
-@every_format
-@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=name_of)
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [*((f, torch.bfloat16) for f in ROWS), (INT4, torch.float16), (INT8, torch.float32)],
+    ids=name_of,
+)
 def test_formats_and_dtypes(format, dtype):
     check(format, dtype=dtype, granularity=Granularity.CHANNEL)
 
 
-@every_format
+@pytest.mark.parametrize("format", (get_format("int8"), INT4, FP8), ids=name_of)
 def test_split_contexts(format):
     """Decodes of up to 900 tokens, in four splits each, some of them empty; block size 48."""
     check(format, ((900, 1), (1, 1), (530, 1)), kv_heads=1, block_size=48, sinks=torch.randn(3))
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("format", (INT8, INT4), ids=name_of)
+@pytest.mark.parametrize(
+    ("format", "batch"), [*((INT8, batch) for batch in BATCHES), (INT4, "mixed")], ids=name_of
+)
 def test_batches(format, batch):
     """Ragged, speculative, chunked and mixed batches, which need both launches."""
     check(format, BATCHES[batch], kv_heads=1)
 
 
-@pytest.mark.parametrize("head_size", (16, 80, 128, 256))
-@pytest.mark.parametrize("format", (INT8, INT4, FP8), ids=name_of)
+@pytest.mark.parametrize("head_size", (16, 80, 256))
+@pytest.mark.parametrize("format", (INT8, INT4), ids=name_of)
 def test_head_sizes(format, head_size):
     check(format, ((65, 1), (40, 3)), head_size=head_size, kv_heads=1)
 
 
-@pytest.mark.parametrize("block_size", (16, 48, 128))
-@pytest.mark.parametrize("style", ("interleaved", "head_major"))
+@pytest.mark.parametrize(
+    ("block_size", "style"), ((16, "interleaved"), (48, "head_major"), (128, "padded"))
+)
 def test_pages(block_size, style):
     check(INT4, ((130, 1), (33, 20)), block_size=block_size, style=style)
 
@@ -68,7 +72,7 @@ def test_pages(block_size, style):
 @pytest.mark.parametrize("group", (1, 7, 16, 71))
 def test_groups(group):
     """71 query heads per kv head are dealt out in two chunks."""
-    check(INT8, ((65, 1), (20, 5)), group=group, kv_heads=2)
+    check(INT8, ((65, 1), (20, 2)), group=group, kv_heads=2)
 
 
 OPTIONS = {
@@ -87,10 +91,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("format", (INT8, INT4, FP8), ids=name_of)
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [*((INT8, options) for options in OPTIONS), (INT4, "all"), (FP8, "all")],
+    ids=name_of,
+)
 def test_options(format, options):
-    check(format, ((300, 1), (90, 40)), **options)
+    check(format, ((300, 1), (90, 40)), **OPTIONS[options])
 
 
 @pytest.mark.parametrize("granularity", (Granularity.TENSOR, Granularity.CHANNEL), ids=name_of)
@@ -119,11 +126,11 @@ def test_nan_reaches_those_who_see_it_and_nobody_else(format):
     for s in range(2):
         for which in (layout.key, layout.value):
             page = p.cache[p.blocks[s][0]].flatten(1)
-            at = which.metadata + 12 if format.is_dynamic else which.code_bytes[3]
-            nan = torch.tensor([0, 0, 0xC0, 0x7F]).byte() if format.is_dynamic else 0x7F
-            page[..., at : at + 4 if format.is_dynamic else None] = nan if format.is_dynamic else 0
-            if not format.is_dynamic:
-                page[..., at] = nan
+            if format.is_dynamic:
+                at = which.metadata + 4 * 3
+                page[:, at : at + 4] = torch.tensor([0, 0, 0xC0, 0x7F]).byte()
+            else:
+                page[:, which.code_bytes[3]] = 0x7F
     out = run(p)
     assert torch.isfinite(out[0]).all() and out[1].isnan().all()
 

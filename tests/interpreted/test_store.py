@@ -6,7 +6,7 @@ import golden_cases
 import oracle
 import pytest
 import torch
-from cases import ACTIVATIONS, ROWS, name_of
+from cases import ACTIVATIONS, ROWS, STATIC_ROWS, name_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +20,8 @@ NAN, INF = float("nan"), float("inf")
 GOLDEN = [
     case
     for case in golden_cases.cases()
-    if (case.head_size, case.dtype) in ((16, "float32"), (80, "bfloat16"), (80, "float16"))
-    and case.granularity is not Granularity.TENSOR
+    if (case.head_size, case.dtype) == (80, "bfloat16")
+    and case.granularity not in (Granularity.TENSOR, Granularity.HEAD)
 ]
 
 
@@ -52,7 +52,7 @@ def compare(format, key, value, slots, block_size=16, style="plain"):
 
 
 @every_format
-@pytest.mark.parametrize("style", oracle.CACHE_STYLES)
+@pytest.mark.parametrize("style", ("padded", "interleaved"))
 def test_cache_strides_and_strided_rows(format, style):
     """Rows as slices of a fused QKV projection; fewer slots than rows."""
     qkv = torch.randn(9, 7, 48).to(torch.bfloat16)
@@ -62,8 +62,8 @@ def test_cache_strides_and_strided_rows(format, style):
 
 @every_format
 def test_many_tokens_take_the_wide_program(format):
-    key, value = (torch.randn(300, 1, 32) for _ in "kv")
-    slots = torch.arange(300)
+    key, value = (torch.randn(260, 1, 32) for _ in "kv")
+    slots = torch.arange(260)
     slots[::9] = -1
     compare(format, key, value, slots, block_size=112)
 
@@ -82,27 +82,27 @@ def test_slots_past_the_cache_write_nothing(format):
 
 @pytest.mark.parametrize("name", [f.name for f in ROWS])
 @given(data=st.lists(st.floats(width=32), min_size=16, max_size=16))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_any_row_of_fp32(name, data):
     key = torch.tensor(data)[None, None]
     compare(get_format(name), key, -key, torch.tensor([7]))
 
 
 def all_16_bit_rows(dtype):
-    return oracle.all_inputs(dtype).view(256, 1, 256)
+    return oracle.all_inputs(dtype).view(512, 1, 128)
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS[:2], ids=name_of)
-@pytest.mark.parametrize("name", ("fp8_e4m3", "fp8_e5m2", "int8"))
+@pytest.mark.parametrize("name", [f.name for f in STATIC_ROWS])
 def test_every_16_bit_input(name, dtype):
     x = all_16_bit_rows(dtype)
     format = get_format(name)
-    static = reference.StaticScale.expand(0.7, 1, 256)
-    caches = [oracle.empty_cache(format, 16, 1, 256, 16) for _ in range(2)]
+    static = reference.StaticScale.expand(0.7, 1, 128)
+    caches = [oracle.empty_cache(format, 4, 1, 128, 128) for _ in range(2)]
     for cache, write in zip(
         caches, (kernel.store, functools.partial(reference.store, layout=GPU_V1)), strict=True
     ):
-        write(x, x, cache, torch.arange(256), format, static, static)
+        write(x, x, cache, torch.arange(512), format, static, static)
     assert torch.equal(*caches)
 
 
