@@ -245,6 +245,24 @@ def test_plans_fit_the_workspace(monkeypatch):
             assert params.splits <= max(1, splits // 2)
 
 
+def test_attend_brings_its_workspace_or_takes_one(monkeypatch):
+    launched = []
+    monkeypatch.setattr(cuda, "_load", emulator.host_library)
+    monkeypatch.setattr(cuda, "_device_refusal", lambda device: None)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "_launch", lambda name, params, device: launched.append(params))
+    problem = oracle.build(FORMATS["int8_per_token_head"], ((40, 1),), kind=GPU_V1)
+    out = torch.empty_like(problem.query)
+    whole, small = (torch.empty(n, dtype=torch.uint8) for n in (1 << 24, 64))
+    for workspace in (None, whole, small):
+        cuda.attend(
+            out, *problem.arguments(), max_query_len=1, max_seq_len=131072, workspace=workspace
+        )
+    assert launched[0].splits == launched[1].splits > 1 and launched[0].workspace
+    assert launched[1].workspace == whole.data_ptr()
+    assert launched[2].splits == 1 and not launched[2].workspace
+
+
 def test_refusals_say_what_to_do():
     format = FORMATS["int4_per_token_head"]
     assert cuda.shape_refusal(format, 128, 16) is None

@@ -24,6 +24,14 @@ static Store store_of(int format, std::integer_sequence<int, kRows...>) {
   static const Store table[] = {store_format<kRows>...};
   return table[format];
 }
+template <int... kRows>
+static cudaError_t load_all(std::integer_sequence<int, kRows...>) {
+  cudaError_t error = load_kernel(merge_kernel);
+  const auto note = [&](cudaError_t e) { error = error == cudaSuccess ? e : error; };
+  (note(load_attend<kRows>()), ...);
+  (note(load_store<kRows>()), ...);
+  return error;
+}
 using FormatRows = std::make_integer_sequence<int, kNumFormats>;
 
 }  // namespace gpu
@@ -48,6 +56,8 @@ int32_t kvq_cuda_attend(const AttendParams* p, kvq_stream stream) {
   merge_kernel<<<attend_grid(*p, (elements + kThreads - 1) / kThreads), kThreads, 0, to>>>(*p);
   return cudaGetLastError();
 }
+
+int32_t kvq_cuda_load() { return load_all(FormatRows{}); }
 
 const char* kvq_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));

@@ -13,6 +13,9 @@ using kvq_stream = void*;  // a cudaStream_t
 // `max_seq_len` bounds seq_lens. Returns the bytes that p->workspace must hold.
 KVQ_EXPORT int64_t kvq_cuda_plan(kvq::gpu::AttendParams* p, int64_t max_seq_len,
                                  int32_t multiprocessors);
+// Loads all kernels onto the current device, which the first launch of each would do otherwise, and
+// must not do while a graph is captured.
+KVQ_EXPORT int32_t kvq_cuda_load();
 KVQ_EXPORT int32_t kvq_cuda_store(const kvq::gpu::StoreParams* p, kvq_stream stream);
 KVQ_EXPORT int32_t kvq_cuda_attend(const kvq::gpu::AttendParams* p, kvq_stream stream);
 // sizeof and offsetof of a struct's fields, in the order of params.h (bytes; size first). Returns

@@ -43,6 +43,19 @@ cudaError_t attend_format<KVQ_FORMAT>(const AttendParams& p, cudaStream_t stream
               : launch<Shape<KVQ_FORMAT, 64, 1>>(p, stream);
 }
 
+template <>
+cudaError_t load_attend<KVQ_FORMAT>() {
+  const cudaError_t errors[] = {load_kernel(attend_kernel<Shape<KVQ_FORMAT, 64, 1>>),
+                                load_kernel(attend_kernel<Shape<KVQ_FORMAT, 64, 2>>),
+                                load_kernel(attend_kernel<Shape<KVQ_FORMAT, 128, 1>>),
+                                load_kernel(attend_kernel<Shape<KVQ_FORMAT, 128, 2>>),
+                                load_kernel(attend_kernel<Shape<KVQ_FORMAT, 256, 1>>)};
+  for (const cudaError_t error : errors) {
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 #endif
 
 }  // namespace gpu

@@ -18,12 +18,21 @@ cudaError_t store_format(const StoreParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-#define KVQ_STORE(row) template cudaError_t store_format<row>(const StoreParams&, cudaStream_t);
+template <int kFormatRow>
+cudaError_t load_store() {
+  return load_kernel(store_kernel<kFormatRow>);
+}
+
+#define KVQ_STORE(row)                                                      \
+  template cudaError_t store_format<row>(const StoreParams&, cudaStream_t); \
+  template cudaError_t load_store<row>();
 KVQ_STORE(0)
 KVQ_STORE(1)
 KVQ_STORE(2)
 KVQ_STORE(3)
-KVQ_STORE(4) KVQ_STORE(5) static_assert(kNumFormats == 6, "name the new formats' rows above");
+KVQ_STORE(4)
+KVQ_STORE(5)
+static_assert(kNumFormats == 6, "name the new formats' rows above");
 
 }  // namespace gpu
 }  // namespace kvq

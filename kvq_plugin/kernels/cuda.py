@@ -195,15 +195,26 @@ def _pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _launch(library, function, params, device: torch.device) -> None:
-    if device.type != "cuda":  # the emulator of the tests
-        error = function(byref(params), None)
-    else:
-        with torch.cuda.device(device):
-            error = function(byref(params), torch.cuda.current_stream(device).cuda_stream)
+def _check(error: int) -> None:
     if error:
-        message = library.kvq_cuda_error(error).decode()
+        message = _load().kvq_cuda_error(error).decode()
         raise RuntimeError(f"a CUDA C++ kernel could not be launched: {message} ({error})")
+
+
+@memoize
+def _loaded(device: torch.device) -> ctypes.CDLL:
+    """The library, with its kernels on *device*: loading them in the middle of a graph's capture
+    would break it."""
+    library = _load()
+    with torch.cuda.device(device):
+        _check(library.kvq_cuda_load())
+    return library
+
+
+def _launch(name: str, params: Structure, device: torch.device) -> None:
+    function = getattr(_loaded(device), name)
+    with torch.cuda.device(device):
+        _check(function(byref(params), torch.cuda.current_stream(device).cuda_stream))
 
 
 def store_params(
@@ -311,9 +322,9 @@ def store(
 
     Raises ValueError where :func:`refusal` names a reason.
     """
-    library = _require(format, key.shape[-1], cache)
+    _require(format, key.shape[-1], cache)
     params = store_params(key, value, cache, slot_mapping, format, key_static, value_static)
-    _launch(library, library.kvq_cuda_store, params, cache.device)
+    _launch("kvq_cuda_store", params, cache.device)
 
 
 def attend(
@@ -357,4 +368,4 @@ def attend(
         if workspace is None:
             workspace = torch.empty(need, dtype=torch.uint8, device=cache.device)
         params.workspace = workspace.data_ptr()
-    _launch(library, library.kvq_cuda_attend, params, cache.device)
+    _launch("kvq_cuda_attend", params, cache.device)
