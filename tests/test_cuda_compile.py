@@ -14,6 +14,7 @@ from pathlib import Path
 
 import emulator
 import pytest
+from cases import ROWS
 
 CUDA = emulator.ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90a", "100")
@@ -69,6 +70,13 @@ def cubins():
         return dict(
             zip(jobs, pool.map(lambda job: compile_cubin(*job), jobs.values()), strict=True)
         )
+
+
+def test_the_build_compiles_every_format():
+    """One object per row of the table; nvcc is not needed to see that."""
+    text = (CUDA / "CMakeLists.txt").read_text()
+    assert f"\nforeach(format RANGE {len(ROWS) - 1})" in text
+    assert "\nproject(kvq_cuda LANGUAGES CXX)\n" in text
 
 
 def kernels(cubin: Path) -> list[dict[str, int]]:
