@@ -23,8 +23,8 @@ from kvq_plugin.kernels import cuda
 
 ROOT = Path(__file__).parent.parent
 SOURCES = (ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda", ROOT / "csrc")
-#: -O1: with more, compiling takes longer than all that is run.
-FLAGS = ("-std=c++17", "-O1", "-g1", "-fsanitize=address", "-ffp-contract=off", "-Wall", "-Wextra",
+#: -Og: with more, compiling takes longer than all that is run.
+FLAGS = ("-std=c++17", "-Og", "-g1", "-fsanitize=address", "-ffp-contract=off", "-Wall", "-Wextra",
          "-Wno-unused-function", "-Wno-clobbered", "-Werror")  # fmt: skip
 
 
