@@ -10,11 +10,12 @@ LLM_COMPRESSOR ?= llmcompressor==0.14.0.1 compressed-tensors==0.19.0 datasets==5
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.kvq
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CUDA := $(wildcard csrc/cuda/*.cu tests/cuda/*.h tests/cuda/*.cpp)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMPS)/plugin  ## build the environment: torch, vLLM for CPU, the plugin
 
@@ -29,15 +30,24 @@ bench: install  ## time kernels and engines against vLLM's own; CSVs and plots i
 	$(VENV)/bin/kvq bench store --out build/bench
 	$(VENV)/bin/kvq bench engine
 
+cuda:  ## build the CUDA C++ kernels into kvq_plugin/ (needs nvcc and cmake, no GPU)
+	cmake -S csrc/cuda -B build/cuda
+	cmake --build build/cuda --parallel
+
+# Whatever Python has PyTorch for the GPU: the environment above is the CPU's.
+GPU_PYTHON ?= python3
+gpu-check:  ## on a machine with a CUDA GPU: build, verify and time the GPU kernels; no vLLM needed
+	$(GPU_PYTHON) -m kvq_plugin.gpu_check $(ARGS)
+
 lint: install  ## check style, changing nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(CUDA)
 
 format: install  ## rewrite the sources in the project's style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(VENV)/bin/clang-format -i $(CPP) $(CUDA)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info kvq_plugin/*.so .pytest_cache .ruff_cache .hypothesis
@@ -70,4 +80,4 @@ $(STAMPS)/llmcompressor: $(STAMPS)/plugin
 	-$(PIP) install --quiet --no-deps --target $(VENV)/llmcompressor --upgrade $(LLM_COMPRESSOR)
 	@touch $@
 
-.PHONY: help install demo test bench lint format clean
+.PHONY: help install demo test bench cuda gpu-check lint format clean

@@ -3,18 +3,24 @@
 
 #include <cstddef>
 
+#if defined(__CUDACC__)
+#define KVQ_CONSTEXPR constexpr __host__ __device__
+#else
+#define KVQ_CONSTEXPR constexpr
+#endif
+
 namespace kvq {
 
 enum class Code : int { kInt8 = 0, kInt4 = 1, kFp8E4M3 = 2, kFp8E5M2 = 3, kFp8E4M3Fnuz = 4 };
 
-constexpr int code_bits(Code c) { return c == Code::kInt4 ? 4 : 8; }
+KVQ_CONSTEXPR int code_bits(Code c) { return c == Code::kInt4 ? 4 : 8; }
 
 // How one of K and V is stored. `per_token`: the kernel computes one scale per token and kv
 // head while writing; otherwise scales come from the checkpoint, expanded to [H, D].
 struct Stream {
   Code code;
   bool per_token;
-  constexpr int metadata_bytes() const { return per_token ? 4 : 0; }
+  KVQ_CONSTEXPR int metadata_bytes() const { return per_token ? 4 : 0; }
 };
 
 struct Format {
@@ -33,14 +39,14 @@ inline constexpr Format kFormats[] = {
 };
 inline constexpr int kNumFormats = sizeof(kFormats) / sizeof(kFormats[0]);
 
-// Byte offsets inside one page, as kvq_plugin/layout.py defines them (layout id cpu-v1).
+// Byte offsets inside one page, as kvq_plugin/layout.py defines them (both cpu-v1 and gpu-v1).
 inline constexpr int kLanes = 16;
 
 struct PageLayout {
   long key_codes, value_codes, key_metadata, value_metadata, size;
 };
 
-constexpr PageLayout page_layout(const Format& f, long head_size, long block_size) {
+KVQ_CONSTEXPR PageLayout page_layout(Format f, long head_size, long block_size) {
   const long k = block_size * head_size * code_bits(f.key.code) / 8;
   const long v = block_size * head_size * code_bits(f.value.code) / 8;
   const long km = block_size * f.key.metadata_bytes();

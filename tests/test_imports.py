@@ -21,7 +21,7 @@ LEVELS = (
     ("evaluate", "inspection", "doctor"),
     ("report", "inspection_report"),
     ("calibrate",),
-    ("demo", "bench"),
+    ("demo", "bench", "gpu_check"),
     ("cli", "__main__"),
 )
 #: The only modules that may import a package at all, anywhere in the file.

@@ -445,3 +445,17 @@ def is_weights_pre_processed() -> bool:
     utils = importlib.import_module("vllm.model_executor.utils")
     answer = getattr(utils, "is_weights_pre_processed", None)
     return answer is not None and answer()
+
+
+# --- what benchmarks compare with ------------------------------------------------------
+
+
+def unified_attention() -> tuple[Callable[..., None], Any]:
+    """vLLM's Triton attention over paged caches, and its enumeration of quantized caches.
+
+    Raises ImportError where vLLM, or this kernel of it (before 0.30), is not installed.
+    """
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    return unified_attention, KVQuantMode

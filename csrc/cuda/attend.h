@@ -1,0 +1,348 @@
+// Split-KV attention of a few query rows per kv head over quantized pages, for decoding.
+//
+// A block of four warps owns one (sequence, kv head, up to 16 rows, split); its warps take tiles in
+// turn and never wait for each other until the end. Tokens are the M dimension of both products and
+// rows (query token x head of the group) the N dimension, so that a group of 4 heads wastes half of
+// a tile and not three quarters:
+//
+//     S^T [tokens, rows] = K [tokens, D] q^T        O^T [D, rows] += V^T [D, tokens] P^T
+//
+// Fragments are permuted so that each lane's share of a page is contiguous, which lets codes go
+// from memory to registers in loads of 16 bytes, without shared memory or barriers. With lane = 4 g
+// + t:
+//
+// * K: lane (g, t) holds tokens 2 kM g .. 2 kM (g + 1) of the tile, and of each the t-th 16 bytes
+//   of every 64. The dims of a product may come in any order, and q is loaded in the same one.
+// * V: lane (g, t) holds tokens 4 kM t .. 4 kM (t + 1), and of each the g-th 16 bytes of every 128.
+// * Row r of S's sub-tile m is token 2 kM (r % 8) + 2 m + r / 8 of the tile. Sixteen-aligned runs
+//   of tokens share a page, so each lane looks up one block for K and one for V.
+//
+// Scales never touch an element: those of K's channels go into q, of K's tokens onto the scores, of
+// V's tokens onto the weights, of V's channels onto the output; mins and zero points are rank-1.
+#pragma once
+
+#include "finish.h"
+#include "tile.h"
+
+namespace kvq {
+namespace gpu {
+namespace {
+
+// Weights are held as 2^15 times theirs, so that fp16 keeps 11 bits of those above 2^-29.
+constexpr float kWeightShift = 15.0f;
+constexpr float kMinusInf = -__builtin_inff();
+
+template <class L>
+KVQ_HD float metadata_scale(Stream s, uint32_t word) {
+  return is_affine(s) ? L::widen(word & 0xFFFFu) : bits_float(word);
+}
+
+// The softmax of one warp's rows, 8 n + 2 t + j in lane (g, t), and what it has summed up.
+template <class L, class S>
+struct Running {
+  // Largest score so far, and largest score + log2(V's token scale): weights are relative to the
+  // second, so that they fill fp16's range whatever V's scales are. The same without such scales.
+  float peak[S::kN][2], loudest[S::kN][2];
+  float sum[S::kN][2],
+      minimum[S::kN][2];  // of weights, and of weights times V's mins; a lane's own
+  float out[S::kD / 16][S::kN][4];
+
+  KVQ_HD void clear() {
+    KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+      KVQ_UNROLL for (int j = 0; j < 2; ++j) {
+        peak[n][j] = loudest[n][j] = kMinusInf;
+        sum[n][j] = minimum[n][j] = 0.0f;
+      }
+      KVQ_UNROLL for (int i = 0; i < S::kD / 16; ++i) {
+        KVQ_UNROLL for (int j = 0; j < 4; ++j) out[i][n][j] = 0.0f;
+      }
+    }
+  }
+};
+
+// What exponents are subtracted from scores: rows that saw nothing yet have none.
+KVQ_HD float unit(float peak) { return (peak == kMinusInf ? 0.0f : peak) - kWeightShift; }
+
+// Raises `peak` to the largest of x over the tokens of the tile. Returns what older sums shrink by.
+template <class L, int kTokens>
+KVQ_HD float raise(float& peak, const float (&x)[kTokens]) {
+  float largest = x[0];
+  KVQ_UNROLL for (int i = 1; i < kTokens; ++i) largest = L::max(largest, x[i]);
+  largest = reduce<L>(largest, 4, 32, [](float a, float b) { return L::max(a, b); });
+  const float before = unit(peak);
+  const bool first = peak == kMinusInf;
+  peak = L::max(peak, largest);
+  return first ? 0.0f : L::exp2(before - unit(peak));
+}
+
+template <class L, class S>
+KVQ_HD void scores_of(const Tile<L, S>& tile, const Query<L, S>& query,
+                      float (&scores)[S::kM][S::kN][4]) {
+  using Key = Decoder<S::kKey.code>;
+  constexpr int kSteps = Key::kCodes / 4;  // products of 16 dims per word
+  KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
+    KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+      KVQ_UNROLL for (int j = 0; j < 4; ++j) scores[m][n][j] = 0.0f;
+    }
+    KVQ_UNROLL for (int w = 0; w < Tile<L, S>::kKeyWords; ++w) {
+      uint32_t low[Key::kCodes / 2], high[Key::kCodes / 2];  // tokens of rows g and g + 8
+      Key::template along<L>(tile.key[2 * m][w], low);
+      Key::template along<L>(tile.key[2 * m + 1][w], high);
+      KVQ_UNROLL for (int s = 0; s < kSteps; ++s) {
+        KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+          const uint32_t (&b)[2] = query.fragment[n][w * kSteps + s];
+          L::mma(scores[m][n], low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1], b[0],
+                 b[1]);
+        }
+      }
+    }
+  }
+}
+
+template <class L, class S>
+KVQ_HD void accumulate(const Tile<L, S>& tile, const uint32_t (&weights)[S::kM][S::kN][2],
+                       Running<L, S>& run) {
+  using Value = Decoder<S::kValue.code>;
+  constexpr int kPairs = Value::kCodes / 2;
+  KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
+    KVQ_UNROLL for (int w = 0; w < Tile<L, S>::kValueWords; ++w) {
+      uint32_t low[Value::kCodes], high[Value::kCodes];  // tokens 2 t, 2 t + 1 and those + 8
+      Value::template across<L>(tile.value[2 * m][w], tile.value[2 * S::kM + 2 * m][w], low);
+      Value::template across<L>(tile.value[2 * m + 1][w], tile.value[2 * S::kM + 2 * m + 1][w],
+                                high);
+      KVQ_UNROLL for (int i = 0; i < kPairs; ++i) {
+        KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+          L::mma(run.out[w * kPairs + i][n], low[2 * i], low[2 * i + 1], high[2 * i],
+                 high[2 * i + 1], weights[m][n][0], weights[m][n][1]);
+        }
+      }
+    }
+  }
+}
+
+// Rows n, j of a tile: products to log2 scores, with -inf for what the row does not see.
+template <class L, class S>
+KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row, int token,
+                         bool masked, const float (&scale)[2 * S::kM],
+                         const float (&minimum)[2 * S::kM], float (&x)[2 * S::kM]) {
+  const float factor = shared.factor[row], bias = Query<L, S>::kBias ? shared.bias[row] : 0.0f;
+  KVQ_UNROLL for (int i = 0; i < 2 * S::kM; ++i) {
+    if constexpr (is_affine(S::kKey)) {
+      x[i] = scale[i] * x[i] + minimum[i] * bias;
+    } else {
+      if constexpr (Query<L, S>::kBias) x[i] += bias;
+      if constexpr (S::kKey.per_token) x[i] *= scale[i];
+    }
+    x[i] *= factor;
+  }
+  if (p.softcap > 0.0f) {
+    // tanh(s) = 1 - 2 / (1 + e^2s); x is in units of log2(e).
+    const float inner = 2.0f / p.softcap, outer = p.softcap * kLog2e;
+    KVQ_UNROLL for (int i = 0; i < 2 * S::kM; ++i) {
+      x[i] = outer - 2.0f * outer * L::reciprocal(1.0f + L::exp2(x[i] * inner));
+    }
+  }
+  if (p.alibi_slopes != nullptr) {
+    const int position = shared.position[row];
+    KVQ_UNROLL for (int i = 0; i < 2 * S::kM; ++i) {
+      x[i] -= shared.slope[row] * static_cast<float>(position - (token + i));
+    }
+  }
+  if (masked) {
+    const Span seen = shared.span[row];
+    KVQ_UNROLL for (int i = 0; i < 2 * S::kM; ++i) {
+      x[i] = token + i >= seen.begin && token + i < seen.end ? x[i] : kMinusInf;
+    }
+  }
+}
+
+// From products to weights, as the B operand of the second product; shrinks what `run` holds.
+template <class L, class S>
+KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, int tile, bool masked,
+                    const uint32_t (&key_words)[2 * S::kM],
+                    const uint32_t (&value_words)[2 * S::kM],
+                    const float (&scores)[S::kM][S::kN][4], uint32_t (&weights)[S::kM][S::kN][2],
+                    Running<L, S>& run) {
+  constexpr int kTokens = 2 * S::kM;
+  const int token = Tile<L, S>::key_token(tile);
+  float key_scale[kTokens] = {}, key_minimum[kTokens] = {};
+  float value_log[kTokens] = {}, value_offset[kTokens] = {};
+  KVQ_UNROLL for (int i = 0; i < kTokens; ++i) {
+    if constexpr (S::kKey.per_token) key_scale[i] = metadata_scale<L>(S::kKey, key_words[i]);
+    if constexpr (is_affine(S::kKey)) key_minimum[i] = L::widen(key_words[i] >> 16);
+    if constexpr (S::kValue.per_token) {
+      const float scale = metadata_scale<L>(S::kValue, value_words[i]);
+      value_log[i] = L::log2(scale);
+      if constexpr (is_affine(S::kValue)) {
+        constexpr float kCenter = Decoder<S::kValue.code>::kCenter;
+        value_offset[i] = L::widen(value_words[i] >> 16) + kCenter * scale;
+      }
+    }
+  }
+  KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+    float held[2][kTokens];  // weights of rows 2 t and 2 t + 1
+    KVQ_UNROLL for (int j = 0; j < 2; ++j) {
+      float x[kTokens];
+      KVQ_UNROLL for (int i = 0; i < kTokens; ++i) x[i] = scores[i / 2][n][i % 2 * 2 + j];
+      const int row = 8 * n + L::id() % 4 * 2 + j;
+      shape_scores<L, S>(p, shared, row, token, masked, key_scale, key_minimum, x);
+      const float shrink = raise<L>(run.peak[n][j], x);
+      const float base = unit(run.peak[n][j]);
+      float sum = 0.0f, minimum = 0.0f, shrink_out = shrink;
+      KVQ_UNROLL for (int i = 0; i < kTokens; ++i) {
+        const float weight = L::exp2(x[i] - base);
+        sum += weight;
+        held[j][i] = weight;
+        if constexpr (is_affine(S::kValue)) {
+          minimum += weight == 0.0f ? 0.0f : weight * value_offset[i];
+        }
+      }
+      if constexpr (S::kValue.per_token) {
+        // Stale metadata of a token that is not seen may be NaN.
+        KVQ_UNROLL for (int i = 0; i < kTokens; ++i) {
+          x[i] = x[i] == kMinusInf ? kMinusInf : x[i] + value_log[i];
+        }
+        shrink_out = raise<L>(run.loudest[n][j], x);
+        const float loudest = unit(run.loudest[n][j]);
+        KVQ_UNROLL for (int i = 0; i < kTokens; ++i) held[j][i] = L::exp2(x[i] - loudest);
+      }
+      run.sum[n][j] = run.sum[n][j] * shrink + sum;
+      if constexpr (is_affine(S::kValue)) {
+        run.minimum[n][j] = run.minimum[n][j] * shrink + minimum;
+      }
+      KVQ_UNROLL for (int i = 0; i < S::kD / 16; ++i) {
+        run.out[i][n][j] *= shrink_out;
+        run.out[i][n][j + 2] *= shrink_out;
+      }
+    }
+    KVQ_UNROLL for (int i = 0; i < kTokens; ++i) {
+      weights[i / 2][n][i % 2] = L::transpose(L::pack_halves(held[0][i], held[1][i]));
+    }
+  }
+}
+
+// One warp's tiles: first, first + kWarps, ... below last.
+template <class L, class S>
+KVQ_HD void attend_tiles(const AttendParams& p, const RowTile& r, const Splits& splits, int first,
+                         int last, const Query<L, S>& query, const Shared<S>& shared,
+                         Running<L, S>& run) {
+  constexpr Format kFormat = S::kFormat;
+  const PageLayout at = page_layout(kFormat, p.cache.head_size, p.cache.block_size);
+  const int32_t* table = p.block_table + r.sequence * p.block_table_stride;
+  const Span seen = splits.tokens;
+  // What every row sees: tiles inside need no mask.
+  const int all_begin = shared.span[r.count - 1].begin, all_end = shared.span[0].end;
+  Tile<L, S> tile;
+  tile.look_up(p, table, seen, first, last);
+  if (first < last) {
+    tile.load_key(p, at, r.kv_head, seen, first);
+    tile.load_value(p, at, r.kv_head, seen, first);
+  }
+  tile.look_up(p, table, seen, first + kWarps, last);
+  for (int i = first; i < last; i += kWarps) {
+    const int next = i + kWarps;
+    float scores[S::kM][S::kN][4];
+    scores_of<L, S>(tile, query, scores);
+    uint32_t key_words[2 * S::kM] = {}, value_words[2 * S::kM] = {};
+    KVQ_UNROLL for (int j = 0; j < 2 * S::kM; ++j) {
+      if constexpr (S::kKey.per_token) key_words[j] = tile.key_metadata[j];
+      if constexpr (S::kValue.per_token) value_words[j] = tile.value_metadata[j];
+    }
+    if (next < last) tile.load_key(p, at, r.kv_head, seen, next);
+    const bool masked = i * S::kTile < all_begin || (i + 1) * S::kTile > all_end;
+    uint32_t weights[S::kM][S::kN][2];
+    softmax<L, S>(p, shared, i, masked, key_words, value_words, scores, weights, run);
+    accumulate<L, S>(tile, weights, run);
+    if (next < last) {
+      tile.load_value(p, at, r.kv_head, seen, next);
+      tile.look_up(p, table, seen, next + kWarps, last);
+    }
+  }
+}
+
+// This warp's result to shared memory, in units of its peak.
+template <class L, class S>
+KVQ_HD void put(const Running<L, S>& run, Shared<S>& shared) {
+  using Value = Decoder<S::kValue.code>;
+  constexpr int kWords = S::kValueLoad / 4, kPairs = Value::kCodes / 2;
+  const int g = L::id() / 4, t = L::id() % 4, warp = L::warp();
+  const auto add = [](float a, float b) { return a + b; };
+  KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+    KVQ_UNROLL for (int j = 0; j < 2; ++j) {
+      const int row = 8 * n + 2 * t + j;
+      const float sum = reduce<L>(run.sum[n][j], 4, 32, add);
+      const float minimum = reduce<L>(run.minimum[n][j], 4, 32, add);
+      float grow = 1.0f;
+      if constexpr (S::kValue.per_token) {
+        grow = run.loudest[n][j] == kMinusInf
+                   ? 0.0f
+                   : L::exp2(unit(run.loudest[n][j]) - unit(run.peak[n][j]));
+      }
+      KVQ_UNROLL for (int i = 0; i < S::kD / 16; ++i) {
+        const int word = i / kPairs, code = i % kPairs * 2;
+        const int at = (word / kWords * 8 + g) * kWords + word % kWords;
+        float* out = &shared.out[warp][row][at * Value::kCodes + code];
+        out[0] = run.out[i][n][j] * grow + minimum;
+        out[1] = run.out[i][n][j + 2] * grow + minimum;
+      }
+      if (g == 0) {
+        shared.exponent[warp][row] = run.peak[n][j] == kMinusInf ? kMinusInf : unit(run.peak[n][j]);
+        shared.sum[warp][row] = sum;
+      }
+    }
+  }
+}
+
+// The warps' results together: the output, or one split's share of it.
+template <class L, class S>
+KVQ_HD void combine(const AttendParams& p, const RowTile& r, const Splits& splits, int split,
+                    const Shared<S>& shared) {
+  const int d = p.cache.head_size;
+  for (int i = L::thread(); i < r.count * d; i += kThreads) {
+    const int row = i / d, dim = i % d;
+    float exponent = kMinusInf;
+    KVQ_UNROLL for (int w = 0; w < kWarps; ++w) {
+      exponent = L::max(exponent, shared.exponent[w][row]);
+    }
+    float sum = 0.0f, out = 0.0f;
+    KVQ_UNROLL for (int w = 0; w < kWarps; ++w) {
+      const float share = share_of<L>(shared.exponent[w][row], exponent);
+      sum += shared.sum[w][row] * share;
+      out += shared.out[w][row][dim] * share;
+    }
+    if (splits.active == 1) {
+      finish<L>(p, r, row, dim, exponent, sum, out);
+      continue;
+    }
+    const int64_t at = partial(p, r, row, split);
+    p.workspace[at * d + dim] = out;
+    if (dim == 0) {
+      statistics(p)[2 * at] = exponent;
+      statistics(p)[2 * at + 1] = sum;
+    }
+  }
+}
+
+template <class L, class S>
+KVQ_HD void attend_block(const AttendParams& p, Shared<S>& shared) {
+  const RowTile r = row_tile(p, L::block_x(), L::block_z());
+  if (r.count <= 0) return;
+  const Splits splits = splits_of(p, r);
+  const int split = L::block_y();
+  if (split >= splits.active) return;
+  const int first = splits.first_tile + split * splits.per_split;
+  const int last = min_of(first + splits.per_split, splits.first_tile + splits.tiles);
+  Query<L, S> query;
+  query.load(p, r, shared);
+  L::sync();
+  Running<L, S> run;
+  run.clear();
+  attend_tiles<L, S>(p, r, splits, first + L::warp(), last, query, shared, run);
+  put<L, S>(run, shared);
+  L::sync();
+  combine<L, S>(p, r, splits, split, shared);
+}
+
+}  // namespace
+}  // namespace gpu
+}  // namespace kvq

@@ -1,0 +1,65 @@
+// What a GPU kernel needs to know, in plain pointers and fixed-size integers: no torch, no CUDA
+// types. kvq_plugin/kernels/cuda.py mirrors these structs with ctypes; layout.cpp exports their
+// offsets so that a test compares the two.
+#pragma once
+
+#include <cstdint>
+
+namespace kvq {
+namespace gpu {
+
+enum class Activation : int32_t { kBFloat16 = 0, kHalf = 1, kFloat = 2 };
+
+// One strided activation tensor [tokens, heads, D]; strides in elements, the last dim contiguous.
+struct Rows {
+  void* data;
+  int64_t token_stride, head_stride;
+};
+
+// The paged cache in layout gpu-v1: page(block, head) = data + block * block_stride + head *
+// head_stride (bytes, all multiples of 16).
+struct Cache {
+  uint8_t* data;
+  int64_t block_stride, head_stride;
+  int32_t block_size, num_kv_heads, head_size, format;  // format: row of kFormats
+};
+
+// Static scale of one stream, each [H, D] fp32 or null (dynamic formats; no zero points).
+struct StaticScale {
+  const float* factor;  // store: 1 / scale; attend: scale
+  const float* zero_point;
+};
+
+struct StoreParams {
+  Rows key, value;
+  Cache cache;
+  StaticScale key_scale, value_scale;
+  const int64_t* slots;  // [tokens]; negative ones are skipped
+  int64_t num_tokens;
+  Activation activation;
+  int32_t aligned;  // rows start at multiples of 16 bytes: loaded 16 bytes at a time
+};
+
+struct AttendParams {
+  Rows query, out;
+  Cache cache;
+  StaticScale key_scale, value_scale;
+  const int32_t* block_table;  // [seqs, blocks]
+  const int32_t* seq_lens;     // [seqs] tokens in the cache, this step's included
+  const int32_t* query_start;  // [seqs + 1] prefix sums of query lengths
+  const float* alibi_slopes;   // [heads] or null
+  const float* sinks;          // [heads] or null
+  // Partial results: fp32 [tokens, heads, splits, D], then [tokens, heads, splits, 2] (the exponent
+  // they are in units of, and the sum of weights). Null if splits is 1.
+  float* workspace;
+  int64_t block_table_stride, num_tokens;  // num_tokens: rows of query
+  int32_t num_seqs, num_heads, max_query_len, window;
+  float scale, softcap;  // softcap 0: none. window 0: none
+  int32_t causal;
+  Activation activation;
+  // Filled by plan(): the grid's splits, and the tokens and rows of one tile.
+  int32_t splits, tile_tokens, tile_rows;
+};
+
+}  // namespace gpu
+}  // namespace kvq

@@ -1,0 +1,38 @@
+// The kernels that write pages, of every format. Compile with -fmad=false (store.h says why).
+#include "launch.h"
+#include "store.h"
+
+namespace kvq {
+namespace gpu {
+
+template <int kFormatRow>
+__global__ void __launch_bounds__(kThreads) store_kernel(const __grid_constant__ StoreParams p) {
+  store_block<Lane, kFormatRow>(p);
+}
+
+template <int kFormatRow>
+cudaError_t store_format(const StoreParams& p, cudaStream_t stream) {
+  const int64_t items = p.num_tokens * p.cache.num_kv_heads;
+  const unsigned blocks = static_cast<unsigned>((items + kWarps - 1) / kWarps);
+  store_kernel<kFormatRow><<<blocks, kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <int kFormatRow>
+cudaError_t load_store() {
+  return load_kernel(store_kernel<kFormatRow>);
+}
+
+#define KVQ_STORE(row)                                                      \
+  template cudaError_t store_format<row>(const StoreParams&, cudaStream_t); \
+  template cudaError_t load_store<row>();
+KVQ_STORE(0)
+KVQ_STORE(1)
+KVQ_STORE(2)
+KVQ_STORE(3)
+KVQ_STORE(4)
+KVQ_STORE(5)
+static_assert(kNumFormats == 6, "name the new formats' rows above");
+
+}  // namespace gpu
+}  // namespace kvq

@@ -1,0 +1,164 @@
+// Quantize on write: one warp per (token, kv head) measures, encodes and writes the row of K and
+// the row of V. The same codec and the same order of roundings as csrc/cpu/quantize.h; compile with
+// -fmad=false, because a fused multiply-add rounds once where the specification rounds twice.
+#pragma once
+
+#include "lane.h"
+
+namespace kvq {
+namespace gpu {
+namespace {
+
+constexpr int kShare = 8;  // dims of one lane: 32 lanes hold the largest head
+constexpr float kAmaxFloor = 0x1p-100f;
+constexpr float kHalfMax = 65504.0f;
+constexpr float kFloatMax = 0x1.fffffep127f;
+
+// What the codes of one row need: value = (x - base) * inverse; metadata is the page's word.
+struct RowScale {
+  float inverse, base;
+  uint32_t metadata;
+};
+
+template <class L>
+KVQ_HD void load_share(const StoreParams& p, const Rows& rows, int64_t token, int head,
+                       float (&x)[kShare]) {
+  const int64_t at = token * rows.token_stride + head * rows.head_stride + L::id() * kShare;
+  const bool real = L::id() * kShare < p.cache.head_size;
+  KVQ_UNROLL for (int i = 0; i < kShare; ++i) x[i] = 0.0f;
+  if (!real) return;
+  if (p.aligned && p.activation != Activation::kFloat) {
+    uint32_t words[4];
+    L::load(static_cast<const uint8_t*>(rows.data) + 2 * at, words);
+    KVQ_UNROLL for (int i = 0; i < kShare; ++i) {
+      const uint16_t half = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+      x[i] = p.activation == Activation::kHalf ? half_to_float(half) : bf16_to_float(half);
+    }
+    return;
+  }
+  KVQ_UNROLL for (int i = 0; i < kShare; ++i) {
+    x[i] = load_activation(rows.data, p.activation, at + i);
+  }
+}
+
+// Scale of one row, whose values become finite: NaN counts as 0 and poisons the scale, infinities
+// count as the largest finite value.
+template <class L, Code C>
+KVQ_HD RowScale measure(float (&x)[kShare], bool real) {
+  constexpr bool kAffine = C == Code::kInt4;
+  constexpr float kLimit = kAffine ? kHalfMax : kFloatMax, kMax = Codec<C>::kMax;
+  uint32_t poison = 0;
+  float low = kLimit, high = -kLimit, peak = 0.0f;
+  KVQ_UNROLL for (int i = 0; i < kShare; ++i) {
+    poison |= x[i] != x[i] ? 1u : 0u;
+    float v = x[i] == x[i] ? x[i] : 0.0f;
+    v = v < -kLimit ? -kLimit : v;
+    v = v > kLimit ? kLimit : v;
+    x[i] = v;
+    if (real) {
+      low = v < low ? v : low;
+      high = v > high ? v : high;
+      const float magnitude = bits_float(float_bits(v) & 0x7FFFFFFFu);
+      peak = magnitude > peak ? magnitude : peak;
+    }
+  }
+  poison = reduce<L>(poison, 1, kWarp, [](uint32_t a, uint32_t b) { return a | b; });
+  const auto larger = [](float a, float b) { return a > b ? a : b; };
+  if constexpr (kAffine) {
+    // Adding 0: -0 would depend on the order of the reduction.
+    low = reduce<L>(low, 1, kWarp, [](float a, float b) { return a < b ? a : b; }) + 0.0f;
+    high = reduce<L>(high, 1, kWarp, larger) + 0.0f;
+    const uint16_t scale = float_to_half((high - low) * (1.0f / kMax));
+    const uint16_t minimum = float_to_half(low);
+    const float wide = half_to_float(scale);
+    return {wide > 0.0f ? L::divide(1.0f, wide) : 0.0f, half_to_float(minimum),
+            poison ? 0x7E007E00u : scale | static_cast<uint32_t>(minimum) << 16};
+  } else {
+    peak = reduce<L>(peak, 1, kWarp, larger);
+    const float amax = peak < kAmaxFloor ? kAmaxFloor : peak;
+    return {L::divide(kMax, amax), 0.0f, poison ? 0x7FC00000u : float_bits(amax * (1.0f / kMax))};
+  }
+}
+
+template <Code C>
+KVQ_HD void encode_row(const float (&x)[kShare], const RowScale& row, uint32_t (&codes)[kShare]) {
+  KVQ_UNROLL for (int i = 0; i < kShare; ++i) {
+    const float y = (C == Code::kInt4 ? x[i] - row.base : x[i]) * row.inverse;
+    codes[i] = encode<C>(y);
+  }
+}
+
+template <Code C>
+KVQ_HD void encode_channels(const float (&x)[kShare], const StaticScale& scale, int64_t channel,
+                            uint32_t (&codes)[kShare]) {
+  KVQ_UNROLL for (int i = 0; i < kShare; ++i) {
+    float y = x[i] * scale.factor[channel + i];
+    if (scale.zero_point != nullptr) {
+      // Round before adding the zero point, so that it does not move ties.
+      constexpr float kLimit = 4 * Codec<C>::kMax;
+      const uint32_t whole = round_clamped<float, uint32_t>(y, -kLimit, kLimit);
+      y = static_cast<float>(static_cast<int32_t>(whole)) + scale.zero_point[channel + i];
+    }
+    codes[i] = encode<C>(y);
+  }
+}
+
+// Eight codes to words of gpu-v1.
+template <Code C>
+KVQ_HD void pack(const uint32_t (&codes)[kShare], uint32_t (&words)[code_bits(C) / 4]) {
+  constexpr int kPer = 32 / code_bits(C);
+  KVQ_UNROLL for (int w = 0; w < kShare / kPer; ++w) {
+    words[w] = 0;
+    KVQ_UNROLL for (int i = 0; i < kPer; ++i) {
+      words[w] |= codes[w * kPer + i] << (i % 4 * 8 + i / 4 * code_bits(C));
+    }
+  }
+}
+
+template <class L, Code C, bool kPerToken>
+KVQ_HD void store_row(const StoreParams& p, const Rows& rows, const StaticScale& scale,
+                      int64_t token, int head, uint8_t* codes_at, uint8_t* metadata_at) {
+  float x[kShare];
+  load_share<L>(p, rows, token, head, x);
+  const bool real = L::id() * kShare < p.cache.head_size;
+  uint32_t codes[kShare];
+  if constexpr (kPerToken) {
+    const RowScale row = measure<L, C>(x, real);
+    encode_row<C>(x, row, codes);
+    if (L::id() == 0) *reinterpret_cast<uint32_t*>(metadata_at) = row.metadata;
+  } else if (real) {
+    const int64_t channel = static_cast<int64_t>(head) * p.cache.head_size + L::id() * kShare;
+    encode_channels<C>(x, scale, channel, codes);
+  }
+  if (!real) return;
+  uint32_t words[code_bits(C) / 4];
+  pack<C>(codes, words);
+  uint32_t* out = reinterpret_cast<uint32_t*>(codes_at) + L::id() * (code_bits(C) / 4);
+  KVQ_UNROLL for (int w = 0; w < code_bits(C) / 4; ++w) out[w] = words[w];
+}
+
+template <class L, int kFormatRow>
+KVQ_HD void store_block(const StoreParams& p) {
+  constexpr Format kFormat = kFormats[kFormatRow];
+  const int64_t item = static_cast<int64_t>(L::block_x()) * kWarps + L::warp();
+  const int64_t token = item / p.cache.num_kv_heads;
+  const int head = static_cast<int>(item % p.cache.num_kv_heads);
+  if (token >= p.num_tokens) return;
+  const int64_t slot = p.slots[token];
+  if (slot < 0) return;
+  const int64_t block = slot / p.cache.block_size, position = slot % p.cache.block_size;
+  uint8_t* page = p.cache.data + block * p.cache.block_stride + head * p.cache.head_stride;
+  const PageLayout at = page_layout(kFormat, p.cache.head_size, p.cache.block_size);
+  const int64_t key_row = p.cache.head_size * code_bits(kFormat.key.code) / 8;
+  const int64_t value_row = p.cache.head_size * code_bits(kFormat.value.code) / 8;
+  store_row<L, kFormat.key.code, kFormat.key.per_token>(p, p.key, p.key_scale, token, head,
+                                                        page + at.key_codes + position * key_row,
+                                                        page + at.key_metadata + 4 * position);
+  store_row<L, kFormat.value.code, kFormat.value.per_token>(
+      p, p.value, p.value_scale, token, head, page + at.value_codes + position * value_row,
+      page + at.value_metadata + 4 * position);
+}
+
+}  // namespace
+}  // namespace gpu
+}  // namespace kvq

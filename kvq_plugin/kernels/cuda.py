@@ -1,0 +1,371 @@
+"""The CUDA C++ kernels: ``_kvq_cuda.so`` (built from csrc/cuda by nvcc alone) through ctypes.
+
+The library knows nothing of torch, so one build serves every torch; this module fills the structs
+of ``csrc/cuda/params.h`` from tensors and launches on torch's current stream. Nothing here reads a
+device's memory or waits for it, so that a CUDA graph may capture every call.
+
+Arguments are those of :mod:`kvq_plugin.ops`, which has checked them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from functools import cache as memoize
+from pathlib import Path
+
+import torch
+
+from kvq_plugin.formats import KVFormat
+from kvq_plugin.layout import GPU_V1, PageLayout
+from kvq_plugin.reference import StaticScale
+
+LIBRARY = Path(__file__).parent.parent / "_kvq_cuda.so"
+ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+#: Compute capability from which mma.m16n8k16 and fp16 -> fp32 products exist.
+CAPABILITY = (8, 0)
+#: Bounds of :func:`workspace_size`: waves of blocks (choose.h), blocks that share a
+#: multiprocessor and rows of one (plan.h).
+_WAVES, _BLOCKS, _ROWS = 4, 3, 16
+
+
+class Rows(Structure):
+    _fields_ = [("data", c_void_p), ("token_stride", c_int64), ("head_stride", c_int64)]
+
+
+class Cache(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("block_stride", c_int64),
+        ("head_stride", c_int64),
+        ("block_size", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_size", c_int32),
+        ("format", c_int32),
+    ]
+
+
+class Scale(Structure):
+    _fields_ = [("factor", c_void_p), ("zero_point", c_void_p)]
+
+
+class StoreParams(Structure):
+    _fields_ = [
+        ("key", Rows),
+        ("value", Rows),
+        ("cache", Cache),
+        ("key_scale", Scale),
+        ("value_scale", Scale),
+        ("slots", c_void_p),
+        ("num_tokens", c_int64),
+        ("activation", c_int32),
+        ("aligned", c_int32),
+    ]
+
+
+class AttendParams(Structure):
+    _fields_ = [
+        ("query", Rows),
+        ("out", Rows),
+        ("cache", Cache),
+        ("key_scale", Scale),
+        ("value_scale", Scale),
+        ("block_table", c_void_p),
+        ("seq_lens", c_void_p),
+        ("query_start", c_void_p),
+        ("alibi_slopes", c_void_p),
+        ("sinks", c_void_p),
+        ("workspace", c_void_p),
+        ("block_table_stride", c_int64),
+        ("num_tokens", c_int64),
+        ("num_seqs", c_int32),
+        ("num_heads", c_int32),
+        ("max_query_len", c_int32),
+        ("window", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("causal", c_int32),
+        ("activation", c_int32),
+        ("splits", c_int32),
+        ("tile_tokens", c_int32),
+        ("tile_rows", c_int32),
+    ]
+
+
+def open_library(path: Path | str) -> ctypes.CDLL:
+    """The library at *path* with its functions declared. Raises OSError where it cannot load."""
+    library = ctypes.CDLL(str(path))
+    library.kvq_cuda_plan.argtypes = [POINTER(AttendParams), c_int64, c_int32]
+    library.kvq_cuda_plan.restype = c_int64
+    library.kvq_cuda_store.argtypes = [POINTER(StoreParams), c_void_p]
+    library.kvq_cuda_attend.argtypes = [POINTER(AttendParams), c_void_p]
+    library.kvq_cuda_layout.argtypes = [c_int32, POINTER(c_int64), c_int32]
+    library.kvq_cuda_error.argtypes = [c_int32]
+    library.kvq_cuda_error.restype = ctypes.c_char_p
+    return library
+
+
+@memoize
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not built (make cuda builds it; it needs nvcc)"
+    try:
+        return open_library(LIBRARY)
+    except OSError as e:
+        return f"{LIBRARY.name} does not load: {e}"
+
+
+@memoize
+def _device_refusal(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the cache is on {device}, and CUDA C++ kernels need an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        got, need = (".".join(map(str, c)) for c in (capability, CAPABILITY))
+        return f"{device} has compute capability {got}, and CUDA C++ kernels need {need} or later"
+    return None
+
+
+@memoize
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shape_refusal(format: KVFormat, head_size: int, block_size: int) -> str | None:
+    """Why no CUDA C++ kernel reads pages of this shape; None if one does."""
+    try:
+        PageLayout(format, head_size, block_size, GPU_V1)
+    except ValueError as e:
+        return str(e)
+    # Rows of a head size class above 64 are read 16 bytes at a time.
+    bits = min(format.key.code.bits, format.value.code.bits)
+    if head_size > 64 and head_size * bits // 8 % 16:
+        return (
+            f"rows of {head_size} {bits}-bit codes are {head_size * bits // 8} bytes, and CUDA C++ "
+            f"kernels read multiples of 16; Triton's kernels take head size {head_size}"
+        )
+    return None
+
+
+def refusal(format: KVFormat, head_size: int, cache: torch.Tensor) -> str | None:
+    """Why the CUDA C++ kernels cannot serve *cache* ``[B, H, N, C]``; None if they can."""
+    library = _load()
+    if isinstance(library, str):
+        return library
+    reason = _device_refusal(cache.device) or shape_refusal(format, head_size, cache.shape[2])
+    if reason is None and (cache.data_ptr() % 16 or any(s % 16 for s in cache.stride()[:2])):
+        reason = (
+            f"pages must start at multiples of 16 bytes; the cache starts at "
+            f"{cache.data_ptr() % 16} past one and has strides {list(cache.stride()[:2])}"
+        )
+    return reason
+
+
+def supports(format: KVFormat, head_size: int, cache: torch.Tensor) -> bool:
+    """Whether :func:`store` and :func:`attend` can serve *cache* ``[B, H, N, C]``."""
+    return refusal(format, head_size, cache) is None
+
+
+def _require(format: KVFormat, head_size: int, cache: torch.Tensor) -> ctypes.CDLL:
+    reason = refusal(format, head_size, cache)
+    if reason is not None:
+        raise ValueError(f"KVQ_GPU_KERNELS=cuda: {reason}; unset it, or set KVQ_GPU_KERNELS=triton")
+    return _load()
+
+
+def _rows(x: torch.Tensor) -> Rows:
+    return Rows(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _cache(cache: torch.Tensor, format: KVFormat, head_size: int) -> Cache:
+    blocks, heads = cache.stride()[:2]
+    return Cache(cache.data_ptr(), blocks, heads, cache.shape[2], cache.shape[1], head_size,
+                 format.id)  # fmt: skip
+
+
+def _scale(static: StaticScale | None, which: str) -> Scale:
+    if static is None:
+        return Scale()
+    zero = static.zero_point
+    return Scale(getattr(static, which).data_ptr(), None if zero is None else zero.data_ptr())
+
+
+def _pointer(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _check(error: int) -> None:
+    if error:
+        message = _load().kvq_cuda_error(error).decode()
+        raise RuntimeError(f"a CUDA C++ kernel could not be launched: {message} ({error})")
+
+
+@memoize
+def _loaded(device: torch.device) -> ctypes.CDLL:
+    """The library, with its kernels on *device*: loading them in the middle of a graph's capture
+    would break it."""
+    library = _load()
+    with torch.cuda.device(device):
+        _check(library.kvq_cuda_load())
+    return library
+
+
+def _launch(name: str, params: Structure, device: torch.device) -> None:
+    function = getattr(_loaded(device), name)
+    with torch.cuda.device(device):
+        _check(function(byref(params), torch.cuda.current_stream(device).cuda_stream))
+
+
+def store_params(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    format: KVFormat,
+    key_static: StaticScale | None = None,
+    value_static: StaticScale | None = None,
+) -> StoreParams:
+    """The struct that the store kernels read, for the arguments of :func:`store`."""
+    rows = (key, value)
+    aligned = all(
+        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+        for x in rows
+    )
+    return StoreParams(
+        *map(_rows, rows),
+        _cache(cache, format, key.shape[-1]),
+        _scale(key_static, "inverse"),
+        _scale(value_static, "inverse"),
+        slot_mapping.data_ptr(),
+        slot_mapping.shape[0],
+        ACTIVATIONS[key.dtype],
+        aligned,
+    )
+
+
+def attend_params(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    format: KVFormat,
+    scale: float,
+    key_static: StaticScale | None = None,
+    value_static: StaticScale | None = None,
+    *,
+    max_query_len: int,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> AttendParams:
+    """The struct that attention reads, for the arguments of :func:`attend`; not yet planned."""
+    return AttendParams(
+        _rows(query),
+        _rows(out),
+        _cache(cache, format, query.shape[-1]),
+        _scale(key_static, "scale"),
+        _scale(value_static, "scale"),
+        block_table.data_ptr(),
+        seq_lens.data_ptr(),
+        query_start_loc.data_ptr(),
+        _pointer(alibi_slopes),
+        _pointer(sinks),
+        None,
+        block_table.stride(0),
+        query.shape[0],
+        seq_lens.shape[0],
+        query.shape[1],
+        max_query_len,
+        window,
+        scale,
+        softcap,
+        causal,
+        ACTIVATIONS[query.dtype],
+    )
+
+
+def plan(library, params: AttendParams, max_seq_len: int, multiprocessors: int, room: int | None):
+    """Fill in how *params* is cut up. Returns the bytes of workspace it needs.
+
+    *room*: bytes there are, or None for as many as asked; with less than the best plan wants,
+    contexts are split less.
+    """
+    need = library.kvq_cuda_plan(byref(params), max_seq_len, multiprocessors)
+    if room is not None and need > room:
+        each = need // params.splits
+        params.splits = max(1, room // each)
+        need = each * params.splits if params.splits > 1 else 0
+    return need
+
+
+def workspace_size(head_size: int, device: torch.device) -> int:
+    """Bytes that :func:`attend` uses at most for split contexts, whatever the batch: reserve them
+    once and pass them as ``workspace``."""
+    return _WAVES * _BLOCKS * _multiprocessors(device) * _ROWS * (head_size + 2) * 4
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    format: KVFormat,
+    key_static: StaticScale | None = None,
+    value_static: StaticScale | None = None,
+) -> None:
+    """As :func:`kvq_plugin.ops.store`, into pages of layout ``gpu-v1``.
+
+    Raises ValueError where :func:`refusal` names a reason.
+    """
+    _require(format, key.shape[-1], cache)
+    params = store_params(key, value, cache, slot_mapping, format, key_static, value_static)
+    _launch("kvq_cuda_store", params, cache.device)
+
+
+def attend(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    format: KVFormat,
+    scale: float,
+    key_static: StaticScale | None = None,
+    value_static: StaticScale | None = None,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
+    workspace: torch.Tensor | None = None,
+    **options,
+) -> None:
+    """As :func:`kvq_plugin.ops.attend`, over pages of layout ``gpu-v1``.
+
+    Made for decoding: a few query tokens per sequence. Longer queries are right, but read the
+    cache once per 8 or 16 rows, so prefer Triton's kernels for them.
+
+    Args:
+        max_query_len, max_seq_len: bounds of the batch, from shapes; no data is looked at.
+        workspace: uint8 of up to :func:`workspace_size` bytes, 16-byte aligned; allocated for
+            the call if None. A smaller one means fewer splits.
+        options: causal, window, softcap, alibi_slopes and sinks of :func:`kvq_plugin.ops.attend`.
+
+    Raises ValueError where :func:`refusal` names a reason.
+    """
+    library = _require(format, query.shape[-1], cache)
+    params = attend_params(
+        out, query, cache, block_table, seq_lens, query_start_loc, format, scale,
+        key_static, value_static, max_query_len=max_query_len, **options,
+    )  # fmt: skip
+    room = None if workspace is None else workspace.numel() * workspace.element_size()
+    need = plan(library, params, max_seq_len, _multiprocessors(cache.device), room)
+    if need:
+        if workspace is None:
+            workspace = torch.empty(need, dtype=torch.uint8, device=cache.device)
+        params.workspace = workspace.data_ptr()
+    _launch("kvq_cuda_attend", params, cache.device)

@@ -1,0 +1,147 @@
+"""Every .cu compiled by nvcc, without a GPU, and what its machine code looks like.
+
+The attention kernels are compiled for one class of head sizes at a time (all of them, for all
+formats and architectures, are minutes); the cases are those nearest to running out of registers
+on each architecture, and each way of decoding.
+"""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import emulator
+import pytest
+from cases import ROWS
+
+CUDA = emulator.ROOT / "csrc" / "cuda"
+ARCHITECTURES = ("80", "90a", "100")
+#: (format row, class of head sizes, architecture)
+ATTEND = (
+    *((row, 128, arch) for row in (3, 5) for arch in ARCHITECTURES),
+    (0, 128, "80"),  # e4m3 without the instruction that decodes it
+    (0, 256, "90a"),
+    (5, 64, "80"),
+)
+OTHERS = tuple((name, arch) for name in ("store.cu", "api.cu") for arch in ARCHITECTURES)
+#: Static shared memory of a block; more would have to be asked for at launch.
+SHARED_MEMORY = 48 << 10
+
+
+def nvcc() -> str:
+    found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if found is None:
+        pytest.skip("no nvcc: the CUDA C++ kernels are not compiled here (make cuda needs it too)")
+    return found
+
+
+def disassembler() -> str:
+    found = shutil.which("nvdisasm")
+    spec = None if found else find_spec("triton")
+    if spec is not None:
+        inside = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        found = str(inside) if inside.exists() else None
+    if found is None:
+        pytest.skip("no nvdisasm, on PATH or in Triton's package: machine code is not looked at")
+    return found
+
+
+def compile_cubin(source: str, arch: str, *flags: str) -> Path:
+    command = [nvcc(), "-std=c++17", "-O3", "-Werror", "all-warnings", "-cubin", "-Xptxas", "-v",
+               f"-gencode=arch=compute_{arch},code=sm_{arch}", *flags]  # fmt: skip
+    if source == "store.cu":
+        command.append("-fmad=false")
+    name = f"{Path(source).stem}-sm_{arch}"
+    return emulator.cached(name, [*command, str(CUDA / source)], CUDA, CUDA.parent)
+
+
+@pytest.fixture(scope="module")
+def cubins():
+    """Everything compiled, two at a time."""
+    nvcc()
+    jobs = {
+        **{case: ("attend.cu", case[2], f"-DKVQ_FORMAT={case[0]}", f"-DKVQ_HEAD={case[1]}")
+           for case in ATTEND},
+        **{case: case for case in OTHERS},
+    }  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        return dict(
+            zip(jobs, pool.map(lambda job: compile_cubin(*job), jobs.values()), strict=True)
+        )
+
+
+def test_the_build_compiles_every_format():
+    """One object per row of the table; nvcc is not needed to see that."""
+    text = (CUDA / "CMakeLists.txt").read_text()
+    assert f"\nforeach(format RANGE {len(ROWS) - 1})" in text
+    assert "\nproject(kvq_cuda LANGUAGES CXX)\n" in text
+
+
+def kernels(cubin: Path) -> list[dict[str, int]]:
+    """What ptxas said of each kernel."""
+    said = cubin.with_suffix(".log").read_text()
+    out = []
+    for part in said.split("Compiling entry function")[1:]:
+        found = {
+            "stores": r"(\d+) bytes spill stores",
+            "loads": r"(\d+) bytes spill loads",
+            "registers": r"Used (\d+) registers",
+            "shared": r"(\d+) bytes smem",
+        }
+        numbers = {k: re.search(p, part) for k, p in found.items()}
+        out.append({k: int(m.group(1)) if m else 0 for k, m in numbers.items()})
+    return out
+
+
+@pytest.mark.parametrize("case", (*ATTEND, *OTHERS), ids=lambda c: "-".join(map(str, c)))
+def test_no_spills_and_shared_memory_fits(cubins, case):
+    made = kernels(cubins[case])
+    assert made
+    for kernel in made:
+        assert kernel["stores"] == kernel["loads"] == 0, kernel
+        assert kernel["shared"] <= SHARED_MEMORY
+        assert 0 < kernel["registers"] <= 255
+
+
+def loops(cubin: Path) -> list[list[str]]:
+    """The machine instructions of each kernel's loop over tiles: the one with products in it."""
+    text = subprocess.run(
+        [disassembler(), "-c", str(cubin)], capture_output=True, text=True, check=True, timeout=240
+    ).stdout
+    found = []
+    for section in re.split(r"\n//-+ \.text\.", text)[1:]:
+        labels, code = {}, []
+        for line in section.splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[label.group(1)] = len(code)
+            elif op := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z].*)", line):
+                code.append(op.group(1))
+        for at, op in enumerate(code):
+            target = re.search(r"\.L_x_\d+", op) if op.startswith("BRA") else None
+            start = labels.get(target.group(0), at) if target else at
+            if start < at and any("HMMA" in o for o in code[start:at]):
+                found.append(code[start:at])
+    return found
+
+
+@pytest.mark.parametrize("case", ATTEND, ids=lambda c: "-".join(map(str, c)))
+def test_the_loop_over_tiles(cubins, case):
+    """Codes come 16 bytes at a time and products follow; nothing goes through the stack or
+    through shared memory but a few facts of each row."""
+    row, head, _ = case
+    found = loops(cubins[case])
+    assert len(found) == len(kernels(cubins[case]))
+    for code in found:
+        wide = [op for op in code if op.startswith("LDG") and ".128" in op]
+        # A lane's share of rows narrower than 128 bytes is less than 16 bytes, but for K's of 64.
+        codes = {(5, 128): 4, (5, 64): 0}.get((row, head), 16)
+        metadata = 2 if row in (3, 5) else 0
+        assert len(wide) >= codes + metadata > 0
+        # The next tile's K is asked for before this one's softmax, its V after its products.
+        first = next(i for i, op in enumerate(code) if op in wide)
+        products = [i for i, op in enumerate(code) if op.startswith("HMMA")]
+        assert products[0] < first < products[-1]
+        assert not [op for op in code if op.startswith(("LDL", "STL", "STS", "BAR"))]
+        assert len(products) >= (16 if head == 64 else 32)
