@@ -345,7 +345,8 @@ def test_a_step_means_the_same_as_on_the_cpu(monkeypatch, kernels, format, featu
     (*decodes, first), (*rest, second) = kernels.launches
     assert (decodes, rest) == ([0, 3, 1], [3, TOKENS, 17]) and first is second
     monkeypatch.setattr(base, "ops", ops)
-    builder = cpu.CPUBuilder(_spec(format), [], None, torch.device("cpu"))
+    without_layers = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+    builder = cpu.CPUBuilder(_spec(format), [], without_layers, torch.device("cpu"))
     theirs = _run(cpu, format, _impl(cpu, format, **options), layer, builder)
     torch.testing.assert_close(ours.output, theirs.output, rtol=2**-6, atol=2**-8)
     k, v = reference.load(

@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import wrapt
+
 if TYPE_CHECKING:
     import torch
 
@@ -396,9 +398,15 @@ def on_model_created(hook: Callable[[Any, Any, Any], None]) -> None:
     """Call ``hook(model, vllm_config, model_config)`` for every model vLLM has built and not
     yet loaded; *model_config* is None for the one that *vllm_config* is about.
 
-    Models inside another one (the language model of a multimodal model) are not reported.
+    Models inside another one (the language model of a multimodal model) are not reported. The
+    module concerned imports every attention backend, so nothing happens before vLLM needs it.
     """
-    utils = importlib.import_module("vllm.model_executor.model_loader.utils")
+    wrapt.register_post_import_hook(
+        functools.partial(_report_models, hook), "vllm.model_executor.model_loader.utils"
+    )
+
+
+def _report_models(hook: Callable[[Any, Any, Any], None], utils: Any) -> None:
     stock = utils.initialize_model
     if getattr(stock, "_kvq_wrapped", False):
         return
