@@ -87,10 +87,22 @@ OPERAND_GAIN = {Kind.FLOAT: 1.0, Kind.SIGNED: 1.0, Kind.AFFINE: 2.8}
 OFFSET_SLACK = {Kind.FLOAT: 0.0, Kind.SIGNED: 8 * 2.0**-22, Kind.AFFINE: 0.0}
 
 
+def weight_rounding(format: KVFormat, dtype: torch.dtype) -> float:
+    """Relative rounding of a softmax weight where a kernel may keep it in one bf16: for a bf16
+    output and 8-bit floats whose tokens have no scales."""
+    single = format.value.code.kind is Kind.FLOAT and not format.value.is_dynamic
+    return 2.0**-8 if single and dtype == torch.bfloat16 else 0.0
+
+
 def nrmse_bound(format: KVFormat, dtype: torch.dtype) -> float:
-    """Largest RMS error over RMS output of one attention call on N(0, 1) data."""
+    """Largest RMS error over RMS output of one attention call on N(0, 1) data.
+
+    Rounded weights move the output by their rounding times ``sqrt(sum (p v)^2)``, which for V of
+    zero mean is the output's own root mean square.
+    """
     gain = max(OPERAND_GAIN[s.code.kind] for s in (format.key, format.value))
-    return LIMB_NRMSE * gain + OUTPUT_ROUNDING[dtype] / 3**0.5
+    rounding = OUTPUT_ROUNDING[dtype] + weight_rounding(format, dtype)
+    return LIMB_NRMSE * gain + rounding / 3**0.5
 
 
 #: The float64 reference against an independent dense float64 implementation: both read codes

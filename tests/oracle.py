@@ -446,6 +446,7 @@ def attention_bound(problem: Problem) -> torch.Tensor:
       (``expm1`` makes it hold for large ``ds`` too). Softcap only contracts scores.
     * A probability (value token scale folded in) is off by ``LIMB`` of the largest one, for
       every visible token; tiles only make this smaller.
+    * Where :func:`cases.weight_rounding` allows, a probability is also off by that much of itself.
     * ``FP32_SLACK`` of the absolute sum, and rounding of the output to the activation dtype.
     """
     dtype = problem.query.dtype
@@ -470,7 +471,8 @@ def attention_bound(problem: Problem) -> torch.Tensor:
             error += cases.LIMB * loudest * (mask.double() @ v.codes) * v.channel
             loudest = p[head].amax(-1, keepdim=True)
             error += cases.LIMB * loudest * (mask.double() @ v.minimum)[:, None]
-            error += cases.FP32_SLACK * (p[head] @ values.abs() + out)
+            rounding = cases.FP32_SLACK + cases.weight_rounding(problem.format, dtype)
+            error += rounding * (p[head] @ values.abs()) + cases.FP32_SLACK * out
             error += cases.OUTPUT_ROUNDING[dtype] * (out + error) + cases.OUTPUT_FLOOR[dtype]
             bound[begin:end, head] = error
     return bound

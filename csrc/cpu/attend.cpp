@@ -245,6 +245,7 @@ struct Kernel {
              *reinterpret_cast<Scratch*>(memory),
              reinterpret_cast<Head*>(memory + sizeof(Scratch)),
              plan.params->cache.head_size};
+    fit_output(k.s.weights, plan.params->query.type, kF.value.per_token);
 #if defined(KVQ_AMX)
     const TileSession session(
         item.rows > kBlockRows && (kUsesTiles<KeyDot> || kUsesTiles<ValueDot>), item.rows);

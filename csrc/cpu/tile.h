@@ -62,6 +62,11 @@ KVQ_HD void for_row_blocks(int rows, const Visit& visit) {
 // Largest integer whose two 8-bit limbs, 256 * high + low with both in [-128, 127], stay in range.
 constexpr float kLimbMax = 32639.0f;
 
+// How exact weights need to be for outputs of `type`, with or without tokens' scales in them; the
+// one policy that asks overloads it.
+template <class Weights>
+KVQ_HD void fit_output(Weights&, Activation /*type*/, bool /*scaled*/) {}
+
 KVQ_HD void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace
