@@ -197,7 +197,7 @@ def test_llm_compressor_checkpoints_serve(compressed, base):
     jobs = [Job({"model": str(path)}, SCORED) for path in (base, *compressed.values())]
     plain, *quantized = only(run(jobs))
     for result in quantized:
-        assert 0 < _change(plain, result) < 0.3  # e4m3: measured 0.09
+        assert 0 < _change(plain, result) < 0.3  # far from what a wrong scale does
 
 
 # --- compressed-tensors ----------------------------------------------------------------
