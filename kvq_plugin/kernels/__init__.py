@@ -12,6 +12,7 @@ from functools import cache as memoize
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -85,22 +86,18 @@ def attend(
     key_static: StaticScale | None = None,
     value_static: StaticScale | None = None,
     *,
-    causal: bool = True,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
     max_query_len: int,
-    max_seq_len: int,
-    workspace: torch.Tensor | None = None,
+    **options: Any,
 ) -> None:
     """Attention over pages of layout ``gpu-v1``; checked arguments of
     :func:`kvq_plugin.ops.attend`, and
 
     Args:
-        max_query_len, max_seq_len: bounds of the batch, known on the host; grids and splits
-            follow from them and from shapes, never from data on the device.
-        workspace: uint8, at least :func:`workspace_size` bytes; allocated for the call if None.
+        max_query_len: bound of the batch, known on the host.
+        options: the keywords of :func:`kvq_plugin.ops.attend`, and ``max_seq_len``, another such
+            bound, which must be given. Grids and splits follow from the bounds and from shapes,
+            never from data on the device. ``workspace``: uint8, at least :func:`workspace_size`
+            bytes; allocated for the call if None.
 
     Raises ValueError for a head size, block size or alignment that the kernels cannot do.
     """
@@ -108,16 +105,7 @@ def attend(
         out, query, cache, block_table, seq_lens, query_start_loc, format, scale,
         key_static, value_static,
     )  # fmt: skip
-    options = {
-        "causal": causal,
-        "window": window,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-        "max_query_len": max_query_len,
-        "max_seq_len": max_seq_len,
-        "workspace": workspace,
-    }
+    options["max_query_len"] = max_query_len
     rows = max_query_len * (query.shape[1] // cache.shape[1])
     few = max_query_len == 1 or rows <= CUDA_ROWS or _choice() == "cuda"
     if few and _cuda_serves(format, query.shape[-1], cache):
