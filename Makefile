@@ -10,7 +10,7 @@ LLM_COMPRESSOR ?= llmcompressor==0.14.0.1 compressed-tensors==0.19.0 datasets==5
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.kvq
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
-CUDA := $(wildcard csrc/cuda/*.cu tests/cuda/*.h tests/cuda/*.cpp)
+UNBUILT := $(wildcard csrc/cuda/*.cu tests/cuda/*.h tests/cuda/*.cpp tests/cpu/*.cpp)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -24,6 +24,9 @@ demo: install  ## serve the built-in model with each KV cache and compare; ARGS=
 
 test: install $(STAMPS)/llmcompressor  ## run the tests; ARGS="-k name" narrows them
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
+	scripts/sanitize.sh $(VENV)/bin/python $(or $(ARGS),10000)
 
 bench: install  ## time kernels and engines against vLLM's own; CSVs and plots in build/bench
 	$(VENV)/bin/kvq bench attention --out build/bench
@@ -42,12 +45,12 @@ gpu-check:  ## on a machine with a CUDA GPU: build, verify and time the GPU kern
 lint: install  ## check style, changing nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(CUDA)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(UNBUILT)
 
 format: install  ## rewrite the sources in the project's style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CPP) $(CUDA)
+	$(VENV)/bin/clang-format -i $(CPP) $(UNBUILT)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info kvq_plugin/*.so .pytest_cache .ruff_cache .hypothesis
@@ -80,4 +83,4 @@ $(STAMPS)/llmcompressor: $(STAMPS)/plugin
 	-$(PIP) install --quiet --no-deps --target $(VENV)/llmcompressor --upgrade $(LLM_COMPRESSOR)
 	@touch $@
 
-.PHONY: help install demo test bench cuda gpu-check lint format clean
+.PHONY: help install demo test sanitize bench cuda gpu-check lint format clean

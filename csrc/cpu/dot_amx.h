@@ -119,7 +119,7 @@ struct AmxDot : VnniDot<C> {
         multiply(s.tiles + row / kTileRows * (kBlocks * kLimbs), blocks, kTileRowBytes, column,
                  tiles.sums, fetch);
         for (int r = 0; r < kTileRows && row + r < rows; ++r) {
-          const int32_t start = -Base::kOffset * s.total[row + r];
+          const int32_t start = Base::offset(s, row + r);
           float* out = scores + (row + r) * kTile + g * kLanes;
           save16(out, product(tiles.sums, 0, r, start) * s.step[row + r]);
           save16(out + kLanes, product(tiles.sums, 1, r, start) * s.step[row + r]);

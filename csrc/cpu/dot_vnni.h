@@ -79,6 +79,12 @@ struct VnniDot {
     s.sum[row] = static_cast<float>(s.total[row]) * s.step[row];
   }
 
+  // What a row's sums over codes start from. Modulo 2^32: a NaN row's total is anything.
+  static KVQ_HD int32_t offset(const Query& s, int row) {
+    return static_cast<int32_t>(0u - static_cast<uint32_t>(kOffset) *
+                                         static_cast<uint32_t>(s.total[row]));
+  }
+
   template <int P>
   static KVQ_HD Ints operand(Ints line) {
     if constexpr (kParts == 1) return line;
@@ -117,7 +123,7 @@ struct VnniDot {
       unroll<R>([&](auto r) KVQ_UNROLLED {
         unroll<kSpan>([&](auto v) KVQ_UNROLLED {
           sums.high[r][v] = Ints{};
-          sums.low[r][v] = Ints{} - kOffset * s.total[row + r];
+          sums.low[r][v] = Ints{} + offset(s, row + r);
         });
       });
       const uint8_t *now[kStep], *later[kStep];

@@ -35,6 +35,7 @@ struct RowFacts {
   float key_bias[kMaxRows];  // score of a zero code: -q . (scale * zero point)
   float slope[kMaxRows];     // ALiBi, in log2 units
   Span span[kMaxRows];
+  Span common;  // what all rows see
   int position[kMaxRows];
   float softcap;
   bool shaped;  // softcap or ALiBi: scores go through shape() first
