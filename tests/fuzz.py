@@ -188,18 +188,12 @@ class Batch:
                 raw = raw ^ 0x80
             where, shifts = which.code_bytes[position], which.code_shifts[position]
             width = (1 << which.stream.code.bits) - 1
-            # Tokens share bytes: one field of one token at a time.
-            for t in range(len(slots)) if width < 255 else ():
-                for shift in (0, 4):
-                    here = shifts[t] == shift
-                    at = where[t][here]
-                    if not len(at):
-                        continue
-                    old = pages[block[t]][:, at] & ~torch.tensor(width << shift).to(torch.uint8)
-                    pages[block[t], :, at] = old | (raw[t][:, here] << shift)
-            if width == 255 and len(slots):
-                h = torch.arange(self.kv_heads)[None, :, None]
-                pages[block[:, None, None], h, where[:, None, :]] = raw
+            # Two codes may share a byte, but none of the same field.
+            for shift in range(0, 8, which.stream.code.bits) if len(slots) else ():
+                t, d = (shifts == shift).nonzero(as_tuple=True)
+                at = (block[t][:, None], torch.arange(self.kv_heads)[None], where[t, d][:, None])
+                kept_bits = pages[at] & (0xFF ^ (width << shift))
+                pages[at] = kept_bits | (raw[t, :, d] << shift)
             if words is not None and len(slots):
                 four = words.contiguous().view(torch.uint8).view(len(slots), self.kv_heads, 4)
                 at = which.metadata + 4 * position[:, None, None] + torch.arange(4)
