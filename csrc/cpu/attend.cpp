@@ -238,7 +238,7 @@ struct Kernel {
     }
   }
 
-  static void run(void* context, long index) {
+  static void run(void* context, int /*worker*/, long index) {
     const Plan& plan = *static_cast<const Plan*>(context);
     const Unit unit = plan.units[index];
     Item& item = plan.items[unit.item];
@@ -280,11 +280,9 @@ struct Kernel {
   }
 };
 
-using Body = void (*)(void*, long);
-
 template <int... I>
-Body pick(int format, IndexList<I...>) {
-  static constexpr Body kTable[] = {Kernel<I>::run...};
+Runtime::Body pick(int format, IndexList<I...>) {
+  static constexpr Runtime::Body kTable[] = {Kernel<I>::run...};
   return kTable[format];
 }
 
@@ -298,7 +296,7 @@ void attend(const AttendParams& p, const Runtime& runtime) {
   plan.layout = page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size);
   plan.group = static_cast<int>(p.num_heads / p.cache.num_kv_heads);
   const long units = make_plan(plan, runtime.num_threads);
-  runtime.parallel_for(units, pick(p.format, FormatIndices{}), &plan);
+  runtime.parallel_for(units, runtime.num_threads, pick(p.format, FormatIndices{}), &plan);
 }
 
 }  // namespace KVQ_ISA

@@ -6,7 +6,6 @@
 #include "kernels.h"
 #include "quantize.h"
 #include "transpose.h"
-#include "workspace.h"
 
 namespace kvq {
 namespace {
@@ -27,7 +26,8 @@ struct StoreTask {
   bool stream;
 };
 
-// Codes of one run, for some heads, before they are laid out.
+// Codes of one run, for some heads, before they are laid out. Lives on the stack of the thread that
+// encodes.
 struct Batch {
   static constexpr long kBytes = 32 << 10;       // stays in L1
   alignas(64) uint8_t codes[kBytes + 64];        // [head, 16 tokens, D]
@@ -225,11 +225,11 @@ struct Writer {
     }
   }
 
-  static void part(void* context, long part) {
+  static void part(void* context, int /*worker*/, long part) {
     const StoreTask& task = *static_cast<const StoreTask*>(context);
     const StoreParams& p = *task.params;
     const Writer w{task, p, p.cache.head_size};
-    thread_local Batch batch;
+    Batch batch;
     const long heads = p.cache.num_kv_heads, step = Batch::heads(w.d);
     const Run* const last = task.runs + task.num_runs;
     const auto mine = [&](const Run* run) {
@@ -253,15 +253,13 @@ struct Writer {
   }
 };
 
-using Part = void (*)(void*, long);
-
 template <Activation A, int... I>
-Part pick(int format, IndexList<I...>) {
-  static constexpr Part kTable[] = {Writer<A, I>::part...};
+Runtime::Body pick(int format, IndexList<I...>) {
+  static constexpr Runtime::Body kTable[] = {Writer<A, I>::part...};
   return kTable[format];
 }
 
-Part pick(Activation type, int format) {
+Runtime::Body pick(Activation type, int format) {
   switch (type) {
     case Activation::kBFloat16:
       return pick<Activation::kBFloat16>(format, FormatIndices{});
@@ -273,14 +271,13 @@ Part pick(Activation type, int format) {
   __builtin_unreachable();
 }
 
-thread_local Workspace run_memory;
-
 }  // namespace
 
 namespace KVQ_ISA {
 
 void store(const StoreParams& p, const Runtime& runtime) {
-  Run* runs = static_cast<Run*>(run_memory.reserve(p.num_tokens * static_cast<long>(sizeof(Run))));
+  Run* runs =
+      static_cast<Run*>(runtime.memory.reserve(p.num_tokens * static_cast<long>(sizeof(Run))));
   long n = 0;
   for (long t = 0; t < p.num_tokens; ++t) {
     const int64_t slot = p.slots[t];
@@ -309,7 +306,7 @@ void store(const StoreParams& p, const Runtime& runtime) {
   const long place = static_cast<long>(reinterpret_cast<uintptr_t>(p.cache.data)) |
                      p.cache.block_stride | p.cache.head_stride;
   StoreTask task{&p, layout, runs, n, p.num_tokens >= kStreamedTokens && place % 64 == 0};
-  runtime.parallel_for(parts, pick(p.key.type, p.format), &task);
+  runtime.parallel_for(parts, runtime.num_threads, pick(p.key.type, p.format), &task);
 }
 
 }  // namespace KVQ_ISA
