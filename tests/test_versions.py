@@ -207,6 +207,5 @@ def test_refusals_are_value_errors(results, what):
 
 
 def test_a_block_size_chosen_late_is_refused_too(facts):
-    """vLLM's own last check, of what our backend says it takes."""
-    error = facts["late_block_size"]
-    assert error.startswith("ValueError: No common block size for 48") and "CPU_ATTN" in error
+    """By vLLM's own last check, against what our backend says it takes."""
+    assert facts["late_block_size"].startswith("ValueError: No common block size for 48")
