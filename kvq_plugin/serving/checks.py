@@ -137,7 +137,9 @@ def _check_model(asked: str, model: Any) -> None:
 
 
 def _check_engine(asked: str, vllm_config: Any) -> None:
-    if vllm_config.kv_transfer_config is not None:
+    cache = vllm_config.cache_config
+    # vLLM makes a connector of the offloading size after it has called the plugin.
+    if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
         _refuse(
             asked,
             "an engine with a KV connector or KV offloading",
@@ -157,11 +159,13 @@ def _check_engine(asked: str, vllm_config: Any) -> None:
                 "tensor, pipeline and data parallelism",
                 f"use {flag} 1",
             )
-    backend, block_size = platform_backend(), vllm_config.cache_config.block_size
-    if block_size and block_size % backend.block_multiple:
+    # Only what the user chose is final here. vLLM chooses later (0.33: once the model has its
+    # backends) out of get_supported_kernel_block_sizes, and refuses there what does not fit.
+    backend = platform_backend()
+    if cache.user_specified_block_size and cache.block_size % backend.block_multiple:
         _refuse(
             asked,
-            f"blocks of {block_size} tokens",
+            f"blocks of {cache.block_size} tokens",
             f"multiples of {backend.block_multiple}",
             f"use --block-size {backend.default_block_size}",
         )
