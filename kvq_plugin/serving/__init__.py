@@ -52,9 +52,9 @@ def _register_backends() -> None:
 
 
 def _on_model_created(model, vllm_config, model_config) -> None:
-    from kvq_plugin.serving.scales.offers import follow
+    from kvq_plugin.serving.scales.method import begin_load
 
-    follow(model, vllm_config, model_config)
+    begin_load(model, vllm_config, model_config)
 
 
 def _on_config(vllm_config) -> None:
