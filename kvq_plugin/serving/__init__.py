@@ -44,11 +44,18 @@ def _register_backends() -> None:
     if compat.is_cpu():
         compat.override_backend("CPU_ATTN", f"{__name__}.stock.StockCPUBackend")
         compat.on_backend_selection(selection.choose_on_cpu)
+        compat.on_kv_cache_allocation(_cache_memory)
         return
     stock = f"{__name__}.stock_triton.StockTritonBackend"
     compat.override_backend("TRITON_ATTN", stock)
     compat.add_backend(selection.BACKEND_NAME, stock)
     compat.on_backend_selection(selection.choose_on_gpu)
+
+
+def _cache_memory(specs):
+    from kvq_plugin.serving.backend import cache_memory
+
+    return cache_memory(specs)
 
 
 def _on_model_created(model, vllm_config, model_config) -> None:
