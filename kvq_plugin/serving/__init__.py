@@ -59,9 +59,9 @@ def _cache_memory(specs):
 
 
 def _on_model_created(model, vllm_config, model_config) -> None:
-    from kvq_plugin.serving.scales.offers import follow
+    from kvq_plugin.serving.scales.method import begin_load
 
-    follow(model, vllm_config, model_config)
+    begin_load(model, vllm_config, model_config)
 
 
 def _on_config(vllm_config) -> None:
