@@ -78,9 +78,10 @@ struct Kernel {
   float* states;  // [stack depth, item.heads]
   const long d;
 
-  long token(int r) const { return p.query_start[item.seq] + (item.first + r) / plan.group; }
+  long token(int r) const { return p.query_start[item.seq] + (item.first + r) / plan.heads_per_kv; }
   long query_head(int h, int r) const {
-    return static_cast<long>(item.head + h) * plan.group + (item.first + r) % plan.group;
+    return static_cast<long>(item.head + h) * plan.heads_per_kv +
+           (item.first + r) % plan.heads_per_kv;
   }
 
   void prepare(int h) {
@@ -114,7 +115,7 @@ struct Kernel {
       }
       KeyDot::set_query(at.query, r, d, q, factor);
       at.facts.key_bias[r] = bias * unit;
-      at.facts.position[r] = length - count + (item.first + r) / plan.group;
+      at.facts.position[r] = length - count + (item.first + r) / plan.heads_per_kv;
       const Span seen = visible(p, at.facts.position[r], length);
       at.facts.span[r] = seen;
       if (seen.begin > at.facts.common.begin) at.facts.common.begin = seen.begin;
@@ -329,8 +330,8 @@ struct Kernel {
              plan.params->cache.head_size};
     fit_output(k.s.weights, plan.params->query.type, kF.value.per_token);
 #if defined(KVQ_AMX)
-    const TileSession session(
-        item.rows > kBlockRows && (kUsesTiles<KeyDot> || kUsesTiles<ValueDot>), item.rows);
+    const TileSession session(item.rows > kPassRows && (kUsesTiles<KeyDot> || kUsesTiles<ValueDot>),
+                              item.rows);
 #endif
     for (int h = 0; h < item.heads; ++h) k.prepare(h);
     const long size = plan.state_floats(item), mine = index - item.first_unit;
@@ -377,9 +378,9 @@ void attend(const AttendParams& p, const Runtime& runtime) {
   Plan plan{};
   plan.params = &p;
   plan.layout = page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size);
-  plan.group = static_cast<int>(p.num_heads / p.cache.num_kv_heads);
+  plan.heads_per_kv = static_cast<int>(p.num_heads / p.cache.num_kv_heads);
   const Entry entry = pick(p.format, FormatIndices{});
-  const int threads = work_of(p, plan.group) < kAlone ? 1 : runtime.num_threads;
+  const int threads = work_of(p, plan.heads_per_kv) < kAlone ? 1 : runtime.num_threads;
   make_plan(plan, threads, entry.scratch, runtime.memory);
   runtime.parallel_for(plan.num_units, threads, entry.run, &plan);
 }

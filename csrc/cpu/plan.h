@@ -16,7 +16,7 @@ namespace {
 
 constexpr long kChunk = 512;
 
-// Rows of the (token, query head of the group) plane of one sequence, for kv heads side by side
+// Rows of the (token, query head of a kv head) plane of one sequence, for kv heads side by side
 // whose rows are kMaxRows at most together. A block's pages of neighbouring heads are neighbours
 // in memory: read head by head, DRAM gave 15 % less.
 struct Item {
@@ -50,16 +50,16 @@ Span visible(const AttendParams& p, int position, int length) {
 }
 
 template <class Visit>
-void for_each_item(const AttendParams& p, int group, int most_heads, const Visit& visit) {
+void for_each_item(const AttendParams& p, int heads_per_kv, int most_heads, const Visit& visit) {
   const int kv_heads = static_cast<int>(p.cache.num_kv_heads);
   for (int seq = 0; seq < p.num_seqs; ++seq) {
     const int length = p.seq_lens[seq];
     const int count = p.query_start[seq + 1] - p.query_start[seq];
-    const int rows = count * group;
+    const int rows = count * heads_per_kv;
     for (int first = 0; first < rows; first += kMaxRows) {
       const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
-      const Span low = visible(p, length - count + first / group, length);
-      const Span high = visible(p, length - count + (first + n - 1) / group, length);
+      const Span low = visible(p, length - count + first / heads_per_kv, length);
+      const Span high = visible(p, length - count + (first + n - 1) / heads_per_kv, length);
       const int first_chunk = static_cast<int>(low.begin / kChunk);
       const int last_chunk = high.end > low.begin ? static_cast<int>((high.end - 1) / kChunk) : 0;
       const int heads = kMaxRows / n < most_heads ? kMaxRows / n : most_heads;
@@ -73,14 +73,14 @@ void for_each_item(const AttendParams& p, int group, int most_heads, const Visit
 }
 
 // Codes of K and V that a call reads, times the passes of four rows over them.
-long work_of(const AttendParams& p, int group) {
+long work_of(const AttendParams& p, int heads_per_kv) {
   long work = 0;
   for (int seq = 0; seq < p.num_seqs; ++seq) {
     const int length = p.seq_lens[seq];
     const int count = p.query_start[seq + 1] - p.query_start[seq];
-    const long rows = static_cast<long>(count) * group;
+    const long rows = static_cast<long>(count) * heads_per_kv;
     const int begin = visible(p, length - count, length).begin;
-    work += (rows + kBlockRows - 1) / kBlockRows * (length - begin);
+    work += (rows + kPassRows - 1) / kPassRows * (length - begin);
   }
   return work * p.cache.num_kv_heads * p.cache.head_size * 2;
 }
@@ -100,8 +100,8 @@ constexpr int kNoSplit = 31;          // the level of a node that holds any cont
 struct Plan {
   const AttendParams* params;
   PageLayout layout;
-  int group;  // query heads per kv head
-  int level;  // of the nodes that units are
+  int heads_per_kv;  // query heads that share a kv head
+  int level;         // of the nodes that units are
   long num_units;
   Item* items;
   Unit* units;
@@ -143,7 +143,7 @@ void make_plan(Plan& plan, int num_threads, ScratchSize scratch, Workspace& memo
   int most_heads = kMaxRows;
   for (;; most_heads /= 2) {
     items = chunks = 0;
-    for_each_item(p, plan.group, most_heads, [&](const Item& i) {
+    for_each_item(p, plan.heads_per_kv, most_heads, [&](const Item& i) {
       ++items;
       chunks += i.last_chunk - i.first_chunk + 1;
     });
@@ -155,7 +155,7 @@ void make_plan(Plan& plan, int num_threads, ScratchSize scratch, Workspace& memo
   while (plan.level < kNoSplit && chunks >> (plan.level + 1) >= wanted) ++plan.level;
 
   long units = 0, floats = 0, worker = 0;
-  for_each_item(p, plan.group, most_heads, [&](const Item& i) {
+  for_each_item(p, plan.heads_per_kv, most_heads, [&](const Item& i) {
     const long n = plan.units_of(i), state = plan.state_floats(i);
     units += n;
     if (n > 1) floats += n * i.heads * state;
@@ -179,7 +179,7 @@ void make_plan(Plan& plan, int num_threads, ScratchSize scratch, Workspace& memo
 
   long unit = 0, partial = 0;
   int item = 0;
-  for_each_item(p, plan.group, most_heads, [&](Item i) {
+  for_each_item(p, plan.heads_per_kv, most_heads, [&](Item i) {
     i.first_unit = unit;
     i.partial = partial;
     long begin = i.first_chunk;

@@ -12,16 +12,16 @@
 namespace kvq {
 namespace {
 
-// One pass over lines serves kVnniRows rows and takes span(rows) vectors at once: 16 accumulators
-// of 32 registers, or 8 of 16.
+// One pass over lines serves kVnniRows rows and takes vectors(rows) vectors at once: 16
+// accumulators of 32 registers, or 8 of 16.
 #if defined(__AVX512VNNI__)
 typedef __m512i Native;
 constexpr int kVnniRows = 4;
-constexpr int span(int /*rows*/) { return 2; }
+constexpr int vectors(int /*rows*/) { return 2; }
 #else
 typedef __m256i Native;
 constexpr int kVnniRows = 2;
-constexpr int span(int rows) { return rows == 1 ? 4 : 2; }
+constexpr int vectors(int rows) { return rows == 1 ? 4 : 2; }
 #endif
 constexpr int kVector = sizeof(Native);
 constexpr int kPerLine = 64 / kVector;
@@ -33,10 +33,10 @@ typedef float Floats __attribute__((vector_size(kVector)));
 
 // Vector i of sixteen lanes; and sixteen lanes, zeros behind a vector's own.
 #if defined(__AVX512VNNI__)
-KVQ_HD Floats part(F16 x, int /*i*/) { return x; }
+KVQ_HD Floats vector_of(F16 x, int /*i*/) { return x; }
 KVQ_HD F16 widened(Floats x) { return x; }
 #else
-KVQ_HD Floats part(F16 x, int i) { return i == 0 ? x.low : x.high; }
+KVQ_HD Floats vector_of(F16 x, int i) { return i == 0 ? x.low : x.high; }
 KVQ_HD F16 widened(Floats x) { return {x, Floats{}}; }
 #endif
 

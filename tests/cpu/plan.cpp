@@ -41,7 +41,7 @@ struct Batch {
     params.num_heads = params.cache.num_kv_heads * group;
     Plan plan{};
     plan.params = &params;
-    plan.group = group;
+    plan.heads_per_kv = group;
     make_plan(plan, threads, {4096, 4096}, memory);
     return plan;
   }
