@@ -15,7 +15,8 @@ cmake -S . -B "$build" -G Ninja -DKVQ_SANITIZE=ON "-DKVQ_ISAS=$(IFS=\;; echo "$*
 cmake --build "$build"
 # Python is not built with the sanitizer, so its library has to be there first. Python and torch
 # never free what they keep: leaks say nothing here.
-LD_PRELOAD=$("${CXX:-g++}" -print-file-name=libasan.so) \
+# Threads that wait by spinning would take the cores from those that work.
+OMP_WAIT_POLICY=passive LD_PRELOAD=$("${CXX:-g++}" -print-file-name=libasan.so) \
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
   PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" \
   "$python" tests/fuzz.py --batches "$batches" --library "$PWD/$build/_kvq.so"

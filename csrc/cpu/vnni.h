@@ -88,7 +88,13 @@ KVQ_HD Ints shuffle_bytes(Ints x, Ints order) {
 // Modulo 2^32.
 KVQ_HD uint32_t total_of(Words x) {
 #if defined(__AVX512VNNI__)
-  return static_cast<uint32_t>(_mm512_reduce_add_epi32(reinterpret_cast<Native>(x)));
+  // gcc's own reduction adds signed integers, whose overflow is undefined.
+  const Native v = reinterpret_cast<Native>(x);
+  const U8 half = reinterpret_cast<U8>(_mm512_castsi512_si256(v)) +
+                  reinterpret_cast<U8>(_mm512_extracti64x4_epi64(v, 1));
+  const U4 sum = reinterpret_cast<U4>(_mm256_castsi256_si128(reinterpret_cast<__m256i>(half))) +
+                 reinterpret_cast<U4>(_mm256_extracti128_si256(reinterpret_cast<__m256i>(half), 1));
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 #else
   uint32_t sum = 0;
   for (int i = 0; i < kVectorLanes; ++i) sum += x[i];
