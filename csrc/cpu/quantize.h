@@ -9,7 +9,6 @@
 namespace kvq {
 namespace {
 
-constexpr int kGroup = kLanes;  // tokens whose K shares cache lines
 constexpr float kAmaxFloor = 0x1p-100f;
 constexpr float kHalfMax = 65504.0f;
 constexpr float kFloatMax = 0x1.fffffep127f;
