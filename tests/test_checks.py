@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from kvq_plugin.formats import FORMATS
-from kvq_plugin.serving import compat, options
+from kvq_plugin.serving import compat
 from kvq_plugin.serving.checks import check
 
 pytest.importorskip("vllm")
@@ -231,31 +230,20 @@ def test_int8_with_a_declared_scheme_is_left_to_the_loader(tmp_path):
 # --- options ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Example:
-    window: int = 128
-
-
-def test_options_default_and_parse():
-    assert options.parse({}) == options.Options()
-    assert options.parse(None, Example) == Example(128)
-    assert options.parse({"kvq": {"window": 64}, "other": 1}, Example) == Example(64)
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"wndow": 1}, "unknown key 'wndow'.*supported are window; did you mean 'window'"),
-        ({"zzz": 1}, "unknown key 'zzz'.*supported are window$"),
-        (3, "expected a mapping"),
-    ],
-)
-def test_bad_options(given, says):
-    with pytest.raises(ValueError, match=says):
-        options.parse({"kvq": given}, Example)
-
-
 @pytest.mark.parametrize("dtype", ["auto", DYNAMIC])
-def test_unknown_options_are_refused_whatever_the_dtype(dtype):
-    with pytest.raises(ValueError, match="no options exist; remove it"):
-        check(_config(dtype, additional_config={"kvq": {"window": 1}}))
+@pytest.mark.parametrize("given", [{"window": 1}, 3, "int8"])
+def test_options_are_refused_whatever_the_dtype(dtype, given):
+    with pytest.raises(ValueError, match="kvq_plugin has no options; remove it"):
+        check(_config(dtype, additional_config={"kvq": given}))
+
+
+@pytest.mark.parametrize("given", [None, {}, {"kvq": {}}, {"another_plugin": {"window": 1}}])
+def test_additional_config_without_options_is_let_through(given):
+    check(_config(additional_config=given))
+
+
+def test_a_bad_switch_for_huge_pages_is_refused_at_start(monkeypatch):
+    monkeypatch.setenv("KVQ_HUGE_PAGES", "yes")
+    with pytest.raises(ValueError, match="KVQ_HUGE_PAGES='yes': expected 1 .* or 0"):
+        check(_config())
+    check(_config("auto"))  # not the plugin's to serve

@@ -6,14 +6,17 @@ Every message names what was asked, what is supported and what to use instead.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from kvq_plugin import hugepages
 from kvq_plugin.formats import FORMATS, KVFormat
-from kvq_plugin.serving import compat, names, options
+from kvq_plugin.serving import compat
+from kvq_plugin.serving.scales import keys
 from kvq_plugin.serving.selection import platform_backend, serves
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
@@ -25,7 +28,7 @@ _WITHOUT_ATTENTION = ("medusa", "mlp_speculator")  # methods whose draft model h
 
 def check(vllm_config: Any) -> None:
     """Raise ValueError when *vllm_config* asks for a KV cache that cannot be served."""
-    options.parse(vllm_config.additional_config)
+    _check_options(vllm_config.additional_config)
     model = vllm_config.model_config
     if model is None or not serves(vllm_config):
         return
@@ -35,6 +38,7 @@ def check(vllm_config: Any) -> None:
     format = FORMATS.get(asked)
     if format is None:
         return
+    hugepages.enabled()  # raises for a bad value, here rather than in a worker
     _check_device(asked)
     _check_model(asked, model)
     _check_engine(asked, vllm_config)
@@ -47,6 +51,16 @@ def _refuse(asked: str, what: str, supported: str, instead: str) -> None:
         f"--kv-cache-dtype {asked} was asked for {what}: supported are {supported}; {instead}"
         f"{platform_backend().elsewhere}"
     )
+
+
+def _check_options(additional_config: Any) -> None:
+    """``--additional-config '{"kvq": {...}}'`` is the plugin's, and no options exist so far."""
+    given = additional_config.get("kvq") if isinstance(additional_config, Mapping) else None
+    if given:
+        raise ValueError(
+            f'additional_config["kvq"] is {given!r}: kvq_plugin has no options; remove it '
+            "(--kv-cache-dtype and the checkpoint say all it needs)"
+        )
 
 
 def _check_dtype(asked: str, flag: str, model_dtype: torch.dtype) -> None:
@@ -194,7 +208,7 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
 
 def _is_scale(name: str) -> bool:
     """Whether the loader will take tensor *name* for a scale of K or V."""
-    found = names.parse(name)
+    found = keys.parse(name)
     return found is not None and found.parameter in ("k_scale", "v_scale")
 
 

@@ -174,6 +174,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "use_mla",
         "use_sparse",
     ),
+    "vllm.v1.worker.utils": ("allocate_kv_cache",),
+    "vllm.v1.kv_cache_interface:KVCacheConfig": ("kv_cache_groups",),
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ("kv_cache_spec",),
+    "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs": ("kv_cache_specs",),
     "vllm.v1.kv_cache_interface:AttentionSpec": (
         "dtype",
         "head_size",
@@ -424,11 +428,46 @@ def _report_models(hook: Callable[[Any, Any, Any], None], utils: Any) -> None:
         hook(model, vllm_config, kwargs.get("model_config"))
         return model
 
-    initialize_model._kvq_wrapped = True
-    # Loaders that are imported already hold the function under their own name.
-    for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
-        if getattr(module, "initialize_model", None) is stock:
-            module.initialize_model = initialize_model
+    _replace_everywhere("initialize_model", stock, initialize_model)
+
+
+def on_kv_cache_allocation(surround: Callable[[list[Any]], Any]) -> None:
+    """Allocate every KV cache within ``surround(specs)``, a context manager; *specs* are those of
+    the cache's layers. Both of vLLM's model runners import the one function concerned."""
+    wrapt.register_post_import_hook(
+        functools.partial(_surround_allocation, surround), "vllm.v1.worker.utils"
+    )
+
+
+def _surround_allocation(surround: Callable[[list[Any]], Any], utils: Any) -> None:
+    stock = getattr(utils, "allocate_kv_cache", None)
+    if stock is None or getattr(stock, "_kvq_wrapped", False):
+        return  # a cache that vLLM allocates in a new way serves as well
+
+    @functools.wraps(stock)
+    def allocate_kv_cache(kv_cache_config, *args, **kwargs):
+        with surround(layer_specs(kv_cache_config)):
+            return stock(kv_cache_config, *args, **kwargs)
+
+    _replace_everywhere("allocate_kv_cache", stock, allocate_kv_cache)
+
+
+def layer_specs(kv_cache_config: Any) -> list[Any]:
+    """Specs of the layers' KV caches; one for layers that share it."""
+    groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    return [
+        spec
+        for group in groups  # a group of layers with pages of different sizes has a spec for each
+        for spec in getattr(group, "kv_cache_specs", {"": group}).values()
+    ]
+
+
+def _replace_everywhere(name: str, stock: Any, ours: Any) -> None:
+    """Make *name* mean *ours* in all of vLLM's modules that hold *stock* under it already."""
+    ours._kvq_wrapped = True
+    for module in [m for path, m in sys.modules.items() if path.startswith("vllm.")]:
+        if getattr(module, name, None) is stock:
+            setattr(module, name, ours)
 
 
 def on_draft_quant_config(hook: Callable[[Any, Any], Any]) -> None:
