@@ -147,10 +147,10 @@ struct Writer {
         for (long h = begin; h < end; ++h, ++lane, at += rows.head_stride) {
           float* rotated = b.rotated + lane * d;
           if constexpr (kRotated) rotate_row<A>(rows.data, at, d, rotated);
-          const Span span =
-              kRotated ? span_of<kHeld, C>(rotated, 0, d) : span_of<kHeld, C>(rows.data, at, d);
-          s.peak[lane] = span.peak;
-          if constexpr (kAffine<C>) s.low[lane] = span.low, s.high[lane] = span.high;
+          const Extremes extremes = kRotated ? extremes_of<kHeld, C>(rotated, 0, d)
+                                             : extremes_of<kHeld, C>(rows.data, at, d);
+          s.peak[lane] = extremes.peak;
+          if constexpr (kAffine<C>) s.low[lane] = extremes.low, s.high[lane] = extremes.high;
         }
       }
       find_scales<C>(s);
@@ -165,8 +165,8 @@ struct Writer {
           encode_values<A, C, false>(rows.data, at, d, {}, of_head(scale, h, d), codes);
           continue;
         }
-        if (__builtin_expect(s.peak[lane] > float_bits(kTameLimit<C, kRotated>), 0)) {
-          s.metadata[lane] = encode_wild_row<A, C, kRotated>(rows.data, at, d, codes);
+        if (__builtin_expect(s.peak[lane] > float_bits(kInRangeLimit<C, kRotated>), 0)) {
+          s.metadata[lane] = encode_out_of_range_row<A, C, kRotated>(rows.data, at, d, codes);
         } else if constexpr (kRotated) {
           encode_values<kHeld, C, true>(b.rotated + lane * d, 0, d, s[lane], {}, codes);
         } else {
