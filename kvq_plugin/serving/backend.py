@@ -17,15 +17,6 @@ from kvq_plugin.serving.compat import (
 )
 
 
-def backend_path(kv_cache_dtype: str | None, attn_type: str) -> str | None:
-    """Import path of the backend class for a layer, or None where vLLM's choice stands.
-
-    Raises ValueError for cross attention.
-    """
-    format = base.layer_format(kv_cache_dtype, attn_type)
-    return None if format is None else base.class_path(BACKENDS[format])
-
-
 class CPUBuilder(AttentionMetadataBuilder[KVQMetadata]):
     """Passes vLLM's batch description through; the kernels plan for themselves."""
 
@@ -82,10 +73,21 @@ class CPUBackend(KVQBackend):
         return CPUBuilder
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True  # tests/test_invariance.py
+
+    @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         stock = CPUAttentionBackend.get_supported_head_sizes()
         return [d for d in stock if d % LANES == 0 and d <= MAX_HEAD_SIZE]
 
 
+#: What the backends take, for messages.
+LIMITS = (
+    "decoder layers with softmax attention, without multimodal prefixes, R-SWA, context "
+    f"parallelism or KV connectors, head sizes {', '.join(map(str, CPUBackend.get_supported_head_sizes()))}, "
+    f"blocks in multiples of {CPUBackend.block_multiple} tokens, models in bfloat16, float16 or "
+    "float32"
+)
 BACKENDS = base.per_format(__name__, CPUBackend, CPUImpl)
 globals().update({backend.__name__: backend for backend in BACKENDS.values()})
