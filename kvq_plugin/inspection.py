@@ -1,7 +1,7 @@
 """``kvq inspect``: the KV scales a checkpoint carries, and what each KV-cache dtype does with them.
 
-Reads names and shapes exactly as serving does (:mod:`kvq_plugin.serving.names`,
-:mod:`~kvq_plugin.serving.scale_shapes`), but needs no vLLM: the scales alone are read, not the
+Reads names and shapes exactly as serving does (:mod:`kvq_plugin.serving.scales.keys`,
+:mod:`~kvq_plugin.serving.scales.shapes`), but needs no vLLM: the scales alone are read, not the
 weights.
 """
 
@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvq_plugin.formats import FORMATS, KVFormat
-from kvq_plugin.serving import names
-from kvq_plugin.serving.scale_shapes import HeadShard, ScaleReader
-from kvq_plugin.serving.scheme import KVScheme
+from kvq_plugin.serving.scales import keys
+from kvq_plugin.serving.scales.declared import KVScheme
+from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader
 
 _FORMS = {0: "tensor", 1: "head", 2: "channel"}
 #: Weights by which an attention module shows in a checkpoint.
@@ -77,7 +77,7 @@ class Layer:
 
     @property
     def number(self) -> int | None:
-        return names.layer_number(self.owner + ".")
+        return keys.layer_number(self.owner + ".")
 
     def effective(self, parameter: str) -> torch.Tensor | None:
         """The scale serving would use for K or V: a single ``kv_scale`` stands for both."""
@@ -139,7 +139,7 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def _order(name: str) -> tuple[int, str]:
-    return names.layer_number(name + ".") or 0, name
+    return keys.layer_number(name + ".") or 0, name
 
 
 def _stack(name: str) -> str:
@@ -202,7 +202,7 @@ def _scheme(declared: Mapping[str, Any], folder: Path) -> KVScheme | None:
     return None
 
 
-def _tensors(folder: Path) -> tuple[set[str], list[tuple[names.ScaleName, torch.Tensor]]]:
+def _tensors(folder: Path) -> tuple[set[str], list[tuple[keys.ScaleName, torch.Tensor]]]:
     """Attention modules that have weights, and every scale with its tensor."""
     index = folder / _INDEX
     if index.is_file():
@@ -218,7 +218,7 @@ def _tensors(folder: Path) -> tuple[set[str], list[tuple[names.ScaleName, torch.
     for key, get in _open(files):
         if match := _ATTENTION.search(key):
             owners.add(key[: match.start()])
-        elif found := names.parse(key):
+        elif found := keys.parse(key):
             scales.append((found, get(key)))
     return owners, scales
 
@@ -233,15 +233,13 @@ def _open(files: list[Path]) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{file} is no safetensors file: {error}") from None
 
 
-def _module(found: names.ScaleName, owners: set[str]) -> str:
+def _module(found: keys.ScaleName, owners: set[str]) -> str:
     """The attention module of a scale, also where the key names vLLM's layer inside it."""
     outer = found.owner.removesuffix(".attn")
     return outer if outer in owners and found.owner not in owners else found.owner
 
 
-def _add(
-    checkpoint: Checkpoint, layer: Layer, found: names.ScaleName, tensor: torch.Tensor
-) -> None:
+def _add(checkpoint: Checkpoint, layer: Layer, found: keys.ScaleName, tensor: torch.Tensor) -> None:
     """Put *tensor* on *layer*, or what is wrong with it among the problems."""
     parameter, g = found.parameter, checkpoint.geometry
     if parameter in layer.keys:

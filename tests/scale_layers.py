@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kvq_plugin.serving.config import KVQConfig
-from kvq_plugin.serving.scales import KVQCacheMethod
+from kvq_plugin.serving.scales.config import KVQConfig
+from kvq_plugin.serving.scales.method import KVQCacheMethod
 
 HEADS, QUERY_HEADS, HEAD_SIZE = 2, 6, 32
 

@@ -23,7 +23,7 @@ import pytest
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving import compat
 
-SERVING = Path(compat.__file__).parent
+SERVING = Path(compat.__file__).parents[1]
 #: Tables of names that not every version has: from which version on, or before which.
 SINCE = {(0, 32): compat.SINCE_0_32, (0, 33): compat.SINCE_0_33}
 BEFORE = {(0, 33): compat.UNTIL_0_32}
@@ -120,7 +120,7 @@ def _has_attribute(root: Path, module: str, cls: str, attribute: str) -> bool:
 def _imports_of_serving() -> set[tuple[str, str]]:
     """Every ``from vllm.x import y`` in kvq_plugin/serving, wherever in the file it stands."""
     found = set()
-    for file in SERVING.glob("*.py"):
+    for file in SERVING.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm"):
                 found |= {(node.module, alias.name) for alias in node.names}

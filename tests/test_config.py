@@ -13,15 +13,16 @@ import torch
 pytest.importorskip("vllm")
 
 from kvq_plugin.formats import FORMATS, Kind  # noqa: E402
-from kvq_plugin.serving import compat, names  # noqa: E402
-from kvq_plugin.serving.config import (  # noqa: E402
+from kvq_plugin.serving import compat  # noqa: E402
+from kvq_plugin.serving.scales import keys  # noqa: E402
+from kvq_plugin.serving.scales.config import (  # noqa: E402
     KVQConfig,
     ScaleLoading,
     resolve_cache_dtype,
     wrap_draft_config,
     wrap_quant_config,
 )
-from kvq_plugin.serving.scheme import KVScheme  # noqa: E402
+from kvq_plugin.serving.scales.declared import KVScheme  # noqa: E402
 
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
 FLOAT8 = {**INT8, "type": "float", "strategy": "tensor"}
@@ -287,23 +288,23 @@ LAYERS = [L + "self_attn.attn", L + "mixer.attn"]
 
 @pytest.mark.parametrize("key", [*MAPPED, *UNTOUCHED])
 def test_scale_names(key):
-    found = names.parse(L + key)
+    found = keys.parse(L + key)
     if key in UNTOUCHED:
         assert found is None
         return
-    assert found.parameter in (*names.SCALES, *names.ZERO_POINTS)
+    assert found.parameter in (*keys.SCALES, *keys.ZERO_POINTS)
     for layers in ([], LAYERS):
         placed = found.placed(layers)
         assert placed == L + MAPPED[key]
-        assert names.parse(placed).placed(layers) == placed
+        assert keys.parse(placed).placed(layers) == placed
         inner = placed.removeprefix("model.")  # an inner module reads its own part
-        assert names.parse(inner).placed(layers) == inner
+        assert keys.parse(inner).placed(layers) == inner
 
 
 def test_scale_names_follow_the_models_own_modules():
-    found = names.parse("transformer.h.0.attn.k_scale")
+    found = keys.parse("transformer.h.0.attn.k_scale")
     assert found.placed(["transformer.h.0.attn.attn"]) == "transformer.h.0.attn.attn.k_scale"
-    again = names.parse("transformer.h.0.attn.attn.k_scale")
+    again = keys.parse("transformer.h.0.attn.attn.k_scale")
     assert again.placed(["transformer.h.0.attn.attn"]) == again.key
 
 

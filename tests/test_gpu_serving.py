@@ -32,7 +32,8 @@ from kvq_plugin.formats import FORMATS, FP8_E4M3, FP8_E4M3FNUZ, fnuz  # noqa: E4
 from kvq_plugin.layout import GPU_V1  # noqa: E402
 from kvq_plugin.reference import StaticScale  # noqa: E402
 from kvq_plugin.serving import backend as cpu  # noqa: E402
-from kvq_plugin.serving import base, compat, gpu, scales  # noqa: E402
+from kvq_plugin.serving import base, compat, gpu  # noqa: E402
+from kvq_plugin.serving.scales import method  # noqa: E402
 
 HEADS, QUERY_HEADS, HEAD_SIZE, BLOCK = 2, 8, 64, 16
 #: Three decodes (lengths 40, 3, 70), then two prefills of 5 and 17 tokens, the first a chunk.
@@ -431,4 +432,4 @@ def test_on_gfx94x_bytes_are_fnuz_and_mean_the_same(monkeypatch, kernels, name):
 def test_gfx94x_factor_is_vllms_for_vllms_own_kernels(monkeypatch):
     monkeypatch.setattr(compat.current_platform, "is_fp8_fnuz", lambda: True)
     stock = SimpleNamespace(impl=SimpleNamespace())
-    assert scales._platform_factor(stock, FORMATS["fp8_e5m2"]) == 2.0
+    assert method._platform_factor(stock, FORMATS["fp8_e5m2"]) == 2.0

@@ -21,7 +21,7 @@ from kvq_plugin.calibrate.observers import (
 from kvq_plugin.calibrate.scales import compute, stream_scales
 from kvq_plugin.calibrate.settings import OBSERVERS, SCHEMES, Settings, Strategy
 from kvq_plugin.reference import StaticScale, dequantize, quantize
-from kvq_plugin.serving.scale_shapes import HeadShard, ScaleReader
+from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader
 
 HEADS, HEAD_SIZE = 3, 32
 STRATEGIES = list(Strategy)

@@ -19,7 +19,8 @@ pytest.importorskip("vllm")
 from scale_layers import results  # noqa: E402
 from tiny_models import make  # noqa: E402
 
-from kvq_plugin.serving import checks, compat, scales  # noqa: E402
+from kvq_plugin.serving import checks, compat  # noqa: E402
+from kvq_plugin.serving.scales import method  # noqa: E402
 
 ATTENTION = "model.layers.{}.self_attn."
 
@@ -231,7 +232,7 @@ def reports(monkeypatch):
     handler.emit = lambda record: lines.append(record.getMessage())
     logger.addFilter(lambda record: record.levelno == logging.DEBUG)
     logger.addHandler(handler)
-    monkeypatch.setattr(scales, "logger", logger)
+    monkeypatch.setattr(method, "logger", logger)
     return lines
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from scale_layers import HEAD_SIZE, HEADS, Layer, build, give, loaded, results  # noqa: E402
 
 from kvq_plugin.serving import compat  # noqa: E402
-from kvq_plugin.serving.scale_shapes import HeadShard, ScaleReader  # noqa: E402
+from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader  # noqa: E402
 
 
 @pytest.fixture

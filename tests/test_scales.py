@@ -27,8 +27,9 @@ from scale_layers import (  # noqa: E402
 )
 
 from kvq_plugin.formats import FORMATS  # noqa: E402
-from kvq_plugin.serving import compat, scales  # noqa: E402
-from kvq_plugin.serving.scheme import KVScheme  # noqa: E402
+from kvq_plugin.serving import compat  # noqa: E402
+from kvq_plugin.serving.scales import keys, method  # noqa: E402
+from kvq_plugin.serving.scales.declared import KVScheme  # noqa: E402
 
 FP8 = sorted(n for n, f in FORMATS.items() if not f.is_dynamic and f.default_scale is not None)
 PER_TOKEN = sorted(n for n, f in FORMATS.items() if f.is_dynamic)
@@ -43,7 +44,7 @@ def warnings(monkeypatch):
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logger.addHandler(handler)
-    monkeypatch.setattr(scales, "logger", logger)
+    monkeypatch.setattr(method, "logger", logger)
     return messages
 
 
@@ -236,7 +237,7 @@ def test_6_float_copy_of_channel_scales_is_the_largest():
 def test_6_placeholders_go_and_a_second_call_changes_nothing(dtype):
     layer = Layer(dtype)
     method = build(layer)
-    assert {n for n, _ in layer.named_parameters()} == {*scales.SCALES, *scales.ZERO_POINTS}
+    assert {n for n, _ in layer.named_parameters()} == {*keys.SCALES, *keys.ZERO_POINTS}
     assert layer.k_scale.dtype == torch.float32 and layer.k_scale.item() == -1.0
     give(layer, k_scale=0.5, v_scale=0.25)
     method.process_weights_after_loading(layer)

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from kvq_plugin.serving.names import parse
+from kvq_plugin.serving.scales.keys import parse
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from kvq_plugin.serving.names import parse
+from kvq_plugin.serving.scales.keys import parse
 
 PROBE = ".k_scale"
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")

@@ -16,7 +16,7 @@ from kvq_plugin.calibrate.names import layer_number, load_name
 from kvq_plugin.calibrate.observers import Observers
 from kvq_plugin.calibrate.settings import Settings, Strategy
 from kvq_plugin.serving import compat
-from kvq_plugin.serving.scale_shapes import HeadShard
+from kvq_plugin.serving.scales.shapes import HeadShard
 
 PATH = f"{__name__}.ObservingWorker"
 

@@ -57,7 +57,7 @@ def _register() -> bool:
             patches.on_model_created(undo, _on_model_created)
             # Registers the quantization method, which vLLM looks up before any config exists;
             # last, since that cannot be taken back.
-            importlib.import_module(f"{__name__}.config")
+            importlib.import_module(f"{__name__}.scales.config")
         undo.pop_all()
     return not undecided
 
@@ -82,13 +82,13 @@ def _step_aside(error: Exception) -> None:
 
 
 def _on_draft_quant_config(quant_config, model_config):
-    from kvq_plugin.serving.config import wrap_draft_config
+    from kvq_plugin.serving.scales.config import wrap_draft_config
 
     return wrap_draft_config(quant_config, model_config)
 
 
 def _on_model_created(model, vllm_config, model_config) -> None:
-    from kvq_plugin.serving.scale_keys import follow
+    from kvq_plugin.serving.scales.offers import follow
     from kvq_plugin.serving.selection import require_own_backends
 
     require_own_backends(model, vllm_config)
@@ -98,7 +98,7 @@ def _on_model_created(model, vllm_config, model_config) -> None:
 def _on_config(vllm_config) -> None:
     from kvq_plugin.serving.checks import check
     from kvq_plugin.serving.compat import patches
-    from kvq_plugin.serving.config import wrap_quant_config
+    from kvq_plugin.serving.scales.config import wrap_quant_config
     from kvq_plugin.serving.selection import serves
 
     cache = vllm_config.cache_config

@@ -83,9 +83,10 @@ class CPUBackend(KVQBackend):
 
 
 #: What the backends take, for messages.
+_HEAD_SIZES = ", ".join(map(str, CPUBackend.get_supported_head_sizes()))
 LIMITS = (
     "decoder layers with softmax attention, without multimodal prefixes, R-SWA, context "
-    f"parallelism or KV connectors, head sizes {', '.join(map(str, CPUBackend.get_supported_head_sizes()))}, "
+    f"parallelism or KV connectors, head sizes {_HEAD_SIZES}, "
     f"blocks in multiples of {CPUBackend.block_multiple} tokens, models in bfloat16, float16 or "
     "float32"
 )

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 
 from kvq_plugin.formats import FORMATS, KVFormat
-from kvq_plugin.serving import compat, names, options
+from kvq_plugin.serving import compat, options
+from kvq_plugin.serving.scales import keys
 from kvq_plugin.serving.selection import platform_backend, serves
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
@@ -258,7 +259,7 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
 
 def _is_scale(name: str) -> bool:
     """Whether the loader will take tensor *name* for a scale of K or V."""
-    found = names.parse(name)
+    found = keys.parse(name)
     return found is not None and found.parameter in ("k_scale", "v_scale")
 
 

@@ -85,7 +85,7 @@ def _is_named(backends: tuple) -> bool:
 
 def _declared(vllm_config: Any) -> str | None:
     """Name of the format that the checkpoint's KV scheme stands for; None without a scheme."""
-    from kvq_plugin.serving.config import declared_dtype
+    from kvq_plugin.serving.scales.config import declared_dtype
 
     try:
         return declared_dtype(vllm_config)

@@ -19,10 +19,10 @@ from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.base import require_same_cache
 from kvq_plugin.serving.compat import AttentionType, CompressedTensorsKVCacheMethod
-from kvq_plugin.serving.names import SCALES, ZERO_POINTS
-from kvq_plugin.serving.scale_keys import ScaleKeys
-from kvq_plugin.serving.scale_shapes import ABSENT, HeadShard, ScaleReader, are_scales
-from kvq_plugin.serving.scheme import ScaleLedger
+from kvq_plugin.serving.scales.declared import ScaleLedger
+from kvq_plugin.serving.scales.keys import SCALES, ZERO_POINTS
+from kvq_plugin.serving.scales.offers import ScaleKeys
+from kvq_plugin.serving.scales.shapes import ABSENT, HeadShard, ScaleReader, are_scales
 
 logger = compat.init_logger(f"vllm.{__name__}")
 
@@ -49,12 +49,12 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
 
     Args:
         quant_config: config with ``kv_cache_scheme`` None and a ``kvq_ledger``
-            (:class:`~kvq_plugin.serving.scheme.ScaleLedger`).
+            (:class:`~kvq_plugin.serving.scales.declared.ScaleLedger`).
     """
 
     @property
     def kvq_keys(self) -> ScaleKeys:
-        """What :func:`~kvq_plugin.serving.scale_keys.follow` recognises our layers by."""
+        """What :func:`~kvq_plugin.serving.scales.offers.follow` recognises our layers by."""
         return self.quant_config.kvq_ledger.keys
 
     def create_weights(self, layer: torch.nn.Module) -> None:

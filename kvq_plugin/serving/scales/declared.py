@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvq_plugin.formats import FORMATS, Code, Kind, KVFormat
-from kvq_plugin.serving.scale_keys import ScaleKeys
+from kvq_plugin.serving.scales.offers import ScaleKeys
 
 #: compressed-tensors' ``type`` -> how such codes decode. Its int4 is symmetric, unlike ours.
 _KINDS = {"float": Kind.FLOAT, "int": Kind.SIGNED}

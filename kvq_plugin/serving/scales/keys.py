@@ -1,7 +1,7 @@
 """Names of KV scales in checkpoints -> names of the parameters of vLLM's attention layer.
 
 Applied to a checkpoint's tensors before the model's own loading code sees them
-(:mod:`~kvq_plugin.serving.scale_keys`), because that code differs: most models rename through
+(:mod:`~kvq_plugin.serving.scales.offers`), because that code differs: most models rename through
 vLLM's mapper, others through ``maybe_remap_kv_scale_name``, and neither knows every spelling.
 """
 

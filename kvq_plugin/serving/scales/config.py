@@ -16,8 +16,8 @@ import torch
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import QuantizationConfig, register_quantization_config
-from kvq_plugin.serving.names import IGNORED_SUFFIXES
-from kvq_plugin.serving.scheme import KVScheme, ScaleLedger
+from kvq_plugin.serving.scales.declared import KVScheme, ScaleLedger
+from kvq_plugin.serving.scales.keys import IGNORED_SUFFIXES
 from kvq_plugin.serving.selection import serves
 
 AUTO = "auto"
@@ -38,7 +38,7 @@ class ScaleLoading:
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if isinstance(layer, compat.Attention):
-            from kvq_plugin.serving.scales import KVQCacheMethod
+            from kvq_plugin.serving.scales.method import KVQCacheMethod
 
             return KVQCacheMethod(self)
         return super().get_quant_method(layer, prefix)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvq_plugin.serving import names
+from kvq_plugin.serving.scales import keys
 
 _TAG = "kvq_key"  # attribute of a loaded tensor: its name in the checkpoint
 _TAIL = 4  # parts of a name that survive a model's own renaming: 3.self_attn.attn.k_scale
@@ -38,9 +38,9 @@ class ScaleKeys:
         have is held back, because models raise errors of their own about those.
         """
         layers = list(layers)
-        numbers = {names.layer_number(layer) for layer in layers} | {None}
+        numbers = {keys.layer_number(layer) for layer in layers} | {None}
         for key, tensor in weights:
-            found = names.parse(key)
+            found = keys.parse(key)
             if found is None:
                 yield key, tensor
                 continue
@@ -49,7 +49,7 @@ class ScaleKeys:
                 setattr(tensor, _TAG, key)
                 if expected(key):
                     self._offered[key] = target
-                    if names.layer_number(key) not in numbers:
+                    if keys.layer_number(key) not in numbers:
                         continue
             yield target, tensor
 
@@ -96,7 +96,7 @@ def follow(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
     layers = [m for m in model.modules() if hasattr(getattr(m, "quant_method", None), "kvq_keys")]
     if not layers:
         return
-    keys: ScaleKeys = layers[0].quant_method.kvq_keys
+    scale_keys: ScaleKeys = layers[0].quant_method.kvq_keys
     layer_names = [layer.layer_name for layer in layers]
     main = model_config is None or model_config is vllm_config.model_config
     whole = main and vllm_config.parallel_config.pipeline_parallel_size == 1
@@ -104,15 +104,15 @@ def follow(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
     beyond = range(count, count + _prediction_layers(vllm_config.model_config))
 
     def expected(key: str) -> bool:
-        waiting = any(hasattr(layer, names.SCALES[0]) for layer in layers)
-        elsewhere = names.layer_number(key) in beyond or key.startswith("mtp.")
+        waiting = any(hasattr(layer, keys.SCALES[0]) for layer in layers)
+        elsewhere = keys.layer_number(key) in beyond or key.startswith("mtp.")
         return waiting and whole and not elsewhere
 
     stock = model.load_weights
 
     @functools.wraps(stock)
     def load_weights(weights, *args, **kwargs):
-        return stock(keys.rename(weights, layer_names, expected), *args, **kwargs)
+        return stock(scale_keys.rename(weights, layer_names, expected), *args, **kwargs)
 
     model.load_weights = load_weights
 
