@@ -26,6 +26,9 @@ def _config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
         additional_config=top.pop("additional_config", {}),
         kv_transfer_config=top.pop("kv_transfer_config", None),
         speculative_config=top.pop("speculative_config", None),
+        diffusion_config=top.pop("diffusion_config", None),
+        quant_config=None,
+        attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
         cache_config=SimpleNamespace(
             **{"cache_dtype": dtype, "block_size": 128, "kv_cache_dtype_skip_layers": []}
             | (cache or {})
@@ -43,6 +46,8 @@ def _config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
                 "is_encoder_decoder": False,
                 "is_hybrid": False,
                 "is_attention_free": False,
+                "is_mm_prefix_lm": False,
+                "rswa_window": None,
                 "get_head_size": lambda: 64,
                 "get_total_num_hidden_layers": lambda: 4,
             }
@@ -76,6 +81,9 @@ def test_foreign_dtypes(dtype):
         ({"model": {"is_hybrid": True}}, "state-space"),
         ({"model": {"is_attention_free": True}}, "without attention"),
         ({"model": {"get_head_size": lambda: 72}}, "head size 72: supported are 32, 64"),
+        ({"model": {"is_mm_prefix_lm": True}}, "images in both directions.*--limit-mm-per-prompt"),
+        ({"model": {"rswa_window": 64}}, "R-SWA"),
+        ({"diffusion_config": object()}, "mix causal and bidirectional"),
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"parallel": {"decode_context_parallel_size": 2}}, "decode-context-parallel-size 2"),
         ({"parallel": {"prefill_context_parallel_size": 2}}, "prefill-context-parallel-size 2"),
