@@ -55,6 +55,8 @@ def _register() -> bool:
             patches.on_config(undo, _on_config)
             patches.on_draft_quant_config(undo, _on_draft_quant_config)
             patches.on_model_created(undo, _on_model_created)
+            if on_cpu:
+                patches.on_kv_cache_allocation(undo, _cache_memory)
             # Registers the quantization method, which vLLM looks up before any config exists;
             # last, since that cannot be taken back.
             importlib.import_module(f"{__name__}.scales.config")
@@ -85,6 +87,12 @@ def _on_draft_quant_config(quant_config, model_config):
     from kvq_plugin.serving.scales.config import wrap_draft_config
 
     return wrap_draft_config(quant_config, model_config)
+
+
+def _cache_memory(specs):
+    from kvq_plugin.serving.backend import cache_memory
+
+    return cache_memory(specs)
 
 
 def _on_model_created(model, vllm_config, model_config) -> None:

@@ -6,6 +6,10 @@ Layers that stay unquantized (``auto``, skipped, encoder-only) keep vLLM's own k
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 from kvq_plugin import hugepages, ops
 from kvq_plugin.layout import LANES, MAX_HEAD_SIZE
 from kvq_plugin.serving import base
@@ -14,16 +18,22 @@ from kvq_plugin.serving.compat import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
     CPUAttentionBackend,
+    get_logger,
 )
+
+
+def cache_memory(specs: Iterable[Any]) -> AbstractContextManager:
+    """What a KV cache for layers of *specs* is allocated within: on huge pages if one is ours."""
+    if any(map(base.is_our_spec, specs)):
+        return hugepages.HugePages(get_logger(__name__))
+    return nullcontext()
 
 
 class CPUBuilder(AttentionMetadataBuilder[KVQMetadata]):
     """Passes vLLM's batch description through; the kernels plan for themselves."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._layers = vllm_config.compilation_config.static_forward_context
-        self._cache_is_fresh = True
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract there
 
     def build(
         self,
@@ -31,11 +41,6 @@ class CPUBuilder(AttentionMetadataBuilder[KVQMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> KVQMetadata:
-        if self._cache_is_fresh:
-            self._cache_is_fresh = False
-            caches = [self._layers[name].kv_cache for name in self.layer_names]
-            for memory in {c.untyped_storage().data_ptr(): c for c in caches}.values():
-                hugepages.advise(memory)
         return KVQMetadata.of(common_attn_metadata)
 
 

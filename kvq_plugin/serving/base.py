@@ -46,6 +46,14 @@ def layer_format(kv_cache_dtype: str | None, attn_type: str) -> KVFormat | None:
     return format
 
 
+def is_our_spec(spec: Any) -> bool:
+    """Whether *spec*, of a layer's KV cache, is one that :meth:`KVQBackend.customize_spec` made."""
+    content = getattr(spec, "state_content_bytes", None)
+    if content is None or spec.dtype is not torch.uint8:
+        return False
+    return content in {f.bytes_per_token(spec.head_size) for f in FORMATS.values()}
+
+
 def class_path(backend: type[AttentionBackend]) -> str:
     """What vLLM imports *backend* by."""
     return ".".join(backend.full_cls_name())

@@ -6,6 +6,7 @@ Every message names what was asked, what is supported and what to use instead.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from kvq_plugin import hugepages
 from kvq_plugin.formats import FORMATS, KVFormat
-from kvq_plugin.serving import compat, options
+from kvq_plugin.serving import compat
 from kvq_plugin.serving.scales import keys
 from kvq_plugin.serving.selection import platform_backend, serves
 
@@ -31,7 +33,7 @@ def check(vllm_config: Any) -> None:
     A KV cache that is vLLM's own (:func:`~kvq_plugin.serving.selection.serves`) is its business,
     but for dtypes that its CPU platform takes and has no kernels for.
     """
-    options.parse(vllm_config.additional_config)
+    _check_options(vllm_config.additional_config)
     model = vllm_config.model_config
     if model is None:
         return
@@ -46,6 +48,7 @@ def check(vllm_config: Any) -> None:
     if not ours:
         _say_who_serves(asked, vllm_config)
         return
+    hugepages.enabled()  # raises for a bad value, here rather than in a worker
     _check_device(asked)
     _check_served(asked, vllm_config)
     _check_attention(asked, model)
@@ -59,6 +62,16 @@ def _refuse(asked: str, what: str, supported: str, instead: str) -> None:
         f"--kv-cache-dtype {asked} was asked for {what}: supported are {supported}; {instead}"
         f"{platform_backend().elsewhere(asked)}"
     )
+
+
+def _check_options(additional_config: Any) -> None:
+    """``--additional-config '{"kvq": {...}}'`` is the plugin's, and no options exist so far."""
+    given = additional_config.get("kvq") if isinstance(additional_config, Mapping) else None
+    if given:
+        raise ValueError(
+            f'additional_config["kvq"] is {given!r}: kvq_plugin has no options; remove it '
+            "(--kv-cache-dtype and the checkpoint say all it needs)"
+        )
 
 
 def _check_dtype(asked: str, flag: str, model_dtype: torch.dtype) -> None:

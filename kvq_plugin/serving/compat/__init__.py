@@ -186,6 +186,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "use_mla",
         "use_sparse",
     ),
+    "vllm.v1.worker.utils": ("allocate_kv_cache",),
+    "vllm.v1.kv_cache_interface:KVCacheConfig": ("kv_cache_groups",),
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ("kv_cache_spec",),
+    "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs": ("kv_cache_specs",),
     "vllm.v1.kv_cache_interface:AttentionSpec": (
         "dtype",
         "head_size",
@@ -200,6 +204,13 @@ PLATFORM_CLASSES = (
     "vllm.platforms.cpu:CpuPlatform",
     "vllm.platforms.cuda:CudaPlatformBase",
     "vllm.platforms.rocm:RocmPlatform",
+)
+#: And those that the plugin does without where vLLM allocates its caches in another way.
+OPTIONAL_PLACES = (
+    "vllm.v1.worker.utils",
+    "vllm.v1.kv_cache_interface:KVCacheConfig",
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec",
+    "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
 )
 #: As ATTRIBUTES, for what older versions lack: backends under a name of their own,
 SINCE_0_32: dict[str, tuple[str, ...]] = {
@@ -242,23 +253,24 @@ def version() -> str:
 
 def is_cpu() -> bool:
     """True when vLLM runs on its CPU platform in this process."""
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
+    return _is("is_cpu")
 
 
 def is_gpu() -> bool:
     """True when vLLM runs on its CUDA or ROCm platform in this process."""
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cuda_alike()
+    return _is("is_cuda_alike")
 
 
 def is_unspecified() -> bool:
     """True when vLLM found no device here, as on the head node of a Ray cluster of GPUs."""
+    return _is("is_unspecified")
+
+
+def _is(kind: str) -> bool:
     from vllm.platforms import current_platform
 
-    return current_platform.is_unspecified()
+    # Of the class: the object answers None for what it does not have.
+    return getattr(type(current_platform), kind)(current_platform)
 
 
 def platform_name() -> str:
@@ -327,7 +339,7 @@ def _wanted() -> Iterator[tuple[str, str]]:
         if name not in BENCHMARK_NAMES:
             yield module, name
     for place, attributes in ATTRIBUTES.items():
-        if place not in PLATFORM_CLASSES:
+        if place not in (*PLATFORM_CLASSES, *OPTIONAL_PLACES):
             yield from ((place, name) for name in attributes)
 
 

@@ -13,7 +13,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -295,7 +295,7 @@ def on_draft_quant_config(undo: ExitStack, hook: Callable[[Any, Any], Any]) -> N
     _wrap(undo, VllmConfig, "get_quantization_config", parameters, wrap, staticmethod)
 
 
-# --- models ----------------------------------------------------------------------------
+# --- once vLLM imports them -------------------------------------------------------------
 
 
 def on_model_created(undo: ExitStack, hook: Callable[[Any, Any, Any], None]) -> None:
@@ -305,22 +305,6 @@ def on_model_created(undo: ExitStack, hook: Callable[[Any, Any, Any], None]) -> 
     Models inside another one (the language model of a multimodal model) are not reported. The
     module concerned imports every attention backend, so nothing happens before vLLM needs it.
     """
-    import wrapt
-
-    undone: list[bool] = []  # a hook of wrapt cannot be taken back
-    later = undo.enter_context(ExitStack())
-    later.callback(undone.append, True)
-
-    def report(utils: Any) -> None:
-        if not undone:
-            with _for_ours_alone(None):
-                _report_models(later, hook, utils)
-
-    wrapt.register_post_import_hook(report, "vllm.model_executor.model_loader.utils")
-
-
-def _report_models(undo: ExitStack, hook: Callable[[Any, Any, Any], None], utils: Any) -> None:
-    stock = utils.initialize_model
     building = threading.local()
 
     def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -338,11 +322,58 @@ def _report_models(undo: ExitStack, hook: Callable[[Any, Any, Any], None], utils
 
         return initialize_model
 
-    _wrap(undo, utils, "initialize_model", ("vllm_config",), wrap, lambda function: function)
-    # Loaders that are imported already hold the function under their own name.
-    for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
-        if getattr(module, "initialize_model", None) is stock:
-            _set(undo, module, "initialize_model", utils.initialize_model)
+    _once_imported(
+        undo, "vllm.model_executor.model_loader.utils", "initialize_model", "vllm_config", wrap
+    )
+
+
+def on_kv_cache_allocation(undo: ExitStack, surround: Callable[[list[Any]], Any]) -> None:
+    """Allocate every KV cache within ``surround(specs)``, a context manager; *specs* are those of
+    the cache's layers. Both of vLLM's model runners import the one function concerned."""
+
+    def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def allocate_kv_cache(kv_cache_config, *args, **kwargs):
+            around = nullcontext()
+            with _for_ours_alone(None):  # a cache allocated in another way serves as well
+                around = surround(layer_specs(kv_cache_config))
+            with around:
+                return stock(kv_cache_config, *args, **kwargs)
+
+        return allocate_kv_cache
+
+    _once_imported(undo, "vllm.v1.worker.utils", "allocate_kv_cache", "kv_cache_config", wrap)
+
+
+def layer_specs(kv_cache_config: Any) -> list[Any]:
+    """Specs of the layers' KV caches; one for layers that share it."""
+    groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    return [
+        spec
+        for group in groups  # a group of layers with pages of different sizes has a spec for each
+        for spec in getattr(group, "kv_cache_specs", {"": group}).values()
+    ]
+
+
+def _once_imported(undo: ExitStack, module: str, name: str, parameter: str, wrap) -> None:
+    """Wrap function *name* of *module* in all of vLLM's modules that hold it."""
+    import wrapt
+
+    undone: list[bool] = []  # a hook of wrapt cannot be taken back
+    later = undo.enter_context(ExitStack())
+    later.callback(undone.append, True)
+
+    def patch(utils: Any) -> None:
+        if undone:
+            return
+        with _for_ours_alone(None):
+            stock = getattr(utils, name)
+            _wrap(later, utils, name, (parameter,), wrap, lambda function: function)
+            # What is imported already holds the function under its own name.
+            for other in [m for path, m in sys.modules.items() if path.startswith("vllm.")]:
+                if getattr(other, name, None) is stock:
+                    _set(later, other, name, getattr(utils, name))
+
+    wrapt.register_post_import_hook(patch, module)
 
 
 # --- without the plugin ----------------------------------------------------------------
