@@ -194,7 +194,7 @@ OWN = "int8_per_token_head"  # here, as if vLLM did not know it: needs no calibr
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """A process that vLLM's CUDA platform runs in, as far as the checks can tell; CUSTOM is ours."""
+    """A process of vLLM's CUDA platform, as far as the checks can tell, where CUSTOM is ours."""
     monkeypatch.setattr(compat, "is_cpu", lambda: False)
     monkeypatch.setattr(compat.current_platform, "get_device_capability", lambda: None)
     ours = compat.AttentionBackendEnum.CUSTOM
