@@ -344,10 +344,8 @@ def dtypes() -> dict[str, tuple[bool, str]]:
     others = [name for name in known if name not in rows]
     if on_gpu:
         for name in _by_owner(known)[1]:
-            rows[name] = (
-                True,
-                f"vLLM's own; with --attention-backend KVQ the plugin's: {rows[name][1]}",
-            )
+            needs = rows[name][1]
+            rows[name] = True, f"vLLM's own; the plugin's with --attention-backend KVQ: {needs}"
         rows[", ".join(others)] = True, "vLLM's own, where one of its backends has it"
     else:
         rows[", ".join(others)] = False, "implemented neither by vLLM on CPUs nor by kvq_plugin"
