@@ -17,7 +17,7 @@ LEVELS = (
     ("reference",),
     ("_native", "kernels"),
     ("ops",),
-    ("serving", "hf_cache", "model", "servers"),
+    ("serving", "hf_cache", "hub", "model", "servers"),
     ("evaluate", "inspection", "doctor"),
     ("report", "inspection_report"),
     ("calibrate",),

@@ -71,7 +71,7 @@ def _step_aside(error: Exception) -> None:
         from kvq_plugin.serving import compat
         from kvq_plugin.serving.compat import patches
 
-        found = f"{compat.version()}, supported are {compat.SUPPORTED}"
+        found = f"{compat.vllm_version()}, supported are {compat.SUPPORTED}"
         patches.refuse_on_cpu(reason)
     except Exception as another:
         reason += f"; then {type(another).__name__}: {another}"
@@ -96,11 +96,11 @@ def _cache_memory(specs):
 
 
 def _on_model_created(model, vllm_config, model_config) -> None:
-    from kvq_plugin.serving.scales.offers import follow
+    from kvq_plugin.serving.scales.method import begin_load
     from kvq_plugin.serving.selection import require_own_backends
 
     require_own_backends(model, vllm_config)
-    follow(model, vllm_config, model_config)
+    begin_load(model, vllm_config, model_config)
 
 
 def _on_config(vllm_config) -> None:

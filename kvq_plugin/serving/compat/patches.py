@@ -74,7 +74,7 @@ def _for_ours_alone(kv_cache_dtype: str | None, backend: Any = None) -> Iterator
     except ValueError:  # a refusal
         raise
     except Exception as error:
-        says = f"kvq_plugin failed on vLLM {compat.version()}: {type(error).__name__}: {error}"
+        says = f"kvq_plugin failed on vLLM {compat.vllm_version()}: {type(error).__name__}: {error}"
         asked = backend is not None and backend in _added_backends.values()
         if asked or kv_cache_dtype in (FORMATS if compat.is_cpu() else _own_dtypes):
             raise ValueError(
