@@ -13,6 +13,8 @@ import pytest
 from engine_jobs import Batch, Job, run
 from tiny_models import make
 
+from kvq_plugin.serving import compat
+
 pytest.importorskip("vllm")
 
 SCRIPT = Path(__file__).with_name("without_names.py")
@@ -62,6 +64,13 @@ def test_without_any_one_name_our_caches_are_refused(names):
         if name not in BLIND:
             assert "int8_per_token_head" in found["refused"], name
             assert name.rpartition(".")[2] in found["refused"]  # the reason
+
+
+def test_modules_that_are_not_loaded_are_looked_up_in_their_source(monkeypatch):
+    for place in (("vllm.v1.attention.backends.cpu_attn", ""), ("vllm.config.vllm", "VllmConfig")):
+        monkeypatch.delitem(sys.modules, place[0], raising=False)
+        name = "model_config" if place[1] else "CPUAttentionBackend"
+        assert compat._has(*place, name) and not compat._has(*place, "no_such_name")
 
 
 def test_what_fails_after_registration_concerns_our_caches_alone(model):

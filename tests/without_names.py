@@ -163,6 +163,9 @@ def _select(model: str, kv_cache_dtype: str) -> str:
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
 
+    from kvq_plugin.serving.compat import patches
+
+    patches.forget_selected_backends()
     with set_current_vllm_config(config(model, kv_cache_dtype)):
         backend = get_attn_backend(64, torch.bfloat16, kv_cache_dtype)
     return ".".join(backend.full_cls_name())
