@@ -160,6 +160,16 @@ def plugin(machine: Machine) -> Iterator[Finding]:
             f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading it",
             f"unset VLLM_PLUGINS, or add {ENTRY_POINT} to it",
         )
+    try:
+        lacking = compat.missing()
+    except (ImportError, AttributeError):
+        return  # without vLLM; said above
+    if lacking:
+        yield Finding(
+            BAD,
+            f"it steps aside: this vLLM lacks {', '.join(lacking)}",
+            f"use vLLM {compat.SUPPORTED}",
+        )
 
 
 # --- kernels ---------------------------------------------------------------------------

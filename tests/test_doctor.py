@@ -63,6 +63,13 @@ def test_a_plugin_that_is_kept_out():
     assert states(doctor.plugin(machine(env={"VLLM_PLUGINS": "other,kvq"}))) == {GOOD}
 
 
+def test_a_vllm_that_lacks_something(monkeypatch):
+    monkeypatch.setattr(compat, "missing", lambda: ["vllm.config.cache.CacheDType"])
+    assert "steps aside: this vLLM lacks vllm.config.cache.CacheDType" in advice(
+        doctor.plugin(machine())
+    )
+
+
 def test_kernels_that_are_missing_or_held_back(monkeypatch):
     with _native.use_isa("generic"):
         assert "unset KVQ_ISA" in advice(doctor.kernels(machine()))
