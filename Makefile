@@ -22,7 +22,7 @@ install: $(STAMPS)/plugin  ## build the environment: torch, vLLM for CPU, the pl
 demo: install  ## serve the built-in model with each KV cache and compare; ARGS="--model PATH ..."
 	$(VENV)/bin/kvq demo $(ARGS)
 
-test: install $(STAMPS)/llmcompressor  ## run the tests; ARGS="-k name" narrows them
+test: install $(STAMPS)/llmcompressor $(STAMPS)/vllm-versions  ## run the tests; ARGS="-k name"
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 bench: install  ## time kernels and engines against vLLM's own; CSVs and plots in build/bench
@@ -79,5 +79,10 @@ $(STAMPS)/plugin: $(STAMPS)/vllm pyproject.toml setup.py CMakeLists.txt $(CPP)
 $(STAMPS)/llmcompressor: $(STAMPS)/plugin
 	-$(PIP) install --quiet --no-deps --target $(VENV)/llmcompressor --upgrade $(LLM_COMPRESSOR)
 	@touch $@
+
+# The vLLM versions beside the installed one, 2 GB, for tests/test_versions.py. One that cannot be
+# had skips there with the reason, and is tried again by the next run: then there is no stamp.
+$(STAMPS)/vllm-versions: $(STAMPS)/plugin scripts/vllm_versions.py kvq_plugin/serving/compat.py
+	-$(VENV)/bin/python scripts/vllm_versions.py $(VENV)/vllm-versions && touch $@
 
 .PHONY: help install demo test bench cuda gpu-check lint format clean

@@ -26,7 +26,13 @@ def _config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
         kv_transfer_config=top.pop("kv_transfer_config", None),
         speculative_config=top.pop("speculative_config", None),
         cache_config=SimpleNamespace(
-            **{"cache_dtype": dtype, "block_size": 128, "kv_cache_dtype_skip_layers": []}
+            **{
+                "cache_dtype": dtype,
+                "block_size": 128,
+                "user_specified_block_size": True,
+                "kv_cache_dtype_skip_layers": [],
+                "kv_offloading_size": None,
+            }
             | (cache or {})
         ),
         parallel_config=SimpleNamespace(
@@ -78,6 +84,7 @@ def test_foreign_dtypes(dtype):
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"parallel": {"decode_context_parallel_size": 2}}, "decode-context-parallel-size 2"),
         ({"parallel": {"prefill_context_parallel_size": 2}}, "prefill-context-parallel-size 2"),
+        ({"cache": {"kv_offloading_size": 1.0}}, "KV offloading.*drop.*--kv-offloading-size"),
         ({"cache": {"block_size": 16}}, "blocks of 16 tokens.*multiples of 32"),
         ({"cache": {"kv_cache_dtype_skip_layers": ["4"]}}, "'4'.*layer numbers 0 to 3"),
         ({"cache": {"kv_cache_dtype_skip_layers": ["attention"]}}, "'attention'"),
@@ -119,6 +126,10 @@ def test_an_unquantized_cache_is_vllms_business(change):
 def test_an_unquantized_cache_must_have_the_models_dtype():
     with pytest.raises(ValueError, match="running in bfloat16.*--dtype float16"):
         check(_config("float16"))
+
+
+def test_a_block_size_that_vllm_has_not_chosen_yet():
+    check(_config(cache={"block_size": 16, "user_specified_block_size": False}))
 
 
 def test_skip_layers_that_exist():

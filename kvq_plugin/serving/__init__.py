@@ -31,7 +31,7 @@ def register() -> None:
     for name in FORMATS:
         compat.register_dtype(name, torch.uint8)
     # Registers the quantization method, which vLLM looks up before any config exists.
-    config = importlib.import_module(f"{__name__}.config")
+    config = importlib.import_module(f"{__name__}.scales.config")
     _register_backends()
     compat.on_config(_on_config)
     compat.on_draft_quant_config(config.wrap_draft_config)
@@ -59,14 +59,14 @@ def _cache_memory(specs):
 
 
 def _on_model_created(model, vllm_config, model_config) -> None:
-    from kvq_plugin.serving.scale_keys import follow
+    from kvq_plugin.serving.scales.method import begin_load
 
-    follow(model, vllm_config, model_config)
+    begin_load(model, vllm_config, model_config)
 
 
 def _on_config(vllm_config) -> None:
     from kvq_plugin.serving.checks import check
-    from kvq_plugin.serving.config import wrap_quant_config
+    from kvq_plugin.serving.scales.config import wrap_quant_config
     from kvq_plugin.serving.selection import serves
 
     cache = vllm_config.cache_config

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from kvq_plugin import hugepages, ops
+from kvq_plugin.formats import KVFormat
 from kvq_plugin.layout import LANES, MAX_HEAD_SIZE
 from kvq_plugin.serving import base
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
@@ -75,6 +76,7 @@ class CPUImpl(KVQImpl):
 class CPUBackend(KVQBackend):
     """Base of the CPU's per-format backends."""
 
+    impl_cls = CPUImpl
     block_multiple = 32
     default_block_size = 128
 
@@ -92,5 +94,20 @@ class CPUBackend(KVQBackend):
         return [d for d in stock if d % LANES == 0 and d <= MAX_HEAD_SIZE]
 
 
-BACKENDS = base.per_format(__name__, CPUBackend, CPUImpl)
-globals().update({backend.__name__: backend for backend in BACKENDS.values()})
+KVQ_fp8_e4m3 = CPUBackend.of("fp8_e4m3")
+KVQ_fp8_e5m2 = CPUBackend.of("fp8_e5m2")
+KVQ_int8 = CPUBackend.of("int8")
+KVQ_int8_per_token_head = CPUBackend.of("int8_per_token_head")
+KVQ_fp8_per_token_head = CPUBackend.of("fp8_per_token_head")
+KVQ_int4_per_token_head = CPUBackend.of("int4_per_token_head")
+BACKENDS: dict[KVFormat, type[KVQBackend]] = {
+    backend.format: backend
+    for backend in (
+        KVQ_fp8_e4m3,
+        KVQ_fp8_e5m2,
+        KVQ_int8,
+        KVQ_int8_per_token_head,
+        KVQ_fp8_per_token_head,
+        KVQ_int4_per_token_head,
+    )
+}

@@ -15,7 +15,9 @@ from safetensors import safe_open
 
 from kvq_plugin import hugepages
 from kvq_plugin.formats import FORMATS, KVFormat
-from kvq_plugin.serving import compat, names
+from kvq_plugin.serving import compat
+from kvq_plugin.serving.scales import keys
+from kvq_plugin.serving.scales.declared import declared_scheme
 from kvq_plugin.serving.selection import platform_backend, serves
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
@@ -94,7 +96,7 @@ def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
     elif drafter is None or drafter.model == model.model:
         return  # n-grams, or layers of the target itself
     else:
-        scales = _declares_kv_scheme(drafter.hf_config, Path(drafter.model))
+        scales = declared_scheme(drafter.hf_config, Path(drafter.model))
         if scales or speculation.method in _WITHOUT_ATTENTION:
             return
     format = FORMATS.get(draft or asked)
@@ -136,7 +138,9 @@ def _check_model(asked: str, model: Any) -> None:
 
 
 def _check_engine(asked: str, vllm_config: Any) -> None:
-    if vllm_config.kv_transfer_config is not None:
+    cache = vllm_config.cache_config
+    # vLLM makes a connector of the offloading size after it has called the plugin.
+    if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
         _refuse(
             asked,
             "an engine with a KV connector or KV offloading",
@@ -156,11 +160,13 @@ def _check_engine(asked: str, vllm_config: Any) -> None:
                 "tensor, pipeline and data parallelism",
                 f"use {flag} 1",
             )
-    backend, block_size = platform_backend(), vllm_config.cache_config.block_size
-    if block_size and block_size % backend.block_multiple:
+    # Only what the user chose is final here. vLLM chooses later (0.33: once the model has its
+    # backends) out of get_supported_kernel_block_sizes, and refuses there what does not fit.
+    backend = platform_backend()
+    if cache.user_specified_block_size and cache.block_size % backend.block_multiple:
         _refuse(
             asked,
-            f"blocks of {block_size} tokens",
+            f"blocks of {cache.block_size} tokens",
             f"multiples of {backend.block_multiple}",
             f"use --block-size {backend.default_block_size}",
         )
@@ -191,7 +197,7 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
     if format.is_dynamic or format.default_scale is not None:
         return
     folder = Path(vllm_config.model_config.model)
-    if _declares_kv_scheme(vllm_config.model_config.hf_config, folder):
+    if declared_scheme(vllm_config.model_config.hf_config, folder):
         return
     tensors = _tensor_names(folder)
     if tensors is None or any(_is_scale(name) for name in tensors):
@@ -207,21 +213,8 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
 
 def _is_scale(name: str) -> bool:
     """Whether the loader will take tensor *name* for a scale of K or V."""
-    found = names.parse(name)
-    return found is not None and found.parameter in ("k_scale", "v_scale")
-
-
-def _declares_kv_scheme(hf_config: Any, folder: Path) -> bool:
-    text_config = getattr(hf_config, "text_config", None)
-    for config in (hf_config, text_config):
-        for key in ("quantization_config", "compression_config"):
-            section = getattr(config, key, None)
-            if isinstance(section, dict) and section.get("kv_cache_scheme"):
-                return True
-    sidecar = folder / "hf_quant_config.json"  # ModelOpt
-    if not sidecar.is_file():
-        return False
-    return bool(json.loads(sidecar.read_text()).get("quantization", {}).get("kv_cache_quant_algo"))
+    found = keys.parse(name)
+    return found is not None and not {"k_scale", "v_scale"}.isdisjoint(found.parameters)
 
 
 def _tensor_names(folder: Path) -> set[str] | None:

