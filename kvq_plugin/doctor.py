@@ -26,6 +26,7 @@ from kvq_plugin import __version__, _native
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import patches
+from kvq_plugin.tables import print_table
 
 GOOD, ADVICE, BAD = "ok", "advice", "problem"
 _STYLES = {GOOD: "green", ADVICE: "yellow", BAD: "red"}
@@ -96,7 +97,7 @@ def run(console: Console | None = None) -> None:
             console.print(f"{mark}  {finding.what}", highlight=False, soft_wrap=True)
             if finding.advice:
                 console.print(f"          {finding.advice}", markup=False, soft_wrap=True)
-    console.print(dtypes_table())
+    print_table(console, dtypes_table())
     if broken:
         raise ValueError(f"{broken} problem(s) found; see above")
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from kvq_plugin.gpu_check import build, candidates, correctness, sanitize, timing, worker
 from kvq_plugin.gpu_check.report import Clock, Outcome, Report
+from kvq_plugin.tables import print_table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = arguments.out / "gpu.csv"
         timing.write_csv(path, rows)
         console.print(f"wrote {path}", highlight=False)
-        console.print(table(rows))
+        print_table(console, table(rows))
     verdict = "every check passed" if report.good else "CHECKS FAILED (above)"
     console.print(verdict, highlight=False)
     return 0 if report.good else 1
