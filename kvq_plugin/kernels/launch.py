@@ -41,9 +41,9 @@ class StoreChoice:
 # Not yet measured on a GPU. To stream 4.3 TB/s at about 0.8 us of latency, each of an H200's 132
 # SMs needs some 26 KiB under way; two tiles of 8 KiB of K and as much of V give 32 KiB per program,
 # and shared memory holds four programs per SM. Stages: the address of a tile comes out of the block
-# table, so Triton spends half the stages on that load; with fewer than five, tiles are loaded one at
-# a time (read in the PTX: cp.async.wait_group 0). Eight warps, or tiles of half the tokens, where
-# registers are spilled otherwise (ptxas; Triton 3.6 spills for sm_80 what 3.9 does not).
+# table, so Triton spends half the stages on that load; with fewer than five, tiles are loaded one
+# at a time (read in the PTX: cp.async.wait_group 0). Eight warps, or tiles of half the tokens,
+# where registers are spilled otherwise (ptxas; Triton 3.6 spills for sm_80 what 3.9 does not).
 # tests/test_triton_compile.py holds these limits.
 #: (long queries, bits of the wider code, head size rounded up) -> choice
 ATTEND = {
