@@ -24,7 +24,7 @@ install: $(STAMPS)/plugin  ## build the environment: torch, vLLM for CPU, the pl
 demo: install  ## serve the built-in model with each KV cache and compare; ARGS="--model PATH ..."
 	$(VENV)/bin/kvq demo $(ARGS)
 
-test: install $(STAMPS)/llmcompressor $(STAMPS)/triton  ## run the tests; ARGS="-k name" narrows them
+test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/vllm-versions  ## run all tests, or ARGS="-k name"
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 bench: install  ## time kernels and engines against vLLM's own; CSVs and plots in build/bench
@@ -90,5 +90,10 @@ $(STAMPS)/llmcompressor: $(STAMPS)/plugin
 $(STAMPS)/triton: $(STAMPS)/python
 	-$(PIP) install --quiet --no-deps --target $(VENV)/other-triton --upgrade $(OTHER_TRITON)
 	@mkdir -p $(STAMPS) && touch $@
+
+# The vLLM versions beside the installed one, 2 GB, for tests/test_versions.py. One that cannot be
+# had skips there with the reason, and is tried again by the next run: then there is no stamp.
+$(STAMPS)/vllm-versions: $(STAMPS)/plugin scripts/vllm_versions.py kvq_plugin/serving/compat.py
+	-$(VENV)/bin/python scripts/vllm_versions.py $(VENV)/vllm-versions && touch $@
 
 .PHONY: help install demo test bench cuda gpu-check gpu-bundle lint format clean

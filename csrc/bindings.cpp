@@ -4,6 +4,7 @@
 #include "codec.h"
 #include "cpu/kernels.h"
 #include "formats.h"
+#include "rotation.h"
 
 STABLE_TORCH_LIBRARY(kvq, m) {
   m.def(
@@ -31,16 +32,23 @@ KVQ_EXPORT const char* kvq_supported_isa(int i) {
   return nullptr;
 }
 
-// Row i of the format table: its name (null past the end), and key code, key per-token flag,
-// value code, value per-token flag in out.
+// Row i of the format table: its name (null past the end), and code, per-token flag and rotated
+// flag of key and value in out.
 KVQ_EXPORT const char* kvq_format_row(int i, int* out) {
   if (i < 0 || i >= kvq::kNumFormats) return nullptr;
   const kvq::Format& f = kvq::kFormats[i];
-  out[0] = static_cast<int>(f.key.code);
-  out[1] = f.key.per_token;
-  out[2] = static_cast<int>(f.value.code);
-  out[3] = f.value.per_token;
+  for (const kvq::Stream& s : {f.key, f.value}) {
+    *out++ = static_cast<int>(s.code);
+    *out++ = s.per_token;
+    *out++ = s.rotated;
+  }
   return f.name;
+}
+
+// What rotate() multiplies the channels of a row by before it mixes them, and the gain of products.
+KVQ_EXPORT float kvq_rotation(int head_size, float* factors) {
+  for (int i = 0; i < head_size; ++i) factors[i] = kvq::rotation_factor(i, head_size);
+  return kvq::rotation_gain(head_size);
 }
 
 KVQ_EXPORT void kvq_page_layout(int format, long head_size, long block_size, long* out) {

@@ -16,10 +16,12 @@ enum class Code : int { kInt8 = 0, kInt4 = 1, kFp8E4M3 = 2, kFp8E5M2 = 3, kFp8E4
 KVQ_CONSTEXPR int code_bits(Code c) { return c == Code::kInt4 ? 4 : 8; }
 
 // How one of K and V is stored. `per_token`: the kernel computes one scale per token and kv
-// head while writing; otherwise scales come from the checkpoint, expanded to [H, D].
+// head while writing; otherwise scales come from the checkpoint, expanded to [H, D]. `rotated`:
+// rows are encoded after rotation.h's transform.
 struct Stream {
   Code code;
   bool per_token;
+  bool rotated = false;
   KVQ_CONSTEXPR int metadata_bytes() const { return per_token ? 4 : 0; }
 };
 
@@ -35,7 +37,7 @@ inline constexpr Format kFormats[] = {
     {"int8", {Code::kInt8, false}, {Code::kInt8, false}},
     {"int8_per_token_head", {Code::kInt8, true}, {Code::kInt8, true}},
     {"fp8_per_token_head", {Code::kFp8E4M3, true}, {Code::kFp8E4M3, true}},
-    {"int4_per_token_head", {Code::kInt4, true}, {Code::kInt4, true}},
+    {"int4_per_token_head", {Code::kInt4, true, true}, {Code::kInt4, true, true}},
 };
 inline constexpr int kNumFormats = sizeof(kFormats) / sizeof(kFormats[0]);
 

@@ -35,6 +35,7 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     for name in ("kvq_current_isa", "kvq_supported_isa", "kvq_format_row"):
         getattr(library, name).restype = ctypes.c_char_p
+    library.kvq_rotation.restype = ctypes.c_float
     if forced := os.environ.get("KVQ_ISA"):
         _switch(library, forced)
     return library
@@ -73,12 +74,20 @@ def use_isa(name: str) -> Iterator[None]:
         _switch(load(), before)
 
 
-def format_table() -> list[tuple[str, int, bool, int, bool]]:
-    """The library's rows: (name, key code id, key per token, value code id, value per token)."""
-    rows, out = [], (ctypes.c_int * 4)()
+def format_table() -> list[tuple[str, tuple[int, bool, bool], tuple[int, bool, bool]]]:
+    """The library's rows: name, then (code id, per token, rotated) of key and of value."""
+    rows, out = [], (ctypes.c_int * 6)()
     while name := load().kvq_format_row(len(rows), out):
-        rows.append((name.decode(), out[0], bool(out[1]), out[2], bool(out[3])))
+        key, value = ((out[i], bool(out[i + 1]), bool(out[i + 2])) for i in (0, 3))
+        rows.append((name.decode(), key, value))
     return rows
+
+
+def rotation(head_size: int) -> tuple[torch.Tensor, float]:
+    """Factors of a rotated row's channels, and :func:`kvq_plugin.rotation.gain`, of the library."""
+    factors = torch.empty(head_size)
+    gain = load().kvq_rotation(head_size, ctypes.c_void_p(factors.data_ptr()))
+    return factors, gain
 
 
 def page_layout(format_id: int, head_size: int, block_size: int) -> tuple[int, ...]:

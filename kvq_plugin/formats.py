@@ -69,10 +69,14 @@ CODES = {c.name: c for c in (INT8, INT4, FP8_E4M3, FP8_E5M2, FP8_E4M3FNUZ)}
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """How one of K and V is stored: a code and the granularities its scales may have."""
+    """How one of K and V is stored: a code and the granularities its scales may have.
+
+    ``rotated``: not the row itself is encoded but :func:`kvq_plugin.rotation.rotate` of it.
+    """
 
     code: Code
     granularities: tuple[Granularity, ...]
+    rotated: bool = False
 
     @property
     def is_dynamic(self) -> bool:
@@ -114,21 +118,21 @@ class KVFormat:
         return sum(s.code.bits * head_size // 8 + s.metadata_bytes for s in (self.key, self.value))
 
 
-def _row(name, id, code, granularities, default_scale, max_error, aliases=()):
-    stream = Stream(code, granularities)
+def _row(name, id, code, granularities, default_scale, max_error, aliases=(), rotated=False):
+    stream = Stream(code, granularities, rotated)
     return KVFormat(name, id, stream, stream, default_scale, max_error, aliases)
 
 
 _ROWS = (
     # name, id, code, granularities, default scale, RMSE bound on N(0,1), aliases.
     # Measured at scale 1.0 / calibrated: e4m3 2.6 %, e5m2 5.4 %, int8 token-head 0.8 %
-    # (D=128), int4 token-head 11 %.
+    # (D=128), int4 token-head 11 %, rotated or not: a rotated bell curve is one.
     _row("fp8_e4m3", 0, FP8_E4M3, STATIC, 1.0, 0.028, aliases=("fp8",)),
     _row("fp8_e5m2", 1, FP8_E5M2, STATIC, 1.0, 0.057),
     _row("int8", 2, INT8, STATIC, None, 0.012),
     _row("int8_per_token_head", 3, INT8, DYNAMIC, None, 0.010),
     _row("fp8_per_token_head", 4, FP8_E4M3, DYNAMIC, None, 0.028),
-    _row("int4_per_token_head", 5, INT4, DYNAMIC, None, 0.13),
+    _row("int4_per_token_head", 5, INT4, DYNAMIC, None, 0.13, rotated=True),
 )
 
 #: Every name a user may type for ``--kv-cache-dtype``, aliases included.

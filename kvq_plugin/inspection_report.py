@@ -41,7 +41,7 @@ def run(path: str, plot: Path | None = None, console: Console | None = None) -> 
 
 def _summary(checkpoint: Checkpoint, console: Console) -> None:
     g, scheme = checkpoint.geometry, checkpoint.scheme
-    keys = sum(len(layer.keys) for layer in checkpoint.layers)
+    keys = sum(len(set(layer.keys.values())) for layer in checkpoint.layers)
     spelt = f", spelt as by {', '.join(checkpoint.origins)}" if checkpoint.origins else ""
     lines = {
         "checkpoint": checkpoint.folder,
@@ -69,7 +69,7 @@ def scales_table(checkpoint: Checkpoint) -> Table:
     table.add_column("remarks")
     for layer in checkpoint.layers:
         number = layer.owner if layer.number is None else str(layer.number)
-        cells = [*_cells(layer.effective("k_scale")), *_cells(layer.effective("v_scale"))]
+        cells = [*_cells(layer.values.get("k_scale")), *_cells(layer.values.get("v_scale"))]
         single = [_largest(layer, name) for name in ("q_scale", "prob_scale")]
         table.add_row(number, *cells, *single, remarks(layer))
     return table
@@ -109,8 +109,8 @@ def _plot(checkpoint: Checkpoint, file: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6), layout="constrained")
     for axis, name in zip(axes, "kv", strict=True):
-        layers = [x for x in checkpoint.layers if x.effective(f"{name}_scale") is not None]
-        values = [layer.effective(f"{name}_scale") for layer in layers]
+        layers = [x for x in checkpoint.layers if x.values.get(f"{name}_scale") is not None]
+        values = [layer.values.get(f"{name}_scale") for layer in layers]
         x = [i if layer.number is None else layer.number for i, layer in enumerate(layers)]
         low, middle, high = (
             [pick(v).item() for v in values] for pick in (torch.min, torch.median, torch.max)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvq_plugin import rotation
 from kvq_plugin.formats import Code, Kind, KVFormat, Stream
 from kvq_plugin.layout import CPU_V1, PageLayout, StreamLayout
 
@@ -81,9 +82,14 @@ def quantize(
     as the largest finite value; a NaN makes its row's scale NaN, so that it reaches the
     output as it would from an unquantized cache, and the row's other codes are unspecified
     but deterministic. Affine codes use the *stored* (fp16) scale and min.
+
+    A rotated stream encodes the rotated row. What is beyond ``rotation.LIMIT`` counts as that
+    much, so an infinity spreads over its row as the largest value the code can hold.
     """
     x = x.float()
     code = stream.code
+    if stream.rotated:
+        x = rotation.rotate(x.clamp(-rotation.LIMIT, rotation.LIMIT))
     if not stream.is_dynamic:
         if static is None:
             raise ValueError(f"static {code.name} needs a StaticScale, got none")
@@ -122,6 +128,11 @@ def dequantize(
     static: StaticScale | None = None,
 ) -> torch.Tensor:
     """Inverse of :func:`quantize`: codes ``[T, H, D]`` and metadata ``[T, H]`` -> fp32."""
+    x = _scaled(codes, metadata, stream, static)
+    return rotation.unrotate(x) if stream.rotated else x
+
+
+def _scaled(codes, metadata, stream: Stream, static: StaticScale | None) -> torch.Tensor:
     x = decode(codes, stream.code)
     if not stream.is_dynamic:
         if static.zero_point is not None:

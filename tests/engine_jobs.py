@@ -33,11 +33,13 @@ ENGINE = {
 class Batch:
     """One ``generate`` call: token-id prompts and sampling parameters over GREEDY.
 
-    Without prompts, the previous batch's prompts each followed by what it generated.
+    Without prompts, the previous batch's prompts each followed by what it generated. With
+    ``reload_from``, the engine first loads the weights of that checkpoint in place of its own.
     """
 
     prompts: list[list[int]] = field(default_factory=list)
     sampling: dict = field(default_factory=dict)
+    reload_from: str = ""
 
 
 @dataclass
@@ -139,6 +141,9 @@ def _run_job(job: dict) -> dict:
     try:
         llm = LLM(**(ENGINE | job["llm"]))
         for batch in job["batches"]:
+            if path := batch["reload_from"]:
+                llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+                llm.reset_prefix_cache()
             prompts = batch["prompts"] or _continued(result["batches"][-1])
             result["batches"].append(_generate(llm, prompts, batch["sampling"]))
         result["counters"] = {

@@ -53,19 +53,20 @@ def attention_bound(problem: oracle.Problem) -> torch.Tensor:
         for head in range(heads):
             kv = head * kv_heads // heads
             k, v = (oracle._operand(problem, s, kv, value) for value in (False, True))
-            q = (problem.query[begin:end, head].double() * k.channel).abs()
+            q = k.query(problem.query[begin:end, head].double())
             dq = (FP16 + SUM) * q + FP16_FLOOR * q.amax(-1, keepdim=True)
             keys = k.token[:, None] * k.codes + k.minimum[:, None]
             ds = problem.scale * (dq @ keys.T)
             moved = p[head] * torch.expm1((2 * ds).clamp(max=40)) / 2
-            values = problem.values[s][:, kv].double().abs()
-            out = (p[head] @ problem.values[s][:, kv].double()).abs()
-            error = moved @ values + moved.sum(-1, keepdim=True) * out
+            values = problem.values[s][:, kv].double()
+            out, held = (p[head] @ values).abs(), v.held(values)
+            error = moved @ values.abs() + moved.sum(-1, keepdim=True) * out
             product = p[head] * v.token
-            error += FP16 * (product @ v.codes) * v.channel
+            sums = FP16 * (product @ v.codes) * v.channel
             loudest = product.amax(-1, keepdim=True).clamp(min=1.0)
-            error += P_FLOOR * loudest * (mask.double() @ v.codes) * v.channel
-            error += cases.FP32_SLACK * (p[head] @ (values + v.minimum[:, None]) + out)
+            sums += P_FLOOR * loudest * (mask.double() @ v.codes) * v.channel
+            sums += cases.FP32_SLACK * (p[head] @ (held.abs() + v.minimum[:, None]))
+            error += v.spread(sums) + cases.FP32_SLACK * out
             error += cases.OUTPUT_ROUNDING[dtype] * (out + error) + cases.OUTPUT_FLOOR[dtype]
             bound[begin:end, head] = error
     return bound

@@ -14,8 +14,8 @@ import cases
 import numpy as np
 import torch
 
-from kvq_plugin import reference
-from kvq_plugin.formats import Code, Granularity, Kind, KVFormat
+from kvq_plugin import reference, rotation
+from kvq_plugin.formats import Code, Granularity, Kind, KVFormat, Stream
 from kvq_plugin.layout import CPU_V1, PageLayout, StreamLayout
 
 
@@ -404,6 +404,32 @@ def attend(problem: Problem) -> torch.Tensor:
     return out
 
 
+@lru_cache
+def rotation_matrix(head_size: int) -> torch.Tensor:
+    """What rotates a row, ``[D, D]`` float64: Sylvester's Hadamard matrices along the diagonal,
+    times a power of two near the root of their size, times signs."""
+    size = 1
+    while head_size % (2 * size) == 0:
+        size *= 2
+    channel = np.arange(head_size)
+    common = channel[:, None] % size & channel % size
+    odd = np.array([[int(x).bit_count() % 2 for x in row] for row in common])
+    same = channel[:, None] // size == channel // size
+    scale = 2.0 ** -np.ceil(np.log2(size) / 2)
+    matrix = torch.from_numpy(np.where(same, 1.0 - 2.0 * odd, 0.0) * scale)
+    return matrix * rotation.signs(head_size).double()
+
+
+def unrotated(stream: Stream) -> Stream:
+    """*stream* as it would be without its rotation: the codec alone."""
+    return replace(stream, rotated=False)
+
+
+def gain_of(basis: torch.Tensor) -> float:
+    """The inverse of a rotation matrix is its transpose times this."""
+    return 1.0 / float(basis[0].square().sum())
+
+
 @dataclass(frozen=True)
 class _Operand:
     """One stream as kernels hold it: ``|value| <= codes * token * channel + minimum``."""
@@ -412,6 +438,22 @@ class _Operand:
     token: torch.Tensor  # [L] per-token scale folded into the score or the probability
     channel: torch.Tensor  # [D] per-channel scale folded into q or the output
     minimum: torch.Tensor  # [L] magnitude of the affine minimum
+    basis: torch.Tensor | None = None  # [D, D]: what is above describes rows times its transpose
+
+    def query(self, q: torch.Tensor) -> torch.Tensor:
+        """``|q|`` ``[T, D]`` as kernels multiply it with codes, channel scales folded in."""
+        q = q if self.basis is None else q @ (gain_of(self.basis) * self.basis).T
+        return (q * self.channel).abs()
+
+    def held(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows ``[L, D]`` as kernels add them up."""
+        return values if self.basis is None else values @ self.basis.T
+
+    def spread(self, error: torch.Tensor) -> torch.Tensor:
+        """What errors ``[T, D]`` of held sums are at worst in the output."""
+        if self.basis is None:
+            return error
+        return error.expand(-1, self.channel.shape[0]) @ (gain_of(self.basis) * self.basis.abs())
 
 
 def _operand(problem: Problem, s: int, head: int, value: bool) -> _Operand:
@@ -429,11 +471,12 @@ def _operand(problem: Problem, s: int, head: int, value: bool) -> _Operand:
         if static.zero_point is not None:
             codes = codes + static.zero_point[head].double().abs()
         return _Operand(codes, ones, static.scale[head].double(), 0 * ones)
+    basis = rotation_matrix(layout.head_size) if which.stream.rotated else None
     words = layout.unpack_metadata(pages, which).reshape(-1)[:length].contiguous()
     if which.stream.code.kind is not Kind.AFFINE:
-        return _Operand(codes, words.view(torch.float32).double(), channel, 0 * ones)
+        return _Operand(codes, words.view(torch.float32).double(), channel, 0 * ones, basis)
     scale, minimum = words.view(torch.float16).view(-1, 2).double().unbind(-1)
-    return _Operand(codes, scale, channel, minimum.abs())
+    return _Operand(codes, scale, channel, minimum.abs(), basis)
 
 
 @single_threaded
@@ -448,6 +491,8 @@ def attention_bound(problem: Problem) -> torch.Tensor:
       every visible token; tiles only make this smaller.
     * Where :func:`cases.weight_rounding` allows, a probability is also off by that much of itself.
     * ``FP32_SLACK`` of the absolute sum, and rounding of the output to the activation dtype.
+
+    Sums over V are of rotated rows where the stream is; rotating them back adds their errors up.
     """
     dtype = problem.query.dtype
     bound = torch.zeros(problem.query.shape, dtype=torch.float64)
@@ -460,19 +505,20 @@ def attention_bound(problem: Problem) -> torch.Tensor:
         for head in range(heads):
             kv = head * kv_heads // heads
             k, v = (_operand(problem, s, kv, value) for value in (False, True))
-            q = (problem.query[begin:end, head].double() * k.channel).abs()
+            q = k.query(problem.query[begin:end, head].double())
             mass = k.token * k.codes.sum(-1) + k.codes.shape[1] * k.minimum
             ds = cases.LIMB * problem.scale * q.amax(-1)[:, None] * mass
             moved = p[head] * torch.expm1((2 * ds).clamp(max=40)) / 2
             values = problem.values[s][:, kv].double()
-            out = (p[head] @ values).abs()
+            out, held = (p[head] @ values).abs(), v.held(values)
             error = moved @ values.abs() + moved.sum(-1, keepdim=True) * out
             loudest = (p[head] * v.token).amax(-1, keepdim=True)
-            error += cases.LIMB * loudest * (mask.double() @ v.codes) * v.channel
+            sums = cases.LIMB * loudest * (mask.double() @ v.codes) * v.channel
             loudest = p[head].amax(-1, keepdim=True)
-            error += cases.LIMB * loudest * (mask.double() @ v.minimum)[:, None]
+            sums += cases.LIMB * loudest * (mask.double() @ v.minimum)[:, None]
             rounding = cases.FP32_SLACK + cases.weight_rounding(problem.format, dtype)
-            error += rounding * (p[head] @ values.abs()) + cases.FP32_SLACK * out
+            sums += rounding * (p[head] @ held.abs()) + cases.FP32_SLACK * (p[head] @ held).abs()
+            error += v.spread(sums)
             error += cases.OUTPUT_ROUNDING[dtype] * (out + error) + cases.OUTPUT_FLOOR[dtype]
             bound[begin:end, head] = error
     return bound

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from kvq_plugin.formats import FORMATS
-from kvq_plugin.serving import compat, options
+from kvq_plugin.serving import compat
 from kvq_plugin.serving.checks import check
 
 pytest.importorskip("vllm")
@@ -27,7 +26,13 @@ def _config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
         kv_transfer_config=top.pop("kv_transfer_config", None),
         speculative_config=top.pop("speculative_config", None),
         cache_config=SimpleNamespace(
-            **{"cache_dtype": dtype, "block_size": 128, "kv_cache_dtype_skip_layers": []}
+            **{
+                "cache_dtype": dtype,
+                "block_size": 128,
+                "user_specified_block_size": True,
+                "kv_cache_dtype_skip_layers": [],
+                "kv_offloading_size": None,
+            }
             | (cache or {})
         ),
         parallel_config=SimpleNamespace(
@@ -79,6 +84,7 @@ def test_foreign_dtypes(dtype):
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"parallel": {"decode_context_parallel_size": 2}}, "decode-context-parallel-size 2"),
         ({"parallel": {"prefill_context_parallel_size": 2}}, "prefill-context-parallel-size 2"),
+        ({"cache": {"kv_offloading_size": 1.0}}, "KV offloading.*drop.*--kv-offloading-size"),
         ({"cache": {"block_size": 16}}, "blocks of 16 tokens.*multiples of 32"),
         ({"cache": {"kv_cache_dtype_skip_layers": ["4"]}}, "'4'.*layer numbers 0 to 3"),
         ({"cache": {"kv_cache_dtype_skip_layers": ["attention"]}}, "'attention'"),
@@ -120,6 +126,10 @@ def test_an_unquantized_cache_is_vllms_business(change):
 def test_an_unquantized_cache_must_have_the_models_dtype():
     with pytest.raises(ValueError, match="running in bfloat16.*--dtype float16"):
         check(_config("float16"))
+
+
+def test_a_block_size_that_vllm_has_not_chosen_yet():
+    check(_config(cache={"block_size": 16, "user_specified_block_size": False}))
 
 
 def test_skip_layers_that_exist():
@@ -231,31 +241,20 @@ def test_int8_with_a_declared_scheme_is_left_to_the_loader(tmp_path):
 # --- options ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Example:
-    window: int = 128
-
-
-def test_options_default_and_parse():
-    assert options.parse({}) == options.Options()
-    assert options.parse(None, Example) == Example(128)
-    assert options.parse({"kvq": {"window": 64}, "other": 1}, Example) == Example(64)
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"wndow": 1}, "unknown key 'wndow'.*supported are window; did you mean 'window'"),
-        ({"zzz": 1}, "unknown key 'zzz'.*supported are window$"),
-        (3, "expected a mapping"),
-    ],
-)
-def test_bad_options(given, says):
-    with pytest.raises(ValueError, match=says):
-        options.parse({"kvq": given}, Example)
-
-
 @pytest.mark.parametrize("dtype", ["auto", DYNAMIC])
-def test_unknown_options_are_refused_whatever_the_dtype(dtype):
-    with pytest.raises(ValueError, match="no options exist; remove it"):
-        check(_config(dtype, additional_config={"kvq": {"window": 1}}))
+@pytest.mark.parametrize("given", [{"window": 1}, 3, "int8"])
+def test_options_are_refused_whatever_the_dtype(dtype, given):
+    with pytest.raises(ValueError, match="kvq_plugin has no options; remove it"):
+        check(_config(dtype, additional_config={"kvq": given}))
+
+
+@pytest.mark.parametrize("given", [None, {}, {"kvq": {}}, {"another_plugin": {"window": 1}}])
+def test_additional_config_without_options_is_let_through(given):
+    check(_config(additional_config=given))
+
+
+def test_a_bad_switch_for_huge_pages_is_refused_at_start(monkeypatch):
+    monkeypatch.setenv("KVQ_HUGE_PAGES", "yes")
+    with pytest.raises(ValueError, match="KVQ_HUGE_PAGES='yes': expected 1 .* or 0"):
+        check(_config())
+    check(_config("auto"))  # not the plugin's to serve

@@ -12,7 +12,7 @@ import torch
 from cases import BLOCK_SIZES, HEAD_SIZES, ISAS, ROWS, name_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kvq_plugin import _native, ops
+from kvq_plugin import _native, ops, rotation
 from kvq_plugin.formats import CODES, get_format
 from kvq_plugin.layout import PageLayout
 
@@ -26,11 +26,20 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_format_tables_are_equal():
-    python = [
-        (f.name, f.key.code.id, f.key.is_dynamic, f.value.code.id, f.value.is_dynamic)
-        for f in sorted(ROWS, key=lambda f: f.id)
-    ]
+    def row(s):
+        return (s.code.id, s.is_dynamic, s.rotated)
+
+    python = [(f.name, row(f.key), row(f.value)) for f in sorted(ROWS, key=lambda f: f.id)]
     assert _native.format_table() == python
+
+
+@pytest.mark.parametrize("head_size", (16, *HEAD_SIZES))
+def test_rotations_are_equal(head_size):
+    """Signs, powers of two and the gain; test_store.py and test_rotation.py see them at work."""
+    factors, gain = _native.rotation(head_size)
+    expected = rotation.signs(head_size) * 2.0 ** -rotation.exponent(head_size)
+    assert torch.equal(factors, expected)
+    assert gain == rotation.gain(head_size)
 
 
 @pytest.mark.parametrize("format", ROWS, ids=name_of)

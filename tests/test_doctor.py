@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from kvq_plugin import _native, doctor
-from kvq_plugin.doctor import ADVICE, BAD, GOOD, Machine
+from kvq_plugin.doctor import ADVICE, BAD, GOOD, Finding, Machine
 from kvq_plugin.formats import FORMATS
+from kvq_plugin.serving import compat
 
 
 def machine(**changes):
@@ -77,17 +78,23 @@ def test_kernels_that_are_missing_or_held_back(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cpu_build", "named", "state"),
+    ("imported", "named", "state"),
     [
         (None, None, BAD),
         ("0.32.0", None, BAD),
         ("0.32.0", "0.32.0+cpu", GOOD),
-        (None, "0.33.0", GOOD),
-        (None, "0.99.0", ADVICE),
+        ("0.33.0", "0.33.0", GOOD),
+        ("0.99.0", "0.99.0", ADVICE),
     ],
 )
-def test_vllm_version(cpu_build, named, state):
-    assert doctor.vllm_version(cpu_build, named).state == state
+def test_vllm_version(imported, named, state):
+    assert doctor.vllm_version(imported, named).state == state
+
+
+@pytest.mark.parametrize(("version", "build"), compat.RUN_VERSIONS.items())
+def test_vllm_versions_that_were_run(version, build):
+    found = doctor.vllm_version(version, version)
+    assert found == Finding(GOOD, f"vLLM {version} (engine tests run on {build})")
 
 
 def test_dtypes_of_this_machine():
@@ -104,6 +111,6 @@ def test_the_report(monkeypatch):
     doctor.run(Console(file=output, width=160))
     for part in ("vLLM", "registered as", "kernels", "for this process", "int8_per_token_head"):
         assert part in output.getvalue()
-    monkeypatch.setattr(doctor, "gpu", lambda: iter([doctor.Finding(BAD, "broken")]))
+    monkeypatch.setattr(doctor, "gpu", lambda: iter([Finding(BAD, "broken")]))
     with pytest.raises(ValueError, match="1 problem"):
         doctor.run(Console(file=output))

@@ -32,7 +32,8 @@ from kvq_plugin.formats import FORMATS, FP8_E4M3, FP8_E4M3FNUZ, fnuz  # noqa: E4
 from kvq_plugin.layout import GPU_V1  # noqa: E402
 from kvq_plugin.reference import StaticScale  # noqa: E402
 from kvq_plugin.serving import backend as cpu  # noqa: E402
-from kvq_plugin.serving import base, compat, gpu, scales  # noqa: E402
+from kvq_plugin.serving import base, compat, gpu  # noqa: E402
+from kvq_plugin.serving.scales import method  # noqa: E402
 
 HEADS, QUERY_HEADS, HEAD_SIZE, BLOCK = 2, 8, 64, 16
 #: Three decodes (lengths 40, 3, 70), then two prefills of 5 and 17 tokens, the first a chunk.
@@ -56,6 +57,14 @@ def _spec(format=None, head_size=HEAD_SIZE, **changes):
     settings = {"dtype": torch.uint8, "block_size": BLOCK} | changes
     spec = FullAttentionSpec(num_kv_heads=HEADS, head_size=head_size, **settings)
     return spec if format is None else gpu.BACKENDS[format].customize_spec(spec)
+
+
+@pytest.mark.parametrize("module", [cpu, gpu])
+def test_every_format_has_a_backend_by_its_name(module):
+    assert list(module.BACKENDS) == list(dict.fromkeys(FORMATS.values()))
+    for format, backend in module.BACKENDS.items():
+        assert backend is getattr(module, f"KVQ_{format.name}") and backend.format is format
+        assert backend.get_impl_cls().format is format
 
 
 @pytest.mark.parametrize("format", ROWS, ids=name_of)
@@ -431,4 +440,4 @@ def test_on_gfx94x_bytes_are_fnuz_and_mean_the_same(monkeypatch, kernels, name):
 def test_gfx94x_factor_is_vllms_for_vllms_own_kernels(monkeypatch):
     monkeypatch.setattr(compat.current_platform, "is_fp8_fnuz", lambda: True)
     stock = SimpleNamespace(impl=SimpleNamespace())
-    assert scales._platform_factor(stock, FORMATS["fp8_e5m2"]) == 2.0
+    assert method._platform_factor(stock, FORMATS["fp8_e5m2"]) == 2.0

@@ -103,7 +103,9 @@ def test_a_single_scale_stands_for_both_and_modelopt_declares_in_a_file(write):
         json.dumps({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}})
     )
     checkpoint = inspection.read(path)
-    assert checkpoint.layers[1].effective("v_scale") == 0.5 and not checkpoint.problems
+    assert (
+        checkpoint.layers[1].values == {"k_scale": 0.5, "v_scale": 0.5} and not checkpoint.problems
+    )
     assert checkpoint.weights == "FP8" and checkpoint.scheme.dtype() == "fp8"
     assert checkpoint.origins == ["AutoFP8"]
 
@@ -116,11 +118,11 @@ def test_a_single_scale_stands_for_both_and_modelopt_declares_in_a_file(write):
         ({"model.layers.0.self_attn.k_proj.k_scale": 0.5}, "given twice"),
         ({"model.layers.7.self_attn.k_scale": 0.5}, "no weights for"),
         ({"model.layers.0.self_attn.v_scale": -1.0}, "no K or V scale for model.layers.0"),
+        ({"model.layers.1.self_attn.kv_scale": 0.5}, "v_scale is given twice"),
     ],
 )
 def test_problems_are_named_and_fail(write, broken, says):
-    channel = torch.rand(64) + 0.1  # so that a lone K scale does not stand for V's
-    text, error = report(write(scales(k_scale=channel, v_scale=0.5) | broken))
+    text, error = report(write(scales(k_scale=0.25, v_scale=0.5) | broken))
     assert says in text and "problem" in error
     assert text.count(" no ") >= 4 and " yes " in text
 

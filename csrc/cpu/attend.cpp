@@ -9,6 +9,7 @@
 #include "dot_fp32.h"
 #include "dot_vnni.h"
 #include "load.h"
+#include "rotate.h"
 #include "softmax.h"
 
 namespace kvq {
@@ -94,12 +95,14 @@ struct Kernel {
     }
     // Scores come out in log2 units, or in units of the softcap.
     const float unit = p.scale * (p.softcap > 0.0f ? 1.0f / p.softcap : kLog2e);
-    const float factor = scale && uniform ? scale[0] * unit : unit;
+    const float gain = kF.key.rotated ? rotation_gain(static_cast<int>(d)) : 1.0f;
+    const float factor = (scale && uniform ? scale[0] * unit : unit) * gain;
     at.facts.softcap = p.softcap;
     at.facts.shaped = p.softcap > 0.0f || p.alibi_slopes;
     alignas(64) float q[kMaxHead];
     for (int r = 0; r < item.rows; ++r) {
       load_row(p.query, token(r), query_head(h, r), d, q);
+      if constexpr (kF.key.rotated) rotate(q, d);
       float bias = 0.0f;
       if (zero) {
         for (long i = 0; i < d; ++i) bias -= q[i] * scale[i] * zero[i];
@@ -219,7 +222,8 @@ struct Kernel {
         share = both.a[0];
         sum = sum * share + both.b[0];
       }
-      const float factor = sum == 0.0f ? 0.0f : share / sum;
+      const float gain = kF.value.rotated ? rotation_gain(static_cast<int>(d)) : 1.0f;
+      const float factor = sum == 0.0f ? 0.0f : share / sum * gain;
       const float total = seen * factor;  // the weights' sum: below 1 with a sink
       for (long i = 0; i < d; ++i) row[i] = (state.acc[r * d + i] + bias) * factor;
       if (zero) {
@@ -228,12 +232,13 @@ struct Kernel {
       if (scale) {
         for (long i = 0; i < d; ++i) row[i] *= scale[i];
       }
+      if constexpr (kF.value.rotated) unrotate(row, d);
       save_row(p.out, p.query.type,
                token(r) * p.out_token_stride + query_head(h, r) * p.out_head_stride, d, row);
     }
   }
 
-  static void run(void* context, long index) {
+  static void run(void* context, int /*worker*/, long index) {
     const Plan& plan = *static_cast<const Plan*>(context);
     const Unit unit = plan.units[index];
     Item& item = plan.items[unit.item];
@@ -275,11 +280,9 @@ struct Kernel {
   }
 };
 
-using Body = void (*)(void*, long);
-
 template <int... I>
-Body pick(int format, IndexList<I...>) {
-  static constexpr Body kTable[] = {Kernel<I>::run...};
+Runtime::Body pick(int format, IndexList<I...>) {
+  static constexpr Runtime::Body kTable[] = {Kernel<I>::run...};
   return kTable[format];
 }
 
@@ -293,7 +296,7 @@ void attend(const AttendParams& p, const Runtime& runtime) {
   plan.layout = page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size);
   plan.group = static_cast<int>(p.num_heads / p.cache.num_kv_heads);
   const long units = make_plan(plan, runtime.num_threads);
-  runtime.parallel_for(units, pick(p.format, FormatIndices{}), &plan);
+  runtime.parallel_for(units, runtime.num_threads, pick(p.format, FormatIndices{}), &plan);
 }
 
 }  // namespace KVQ_ISA

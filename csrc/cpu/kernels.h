@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "workspace.h"
+
 namespace kvq {
 
 constexpr int kMaxHead = 512;  // channels
@@ -57,12 +59,15 @@ struct AttendParams {
   StaticScale key_scale, value_scale;
 };
 
-// A parallel loop over [0, n): the binding supplies torch's, so kernels need no thread pool.
-using ParallelFor = void (*)(long n, void (*body)(void* context, long index), void* context);
-
+// What the binding lends to a call, so that kernels need no thread pool of their own. The memory is
+// the calling thread's: callers do not meet in it, and the pool's threads own none.
 struct Runtime {
-  ParallelFor parallel_for;
+  // body(context, worker, index) for each index of [0, n). Those of one worker, of
+  // [0, num_threads), run one after the other. Bodies must not throw.
+  using Body = void (*)(void* context, int worker, long index);
+  void (*parallel_for)(long n, int num_threads, Body body, void* context);
   int num_threads;
+  Workspace& memory;
 };
 
 // One compiled ISA.

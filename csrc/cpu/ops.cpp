@@ -45,19 +45,23 @@ Cache cache_of(const Tensor& cache, long head_size) {
 }
 
 // torch's pool, with indices handed out one at a time: units differ in cost.
-void parallel_for(long n, void (*body)(void*, long), void* context) {
-  const long threads = torch::stable::get_num_threads();
-  if (threads <= 1 || n <= 1) {
-    for (long i = 0; i < n; ++i) body(context, i);
+void parallel_for(long n, int num_threads, Runtime::Body body, void* context) {
+  if (num_threads <= 1 || n <= 1) {
+    for (long i = 0; i < n; ++i) body(context, 0, i);
     return;
   }
   std::atomic<long> next{0};
-  torch::stable::parallel_for(0, threads < n ? threads : n, 1, [&](int64_t, int64_t) {
-    for (long i = next.fetch_add(1); i < n; i = next.fetch_add(1)) body(context, i);
+  torch::stable::parallel_for(0, num_threads < n ? num_threads : n, 1, [&](int64_t w, int64_t) {
+    for (long i = next.fetch_add(1); i < n; i = next.fetch_add(1)) {
+      body(context, static_cast<int>(w), i);
+    }
   });
 }
 
-Runtime runtime() { return {parallel_for, static_cast<int>(torch::stable::get_num_threads())}; }
+Runtime runtime() {
+  thread_local Workspace memory;
+  return {parallel_for, static_cast<int>(torch::stable::get_num_threads()), memory};
+}
 
 void store(const Tensor& key, const Tensor& value, const Tensor& cache, const Tensor& slots,
            int64_t format, const OptionalTensor& key_inverse, const OptionalTensor& key_zero,

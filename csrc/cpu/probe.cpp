@@ -14,7 +14,7 @@ struct ReadTask {
   uint32_t sum;
 };
 
-void read_piece(void* context, long index) {
+void read_piece(void* context, int /*worker*/, long index) {
   ReadTask& task = *static_cast<ReadTask*>(context);
   const uint8_t* begin = task.data + index * kPiece;
   const long size = task.size - index * kPiece < kPiece ? task.size - index * kPiece : kPiece;
@@ -37,7 +37,7 @@ namespace KVQ_ISA {
 
 uint32_t read(const uint8_t* data, long size, const Runtime& runtime) {
   ReadTask task{data, size, 0};
-  runtime.parallel_for((size + kPiece - 1) / kPiece, read_piece, &task);
+  runtime.parallel_for((size + kPiece - 1) / kPiece, runtime.num_threads, read_piece, &task);
   return task.sum;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "load.h"
+#include "rotate.h"
 #include "simd.h"
 
 namespace kvq {
@@ -272,16 +273,36 @@ KVQ_HD void encode_values(const void* data, long at, long d, const RowScale& row
   save_bytes(codes + i, encode_lanes<C, kPerToken>(x, row, factor, zero, moved));
 }
 
+// A row as it is encoded, where the stream is rotated.
+template <Activation A>
+KVQ_HD void rotate_row(const void* data, long at, long d, float* to) {
+  const float* factors = rotation_factors(d);
+  hadamard([&](long i) { return load_lanes<A>(data, at + i) * load16(factors + i); }, d, to);
+}
+
 template <Code C>
 constexpr float kRowLimit = kAffine<C> ? kHalfMax : kFloatMax;
 
+// Rows whose largest magnitude is above are encoded with care. An element that is not finite, or
+// beyond kRotationLimit, leaves its rotated row at least one beyond kRotationLimit / 32.
+template <Code C, bool kRotated>
+constexpr float kTameLimit =
+    kRotated && kRotationLimit / 32 < kRowLimit<C> ? kRotationLimit / 32 : kRowLimit<C>;
+
 // A row with a NaN, which becomes 0 and poisons the scale, or beyond the format's range, which
 // becomes its largest value. Returns the metadata word.
-template <Activation A, Code C>
+template <Activation A, Code C, bool kRotated>
 __attribute__((noinline, cold)) uint32_t encode_wild_row(const void* data, long at, long d,
                                                          uint8_t* codes) {
   alignas(64) float x[kMaxHead];
   for (long i = 0; i < d; i += kLanes) save16(x + i, load_lanes<A>(data, at + i));
+  if constexpr (kRotated) {
+    for (long i = 0; i < d; ++i) {
+      x[i] = x[i] < -kRotationLimit ? -kRotationLimit : x[i];
+      x[i] = x[i] > kRotationLimit ? kRotationLimit : x[i];
+    }
+    rotate(x, d);
+  }
   bool poison = false;
   for (long i = 0; i < d; ++i) {
     constexpr float kLimit = kRowLimit<C>;

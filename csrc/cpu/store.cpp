@@ -6,7 +6,6 @@
 #include "kernels.h"
 #include "quantize.h"
 #include "transpose.h"
-#include "workspace.h"
 
 namespace kvq {
 namespace {
@@ -27,11 +26,13 @@ struct StoreTask {
   bool stream;
 };
 
-// Codes of one run, for some heads, before they are laid out.
+// Codes of one run, for some heads, before they are laid out. Lives on the stack of the thread that
+// encodes.
 struct Batch {
-  static constexpr long kBytes = 32 << 10;  // stays in L1
-  alignas(64) uint8_t codes[kBytes + 64];   // [head, 16 tokens, D]
-  uint32_t metadata[kBytes / 256][kGroup];  // [head, token]
+  static constexpr long kBytes = 32 << 10;       // stays in L1
+  alignas(64) uint8_t codes[kBytes + 64];        // [head, 16 tokens, D]
+  uint32_t metadata[kBytes / 256][kGroup];       // [head, token]
+  alignas(64) float rotated[kLanes * kMaxHead];  // rows on their way to their codes
   static int heads(long d) {
     const long fit = kBytes / (kGroup * d);
     return static_cast<int>(fit > kBytes / 256 ? kBytes / 256 : fit);
@@ -138,9 +139,11 @@ struct Writer {
 
   // Codes of `tokens` tokens of the run from `first` on, heads [begin, end), at most sixteen rows
   // together.
-  template <Code C, bool kPerToken>
+  template <Code C, bool kPerToken, bool kRotated>
   KVQ_HD void encode_rows(Batch& b, const Rows& rows, const StaticScale& scale, const Run& run,
                           int first, int tokens, long begin, long end, long lowest) const {
+    static_assert(kPerToken || !kRotated, "rotated channels have no scales in any checkpoint");
+    constexpr Activation kHeld = kRotated ? Activation::kFloat : A;
     const long start = (run.token + first) * rows.token_stride + begin * rows.head_stride;
     RowScales s;
     if constexpr (kPerToken) {
@@ -148,7 +151,10 @@ struct Writer {
       for (int t = 0; t < tokens; ++t) {
         long at = start + t * rows.token_stride;
         for (long h = begin; h < end; ++h, ++lane, at += rows.head_stride) {
-          const Span span = span_of<A, C>(rows.data, at, d);
+          float* rotated = b.rotated + lane * d;
+          if constexpr (kRotated) rotate_row<A>(rows.data, at, d, rotated);
+          const Span span =
+              kRotated ? span_of<kHeld, C>(rotated, 0, d) : span_of<kHeld, C>(rows.data, at, d);
           s.peak[lane] = span.peak;
           if constexpr (kAffine<C>) s.low[lane] = span.low, s.high[lane] = span.high;
         }
@@ -165,8 +171,10 @@ struct Writer {
           encode_values<A, C, false>(rows.data, at, d, {}, of_head(scale, h, d), codes);
           continue;
         }
-        if (__builtin_expect(s.peak[lane] > float_bits(kRowLimit<C>), 0)) {
-          s.metadata[lane] = encode_wild_row<A, C>(rows.data, at, d, codes);
+        if (__builtin_expect(s.peak[lane] > float_bits(kTameLimit<C, kRotated>), 0)) {
+          s.metadata[lane] = encode_wild_row<A, C, kRotated>(rows.data, at, d, codes);
+        } else if constexpr (kRotated) {
+          encode_values<kHeld, C, true>(b.rotated + lane * d, 0, d, s[lane], {}, codes);
         } else {
           encode_values<A, C, true>(rows.data, at, d, s[lane], {}, codes);
         }
@@ -177,7 +185,7 @@ struct Writer {
 
   // Activations are read in the order of memory, a token's heads side by side: the same rows head
   // by head, 2 KB apart, came at a sixth of the speed.
-  template <Code C, bool kPerToken>
+  template <Code C, bool kPerToken, bool kRotated>
   void encode(Batch& b, const Rows& rows, const StaticScale& scale, const Run& run, long begin,
               long end) const {
     const int together = end - begin < kLanes ? static_cast<int>(kLanes / (end - begin)) : 1;
@@ -185,7 +193,7 @@ struct Writer {
       const int tokens = run.count - t < together ? run.count - t : together;
       for (long h = begin; h < end; h += kLanes) {
         const long last = end - h < kLanes ? end : h + kLanes;
-        encode_rows<C, kPerToken>(b, rows, scale, run, t, tokens, h, last, begin);
+        encode_rows<C, kPerToken, kRotated>(b, rows, scale, run, t, tokens, h, last, begin);
       }
     }
   }
@@ -194,7 +202,7 @@ struct Writer {
   void write(Batch& b, const Run& run, const Run* next, long begin, long end) const {
     const size_t metadata = static_cast<size_t>(run.count) * 4;
     const long position = run.position * 4;
-    encode<kKey.code, kKey.per_token>(b, p.key, p.key_scale, run, begin, end);
+    encode<kKey.code, kKey.per_token, kKey.rotated>(b, p.key, p.key_scale, run, begin, end);
     for (long h = begin; h < end; ++h) {
       uint8_t* to = page(run, h);
       if (next != nullptr) fetch_key(*next, h);
@@ -204,7 +212,8 @@ struct Writer {
         memcpy(to + task.layout.key_metadata + position, b.metadata[h - begin], metadata);
       }
     }
-    encode<kValue.code, kValue.per_token>(b, p.value, p.value_scale, run, begin, end);
+    encode<kValue.code, kValue.per_token, kValue.rotated>(b, p.value, p.value_scale, run, begin,
+                                                          end);
     for (long h = begin; h < end; ++h) {
       uint8_t* to = page(run, h);
       if (next != nullptr) fetch_value(*next, h);
@@ -216,11 +225,11 @@ struct Writer {
     }
   }
 
-  static void part(void* context, long part) {
+  static void part(void* context, int /*worker*/, long part) {
     const StoreTask& task = *static_cast<const StoreTask*>(context);
     const StoreParams& p = *task.params;
     const Writer w{task, p, p.cache.head_size};
-    thread_local Batch batch;
+    Batch batch;
     const long heads = p.cache.num_kv_heads, step = Batch::heads(w.d);
     const Run* const last = task.runs + task.num_runs;
     const auto mine = [&](const Run* run) {
@@ -244,15 +253,13 @@ struct Writer {
   }
 };
 
-using Part = void (*)(void*, long);
-
 template <Activation A, int... I>
-Part pick(int format, IndexList<I...>) {
-  static constexpr Part kTable[] = {Writer<A, I>::part...};
+Runtime::Body pick(int format, IndexList<I...>) {
+  static constexpr Runtime::Body kTable[] = {Writer<A, I>::part...};
   return kTable[format];
 }
 
-Part pick(Activation type, int format) {
+Runtime::Body pick(Activation type, int format) {
   switch (type) {
     case Activation::kBFloat16:
       return pick<Activation::kBFloat16>(format, FormatIndices{});
@@ -264,14 +271,13 @@ Part pick(Activation type, int format) {
   __builtin_unreachable();
 }
 
-thread_local Workspace run_memory;
-
 }  // namespace
 
 namespace KVQ_ISA {
 
 void store(const StoreParams& p, const Runtime& runtime) {
-  Run* runs = static_cast<Run*>(run_memory.reserve(p.num_tokens * static_cast<long>(sizeof(Run))));
+  Run* runs =
+      static_cast<Run*>(runtime.memory.reserve(p.num_tokens * static_cast<long>(sizeof(Run))));
   long n = 0;
   for (long t = 0; t < p.num_tokens; ++t) {
     const int64_t slot = p.slots[t];
@@ -300,7 +306,7 @@ void store(const StoreParams& p, const Runtime& runtime) {
   const long place = static_cast<long>(reinterpret_cast<uintptr_t>(p.cache.data)) |
                      p.cache.block_stride | p.cache.head_stride;
   StoreTask task{&p, layout, runs, n, p.num_tokens >= kStreamedTokens && place % 64 == 0};
-  runtime.parallel_for(parts, pick(p.key.type, p.format), &task);
+  runtime.parallel_for(parts, runtime.num_threads, pick(p.key.type, p.format), &task);
 }
 
 }  // namespace KVQ_ISA

@@ -1,32 +1,23 @@
-// Scratch of one thread.
+// The memory of one call.
 #pragma once
 
-#include <stdlib.h>
+#include <cstdlib>
 
 namespace kvq {
-namespace {
 
-// Memory that only grows: a decode step must not pay page faults.
+// Only grows: a decode step must not pay page faults. Compiled once, not per ISA.
 class Workspace {
  public:
   Workspace() = default;
   Workspace(const Workspace&) = delete;
-  ~Workspace() { __builtin_free(data_); }
-  void* reserve(long bytes) {
-    if (bytes > size_) {
-      __builtin_free(data_);
-      data_ = nullptr;
-      size_ = 0;
-      if (posix_memalign(&data_, 64, static_cast<size_t>(bytes)) != 0) __builtin_trap();
-      size_ = bytes;
-    }
-    return data_;
-  }
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace();
+  // Uninitialised, 64-byte aligned, what it held before is lost. Throws std::bad_alloc.
+  void* reserve(long bytes);
 
  private:
   void* data_ = nullptr;
   long size_ = 0;
 };
 
-}  // namespace
 }  // namespace kvq

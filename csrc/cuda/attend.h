@@ -296,7 +296,7 @@ KVQ_HD void put(const Running<L, S>& run, Shared<S>& shared) {
 // The warps' results together: the output, or one split's share of it.
 template <class L, class S>
 KVQ_HD void combine(const AttendParams& p, const RowTile& r, const Splits& splits, int split,
-                    const Shared<S>& shared) {
+                    Shared<S>& shared) {
   const int d = p.cache.head_size;
   for (int i = L::thread(); i < r.count * d; i += kThreads) {
     const int row = i / d, dim = i % d;
@@ -311,7 +311,12 @@ KVQ_HD void combine(const AttendParams& p, const RowTile& r, const Splits& split
       out += shared.out[w][row][dim] * share;
     }
     if (splits.active == 1) {
-      finish<L>(p, r, row, dim, exponent, sum, out);
+      const float x = result<L>(p, r, row, dim, exponent, sum, out);
+      if constexpr (S::kValue.rotated) {
+        shared.out[0][row][dim] = x;  // nobody else reads this element
+      } else {
+        put_out(p, r, row, dim, x);
+      }
       continue;
     }
     const int64_t at = partial(p, r, row, split);
@@ -319,6 +324,13 @@ KVQ_HD void combine(const AttendParams& p, const RowTile& r, const Splits& split
     if (dim == 0) {
       statistics(p)[2 * at] = exponent;
       statistics(p)[2 * at + 1] = sum;
+    }
+  }
+  if constexpr (S::kValue.rotated) {
+    if (splits.active > 1) return;
+    L::sync();
+    for (int row = L::warp(); row < r.count; row += kWarps) {
+      put_rotated<L>(p, r, row, [&](int dim) { return shared.out[0][row][dim]; });
     }
   }
 }
@@ -332,6 +344,10 @@ KVQ_HD void attend_block(const AttendParams& p, Shared<S>& shared) {
   if (split >= splits.active) return;
   const int first = splits.first_tile + split * splits.per_split;
   const int last = min_of(first + splits.per_split, splits.first_tile + splits.tiles);
+  if constexpr (S::kKey.rotated) {
+    rotate_queries<L, S>(p, r, shared);
+    L::sync();
+  }
   Query<L, S> query;
   query.load(p, r, shared);
   L::sync();

@@ -3,13 +3,12 @@
 // -fmad=false, because a fused multiply-add rounds once where the specification rounds twice.
 #pragma once
 
-#include "lane.h"
+#include "rotate.h"
 
 namespace kvq {
 namespace gpu {
 namespace {
 
-constexpr int kShare = 8;  // dims of one lane: 32 lanes hold the largest head
 constexpr float kAmaxFloor = 0x1p-100f;
 constexpr float kHalfMax = 65504.0f;
 constexpr float kFloatMax = 0x1.fffffep127f;
@@ -115,14 +114,22 @@ KVQ_HD void pack(const uint32_t (&codes)[kShare], uint32_t (&words)[code_bits(C)
   }
 }
 
-template <class L, Code C, bool kPerToken>
+template <class L, class S>
 KVQ_HD void store_row(const StoreParams& p, const Rows& rows, const StaticScale& scale,
                       int64_t token, int head, uint8_t* codes_at, uint8_t* metadata_at) {
+  constexpr Code C = S::kStream.code;
   float x[kShare];
   load_share<L>(p, rows, token, head, x);
   const bool real = L::id() * kShare < p.cache.head_size;
   uint32_t codes[kShare];
-  if constexpr (kPerToken) {
+  if constexpr (S::kStream.rotated) {
+    KVQ_UNROLL for (int i = 0; i < kShare; ++i) {  // a NaN stays
+      x[i] = x[i] < -kRotationLimit ? -kRotationLimit : x[i];
+      x[i] = x[i] > kRotationLimit ? kRotationLimit : x[i];
+    }
+    rotate<L>(x, p.cache.head_size);
+  }
+  if constexpr (S::kStream.per_token) {
     const RowScale row = measure<L, C>(x, real);
     encode_row<C>(x, row, codes);
     if (L::id() == 0) *reinterpret_cast<uint32_t*>(metadata_at) = row.metadata;
@@ -136,6 +143,15 @@ KVQ_HD void store_row(const StoreParams& p, const Rows& rows, const StaticScale&
   uint32_t* out = reinterpret_cast<uint32_t*>(codes_at) + L::id() * (code_bits(C) / 4);
   KVQ_UNROLL for (int w = 0; w < code_bits(C) / 4; ++w) out[w] = words[w];
 }
+
+template <int kFormatRow>
+struct KeyOf {
+  static constexpr Stream kStream = kFormats[kFormatRow].key;
+};
+template <int kFormatRow>
+struct ValueOf {
+  static constexpr Stream kStream = kFormats[kFormatRow].value;
+};
 
 template <class L, int kFormatRow>
 KVQ_HD void store_block(const StoreParams& p) {
@@ -151,12 +167,12 @@ KVQ_HD void store_block(const StoreParams& p) {
   const PageLayout at = page_layout(kFormat, p.cache.head_size, p.cache.block_size);
   const int64_t key_row = p.cache.head_size * code_bits(kFormat.key.code) / 8;
   const int64_t value_row = p.cache.head_size * code_bits(kFormat.value.code) / 8;
-  store_row<L, kFormat.key.code, kFormat.key.per_token>(p, p.key, p.key_scale, token, head,
-                                                        page + at.key_codes + position * key_row,
-                                                        page + at.key_metadata + 4 * position);
-  store_row<L, kFormat.value.code, kFormat.value.per_token>(
-      p, p.value, p.value_scale, token, head, page + at.value_codes + position * value_row,
-      page + at.value_metadata + 4 * position);
+  store_row<L, KeyOf<kFormatRow>>(p, p.key, p.key_scale, token, head,
+                                  page + at.key_codes + position * key_row,
+                                  page + at.key_metadata + 4 * position);
+  store_row<L, ValueOf<kFormatRow>>(p, p.value, p.value_scale, token, head,
+                                    page + at.value_codes + position * value_row,
+                                    page + at.value_metadata + 4 * position);
 }
 
 }  // namespace

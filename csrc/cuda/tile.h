@@ -4,6 +4,7 @@
 
 #include "decode.h"
 #include "plan.h"
+#include "rotate.h"
 
 namespace kvq {
 namespace gpu {
@@ -22,6 +23,28 @@ struct alignas(16) Shared {
   Span span[S::kRows];
   int position[S::kRows];
 };
+
+// The queries of rotated K, rotated, in shared.out[0], which is free until the tiles are done.
+// Costs a pass through shared memory and a barrier a block; all warps then read their fragments
+// from it.
+template <class L, class S>
+KVQ_HD void rotate_queries(const AttendParams& p, const RowTile& r, Shared<S>& shared) {
+  const int d = p.cache.head_size, dim = L::id() * kShare;
+  for (int row = L::warp(); row < r.count; row += kWarps) {
+    const int64_t at =
+        (r.start + r.query(row)) * p.query.token_stride + r.head(row) * p.query.head_stride + dim;
+    float x[kShare] = {};
+    if (dim < d) {
+      KVQ_UNROLL for (int i = 0; i < kShare; ++i) {
+        x[i] = load_activation(p.query.data, p.activation, at + i);
+      }
+    }
+    rotate<L>(x, d);
+    if (dim < d) {
+      KVQ_UNROLL for (int i = 0; i < kShare; ++i) shared.out[0][row][dim + i] = x[i];
+    }
+  }
+}
 
 // q as the B operand, in the order in which K's codes leave their words.
 template <class L, class S>
@@ -56,7 +79,8 @@ struct Query {
           const int d = dim(t, i / kPairs, i % kPairs, j);
           float v = 0.0f;
           if (real && d < p.cache.head_size) {
-            v = load_activation(p.query.data, p.activation, at + d);
+            v = S::kKey.rotated ? shared.out[0][row][d]
+                                : load_activation(p.query.data, p.activation, at + d);
             if constexpr (!S::kKey.per_token) v *= p.key_scale.factor[channels + d];
           }
           x[i][j] = v;
@@ -90,7 +114,9 @@ struct Query {
       bias = reduce<L>(bias, 1, 4, [](float a, float b) { return a + b; });
       if (L::warp() == 0 && t == 0) {
         const int query = real ? r.query(row) : r.query(0);
-        shared.factor[row] = p.scale * kLog2e * bits_float((exponent - 13u) << 23) / Key::kUnit;
+        const float gain = S::kKey.rotated ? rotation_gain(p.cache.head_size) : 1.0f;
+        shared.factor[row] =
+            p.scale * gain * kLog2e * bits_float((exponent - 13u) << 23) / Key::kUnit;
         shared.bias[row] = bias * Key::kUnit;
         shared.slope[row] =
             real && p.alibi_slopes != nullptr ? p.alibi_slopes[r.head(row)] * kLog2e : 0.0f;

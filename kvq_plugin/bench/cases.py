@@ -106,8 +106,8 @@ class _Ours:
         s = batch.shape
         self.batch, self.format = batch, format
         content = format.bytes_per_token(s.head_size)
-        self.cache = torch.zeros(batch.blocks, s.kv_heads, BLOCK, content, dtype=torch.uint8)
-        hugepages.advise(self.cache)  # as the backend does
+        with hugepages.HugePages():  # as in an engine
+            self.cache = torch.zeros(batch.blocks, s.kv_heads, BLOCK, content, dtype=torch.uint8)
         self.bytes_per_token = content * s.kv_heads
         self.static = None
         if not format.is_dynamic:

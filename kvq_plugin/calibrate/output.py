@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from kvq_plugin.calibrate.checkpoint import CONFIG, INDEX, Source, is_kv_scale, quantization_of
+from kvq_plugin.calibrate.checkpoint import CONFIG, INDEX, Source, is_kv_scale
+from kvq_plugin.serving.scales.declared import quantization_section
 
 SCALES = "kv_scales.safetensors"
 _SPARE = 64 << 20  # bytes to leave free
@@ -172,8 +173,8 @@ def with_scheme(source: Source, scheme: Mapping[str, Any], skipped: list[int]) -
     Raises ValueError for a checkpoint that declares its quantization elsewhere.
     """
     config = copy.deepcopy(source.config)
-    section = quantization_of(config)
-    if section is None:
+    section = quantization_section(config)
+    if not section:
         if (source.folder / "hf_quant_config.json").is_file():
             raise ValueError(
                 f"{source.folder} declares its quantization in hf_quant_config.json alone: "
@@ -186,6 +187,8 @@ def with_scheme(source: Source, scheme: Mapping[str, Any], skipped: list[int]) -
             "config_groups": {},
             "ignore": [],
         }
+    for part in (section, section.get("quantization", {})):
+        part.pop("kv_cache_quant_algo", None)  # ModelOpt's, of the scales that are replaced
     section["kv_cache_scheme"] = dict(scheme)
     section.pop("kv_cache_skip_layers", None)
     if skipped:

@@ -52,6 +52,18 @@ def widen(x):
 
 
 @triton.jit
+def to_output(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 to the output's dtype, to nearest even. Triton's interpreter truncates to bf16, so
+    there the rounding is done in integers first."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        u = float_bits(x)
+        u = tl.where(x == x, (u + 0x7FFF + ((u >> 16) & 1)) & -65536, u)
+        return bits_float(u).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def is_nan_bits(u):
     return (u & MAGNITUDE) > INF_BITS
 

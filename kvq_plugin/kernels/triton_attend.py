@@ -29,6 +29,7 @@ from kvq_plugin.kernels.codec import (
     dims_of,
     float_bits,
     int_to_float,
+    to_output,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -328,18 +329,6 @@ def attend_kernel(
     tl.store(target, to_output(acc0, target.dtype.element_ty, EXACT_DOT), mask=mask)
     if V_PACKED:
         tl.store(target + 4, to_output(acc1, target.dtype.element_ty, EXACT_DOT), mask=mask)
-
-
-@triton.jit
-def to_output(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 to the output's dtype, to nearest even. Triton's interpreter truncates to bf16, so
-    there the rounding is done in integers first."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        u = float_bits(x)
-        u = tl.where(x == x, (u + 0x7FFF + ((u >> 16) & 1)) & -65536, u)
-        return bits_float(u).to(dtype)
-    else:
-        return x.to(dtype)
 
 
 @triton.jit

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 
+from kvq_plugin import rotation
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.kernels import launch
 from kvq_plugin.kernels.triton_attend import attend_kernel, merge_kernel
+from kvq_plugin.kernels.triton_rotate import rotate, unrotate
 from kvq_plugin.layout import GPU_V1, PageLayout
 from kvq_plugin.reference import StaticScale
 
@@ -75,6 +77,11 @@ def attend(
     sequences, kv_heads, group = seq_lens.shape[0], cache.shape[1], query.shape[1] // cache.shape[1]
     if not sequences or not query.shape[0] or not group:
         return
+    if format.key.rotated:
+        query, scale = rotate(query), scale * rotation.gain(query.shape[2])
+    outputs = out
+    if format.value.rotated:
+        out = torch.empty(out.shape, dtype=torch.float32, device=out.device)
     rows = launch.rows(group, max_query_len)
     chunks = triton.cdiv(group, rows.heads)
     statics = [
@@ -113,6 +120,8 @@ def attend(
                     SPLITS=triton.next_power_of_2(splits), BLOCK_S=launch.MERGE_BLOCK,
                     INTERPRETED=launch.interpreted(), num_warps=launch.MERGE_WARPS,
                 )  # fmt: skip
+    if format.value.rotated:
+        unrotate(out, outputs, query_start_loc, sequences)
 
 
 def _partials(workspace, parts: int, block_m: int, query: torch.Tensor, splits: int):

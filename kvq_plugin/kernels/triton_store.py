@@ -22,6 +22,7 @@ from kvq_plugin.kernels.codec import (
     round_to_int,
     widen,
 )
+from kvq_plugin.kernels.triton_rotate import rotate
 from kvq_plugin.layout import GPU_V1, PageLayout
 from kvq_plugin.reference import AMAX_FLOOR, FP16_MAX, FP32_MAX, StaticScale
 
@@ -185,6 +186,10 @@ def store(
     tokens, heads, head_size = slot_mapping.shape[0], *key.shape[1:]
     if not tokens or not heads:
         return
+    if format.key.rotated:
+        key = rotate(key[:tokens])
+    if format.value.rotated:
+        value = rotate(value[:tokens])
     choice = launch.store_choice(tokens)
     grid = (triton.cdiv(tokens, choice.block_t), heads, 2)
     statics = [

@@ -31,7 +31,7 @@ def register() -> None:
     for name in FORMATS:
         compat.register_dtype(name, torch.uint8)
     # Registers the quantization method, which vLLM looks up before any config exists.
-    config = importlib.import_module(f"{__name__}.config")
+    config = importlib.import_module(f"{__name__}.scales.config")
     _register_backends()
     compat.on_config(_on_config)
     compat.on_draft_quant_config(config.wrap_draft_config)
@@ -44,6 +44,7 @@ def _register_backends() -> None:
     if compat.is_cpu():
         compat.override_backend("CPU_ATTN", f"{__name__}.stock.StockCPUBackend")
         compat.on_backend_selection(selection.choose_on_cpu)
+        compat.on_kv_cache_allocation(_cache_memory)
         return
     stock = f"{__name__}.stock_triton.StockTritonBackend"
     compat.override_backend("TRITON_ATTN", stock)
@@ -51,15 +52,21 @@ def _register_backends() -> None:
     compat.on_backend_selection(selection.choose_on_gpu)
 
 
-def _on_model_created(model, vllm_config, model_config) -> None:
-    from kvq_plugin.serving.scale_keys import follow
+def _cache_memory(specs):
+    from kvq_plugin.serving.backend import cache_memory
 
-    follow(model, vllm_config, model_config)
+    return cache_memory(specs)
+
+
+def _on_model_created(model, vllm_config, model_config) -> None:
+    from kvq_plugin.serving.scales.method import begin_load
+
+    begin_load(model, vllm_config, model_config)
 
 
 def _on_config(vllm_config) -> None:
     from kvq_plugin.serving.checks import check
-    from kvq_plugin.serving.config import wrap_quant_config
+    from kvq_plugin.serving.scales.config import wrap_quant_config
     from kvq_plugin.serving.selection import serves
 
     cache = vllm_config.cache_config

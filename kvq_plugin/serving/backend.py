@@ -6,7 +6,12 @@ Layers that stay unquantized (``auto``, skipped, encoder-only) keep vLLM's own k
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 from kvq_plugin import hugepages, ops
+from kvq_plugin.formats import KVFormat
 from kvq_plugin.layout import LANES, MAX_HEAD_SIZE
 from kvq_plugin.serving import base
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
@@ -14,6 +19,7 @@ from kvq_plugin.serving.compat import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
     CPUAttentionBackend,
+    get_logger,
 )
 
 
@@ -26,13 +32,18 @@ def backend_path(kv_cache_dtype: str | None, attn_type: str) -> str | None:
     return None if format is None else base.class_path(BACKENDS[format])
 
 
+def cache_memory(specs: Iterable[Any]) -> AbstractContextManager:
+    """What a KV cache for layers of *specs* is allocated within: on huge pages if one is ours."""
+    if any(map(base.is_our_spec, specs)):
+        return hugepages.HugePages(get_logger(__name__))
+    return nullcontext()
+
+
 class CPUBuilder(AttentionMetadataBuilder[KVQMetadata]):
     """Passes vLLM's batch description through; the kernels plan for themselves."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._layers = vllm_config.compilation_config.static_forward_context
-        self._cache_is_fresh = True
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract there
 
     def build(
         self,
@@ -40,11 +51,6 @@ class CPUBuilder(AttentionMetadataBuilder[KVQMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> KVQMetadata:
-        if self._cache_is_fresh:
-            self._cache_is_fresh = False
-            caches = [self._layers[name].kv_cache for name in self.layer_names]
-            for memory in {c.untyped_storage().data_ptr(): c for c in caches}.values():
-                hugepages.advise(memory)
         return KVQMetadata.of(common_attn_metadata)
 
 
@@ -70,6 +76,7 @@ class CPUImpl(KVQImpl):
 class CPUBackend(KVQBackend):
     """Base of the CPU's per-format backends."""
 
+    impl_cls = CPUImpl
     block_multiple = 32
     default_block_size = 128
 
@@ -87,5 +94,20 @@ class CPUBackend(KVQBackend):
         return [d for d in stock if d % LANES == 0 and d <= MAX_HEAD_SIZE]
 
 
-BACKENDS = base.per_format(__name__, CPUBackend, CPUImpl)
-globals().update({backend.__name__: backend for backend in BACKENDS.values()})
+KVQ_fp8_e4m3 = CPUBackend.of("fp8_e4m3")
+KVQ_fp8_e5m2 = CPUBackend.of("fp8_e5m2")
+KVQ_int8 = CPUBackend.of("int8")
+KVQ_int8_per_token_head = CPUBackend.of("int8_per_token_head")
+KVQ_fp8_per_token_head = CPUBackend.of("fp8_per_token_head")
+KVQ_int4_per_token_head = CPUBackend.of("int4_per_token_head")
+BACKENDS: dict[KVFormat, type[KVQBackend]] = {
+    backend.format: backend
+    for backend in (
+        KVQ_fp8_e4m3,
+        KVQ_fp8_e5m2,
+        KVQ_int8,
+        KVQ_int8_per_token_head,
+        KVQ_fp8_per_token_head,
+        KVQ_int4_per_token_head,
+    )
+}

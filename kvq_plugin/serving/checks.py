@@ -6,14 +6,18 @@ Every message names what was asked, what is supported and what to use instead.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from kvq_plugin import hugepages
 from kvq_plugin.formats import FORMATS, KVFormat
-from kvq_plugin.serving import compat, names, options
+from kvq_plugin.serving import compat
+from kvq_plugin.serving.scales import keys
+from kvq_plugin.serving.scales.declared import declared_scheme
 from kvq_plugin.serving.selection import platform_backend, serves
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
@@ -25,7 +29,7 @@ _WITHOUT_ATTENTION = ("medusa", "mlp_speculator")  # methods whose draft model h
 
 def check(vllm_config: Any) -> None:
     """Raise ValueError when *vllm_config* asks for a KV cache that cannot be served."""
-    options.parse(vllm_config.additional_config)
+    _check_options(vllm_config.additional_config)
     model = vllm_config.model_config
     if model is None or not serves(vllm_config):
         return
@@ -35,6 +39,7 @@ def check(vllm_config: Any) -> None:
     format = FORMATS.get(asked)
     if format is None:
         return
+    hugepages.enabled()  # raises for a bad value, here rather than in a worker
     _check_device(asked)
     _check_model(asked, model)
     _check_engine(asked, vllm_config)
@@ -47,6 +52,16 @@ def _refuse(asked: str, what: str, supported: str, instead: str) -> None:
         f"--kv-cache-dtype {asked} was asked for {what}: supported are {supported}; {instead}"
         f"{platform_backend().elsewhere}"
     )
+
+
+def _check_options(additional_config: Any) -> None:
+    """``--additional-config '{"kvq": {...}}'`` is the plugin's, and no options exist so far."""
+    given = additional_config.get("kvq") if isinstance(additional_config, Mapping) else None
+    if given:
+        raise ValueError(
+            f'additional_config["kvq"] is {given!r}: kvq_plugin has no options; remove it '
+            "(--kv-cache-dtype and the checkpoint say all it needs)"
+        )
 
 
 def _check_dtype(asked: str, flag: str, model_dtype: torch.dtype) -> None:
@@ -81,7 +96,7 @@ def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
     elif drafter is None or drafter.model == model.model:
         return  # n-grams, or layers of the target itself
     else:
-        scales = _declares_kv_scheme(drafter.hf_config, Path(drafter.model))
+        scales = declared_scheme(drafter.hf_config, Path(drafter.model))
         if scales or speculation.method in _WITHOUT_ATTENTION:
             return
     format = FORMATS.get(draft or asked)
@@ -123,7 +138,9 @@ def _check_model(asked: str, model: Any) -> None:
 
 
 def _check_engine(asked: str, vllm_config: Any) -> None:
-    if vllm_config.kv_transfer_config is not None:
+    cache = vllm_config.cache_config
+    # vLLM makes a connector of the offloading size after it has called the plugin.
+    if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
         _refuse(
             asked,
             "an engine with a KV connector or KV offloading",
@@ -143,11 +160,13 @@ def _check_engine(asked: str, vllm_config: Any) -> None:
                 "tensor, pipeline and data parallelism",
                 f"use {flag} 1",
             )
-    backend, block_size = platform_backend(), vllm_config.cache_config.block_size
-    if block_size and block_size % backend.block_multiple:
+    # Only what the user chose is final here. vLLM chooses later (0.33: once the model has its
+    # backends) out of get_supported_kernel_block_sizes, and refuses there what does not fit.
+    backend = platform_backend()
+    if cache.user_specified_block_size and cache.block_size % backend.block_multiple:
         _refuse(
             asked,
-            f"blocks of {block_size} tokens",
+            f"blocks of {cache.block_size} tokens",
             f"multiples of {backend.block_multiple}",
             f"use --block-size {backend.default_block_size}",
         )
@@ -178,7 +197,7 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
     if format.is_dynamic or format.default_scale is not None:
         return
     folder = Path(vllm_config.model_config.model)
-    if _declares_kv_scheme(vllm_config.model_config.hf_config, folder):
+    if declared_scheme(vllm_config.model_config.hf_config, folder):
         return
     tensors = _tensor_names(folder)
     if tensors is None or any(_is_scale(name) for name in tensors):
@@ -194,21 +213,8 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
 
 def _is_scale(name: str) -> bool:
     """Whether the loader will take tensor *name* for a scale of K or V."""
-    found = names.parse(name)
-    return found is not None and found.parameter in ("k_scale", "v_scale")
-
-
-def _declares_kv_scheme(hf_config: Any, folder: Path) -> bool:
-    text_config = getattr(hf_config, "text_config", None)
-    for config in (hf_config, text_config):
-        for key in ("quantization_config", "compression_config"):
-            section = getattr(config, key, None)
-            if isinstance(section, dict) and section.get("kv_cache_scheme"):
-                return True
-    sidecar = folder / "hf_quant_config.json"  # ModelOpt
-    if not sidecar.is_file():
-        return False
-    return bool(json.loads(sidecar.read_text()).get("quantization", {}).get("kv_cache_quant_algo"))
+    found = keys.parse(name)
+    return found is not None and not {"k_scale", "v_scale"}.isdisjoint(found.parameters)
 
 
 def _tensor_names(folder: Path) -> set[str] | None:

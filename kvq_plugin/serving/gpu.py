@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from kvq_plugin import ops
-from kvq_plugin.formats import fnuz
+from kvq_plugin.formats import KVFormat, fnuz
 from kvq_plugin.layout import GPU_V1, LANES, MAX_HEAD_SIZES
-from kvq_plugin.serving import base
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
 from kvq_plugin.serving.compat import (
     AttentionCGSupport,
@@ -174,6 +173,7 @@ class GPUImpl(KVQImpl):
 class GPUBackend(KVQBackend):
     """Base of the GPUs' per-format backends."""
 
+    impl_cls = GPUImpl
     block_multiple = LANES
     default_block_size = LANES
     elsewhere = (
@@ -199,5 +199,20 @@ class GPUBackend(KVQBackend):
         return not current_platform.is_cuda() or tuple(capability) >= MIN_CAPABILITY
 
 
-BACKENDS = base.per_format(__name__, GPUBackend, GPUImpl)
-globals().update({backend.__name__: backend for backend in BACKENDS.values()})
+KVQ_fp8_e4m3 = GPUBackend.of("fp8_e4m3")
+KVQ_fp8_e5m2 = GPUBackend.of("fp8_e5m2")
+KVQ_int8 = GPUBackend.of("int8")
+KVQ_int8_per_token_head = GPUBackend.of("int8_per_token_head")
+KVQ_fp8_per_token_head = GPUBackend.of("fp8_per_token_head")
+KVQ_int4_per_token_head = GPUBackend.of("int4_per_token_head")
+BACKENDS: dict[KVFormat, type[KVQBackend]] = {
+    backend.format: backend
+    for backend in (
+        KVQ_fp8_e4m3,
+        KVQ_fp8_e5m2,
+        KVQ_int8,
+        KVQ_int8_per_token_head,
+        KVQ_fp8_per_token_head,
+        KVQ_int4_per_token_head,
+    )
+}

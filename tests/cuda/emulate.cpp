@@ -93,7 +93,9 @@ int32_t kvq_cuda_attend(const AttendParams* p, kvq_stream) {
   const int x = (rows + p->tile_rows - 1) / p->tile_rows * p->cache.num_kv_heads;
   attend_host(*p, x);
   if (p->splits > 1) {
-    run_grid(x, 2, p->num_seqs, [&] { merge_block<HostLane>(*p); });
+    const bool rotated = kvq::kFormats[p->cache.format].value.rotated;
+    run_grid(x, 2, p->num_seqs,
+             [&] { rotated ? merge_block<HostLane, true>(*p) : merge_block<HostLane, false>(*p); });
   }
   return 0;
 }

@@ -118,7 +118,7 @@ def test_scales_that_fp16_could_not_hold(format, gain):
     assert excess.max() <= 1
 
 
-@pytest.mark.parametrize("format", (INT8, FP8), ids=name_of)
+@pytest.mark.parametrize("format", (INT8, FP8, INT4), ids=name_of)
 def test_nan_reaches_those_who_see_it_and_nobody_else(format):
     """A NaN key and value at token 3, behind a window for the later queries."""
     p = oracle.build(format, ((200, 1), (40, 1)), kind=GPU_V1, head_size=32, window=64)
@@ -135,8 +135,9 @@ def test_nan_reaches_those_who_see_it_and_nobody_else(format):
     assert torch.isfinite(out[0]).all() and out[1].isnan().all()
 
 
-def test_rows_outside_of_the_batch_keep_their_value():
-    p = oracle.build(INT8, ((40, 1), (33, 2)), kind=GPU_V1, head_size=32)
+@pytest.mark.parametrize("format", (INT8, INT4), ids=name_of)
+def test_rows_outside_of_the_batch_keep_their_value(format):
+    p = oracle.build(format, ((40, 1), (33, 2)), kind=GPU_V1, head_size=32)
     padded = torch.cat([p.query, p.query])
     out = torch.full_like(padded, 7.0)
     tensors = list(p.arguments())
