@@ -261,11 +261,9 @@ class Batch:
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
         for isa in isas:
             with _native.use_isa(isa):
-                if isa != "amx_emulated":
-                    storage = self.storage.clone()
-                    cache = self.cache(storage)
-                    ops.store(key, value, cache, self.slots, self.format, *self.statics)
-                    assert torch.equal(storage, want), f"{isa}: bytes differ"
+                storage = self.storage.clone()
+                ops.store(key, value, self.cache(storage), self.slots, self.format, *self.statics)
+                assert torch.equal(storage, want), f"{isa}: bytes differ"
                 storage = want.clone()
                 out = self.strided(torch.full_like(self.query, 7.0))
                 ops.attend(
