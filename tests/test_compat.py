@@ -19,7 +19,7 @@ from version_matrix import tree
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving import compat
 
-SERVING = Path(compat.__file__).parent
+SERVING = Path(compat.__file__).parents[1]
 #: Tables of names that not every version has: from which version on, or before which.
 SINCE = {(0, 32): compat.SINCE_0_32, (0, 33): compat.SINCE_0_33}
 BEFORE = {(0, 33): compat.UNTIL_0_32}
@@ -188,9 +188,9 @@ def test_register_twice_is_register_once():
         "s._registered = False; s.register()\n"
         "print(first is not stock, type(p).check_and_update_config.__func__ is first)\n"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E\n"
-        "print(E.CPU_ATTN.get_class().__name__)\n"
+        "print(E.CPU_ATTN.is_overridden())\n"
     )
-    assert out.split() == ["True", "True", "StockCPUBackend"]
+    assert out.split() == ["True", "True", "False"]
 
 
 def test_dtypes_are_accepted_where_vllm_checks_them():
@@ -221,19 +221,26 @@ def test_backend_of_every_format_is_importable_by_path():
         "import kvq_plugin.serving as s; s.register()\n"
         "from vllm.utils.import_utils import resolve_obj_by_qualname as resolve\n"
         "from kvq_plugin.formats import FORMATS\n"
-        "from kvq_plugin.serving.backend import backend_path\n"
+        "import torch\n"
+        "from vllm.v1.attention.selector import AttentionSelectorConfig as Layer\n"
+        "from vllm.platforms import current_platform\n"
+        "def select(name, type='decoder', **more):\n"
+        "    more = {'head_size': 64, 'dtype': torch.bfloat16, 'block_size': None} | more\n"
+        "    layer = Layer(kv_cache_dtype=name, attn_type=type, **more)\n"
+        "    return current_platform.get_attn_backend_cls(None, layer)\n"
         "for name, format in FORMATS.items():\n"
-        "    cls = resolve(backend_path(name, 'decoder'))\n"
+        "    cls = resolve(select(name))\n"
         "    assert cls.format is format and cls.get_impl_cls().format is format\n"
-        "    assert '.'.join(cls.full_cls_name()) == backend_path(name, 'decoder')\n"
-        "    assert backend_path(name, 'encoder_only') is None\n"
-        "assert backend_path('auto', 'decoder') is None\n"
-        "try:\n"
-        "    backend_path('fp8', 'encoder_decoder')\n"
-        "except ValueError as e:\n"
-        "    print(e)\n"
+        "    assert '.'.join(cls.full_cls_name()) == select(name)\n"
+        "    assert select(name, 'encoder_only').endswith('stock.StockCPUBackend')\n"
+        "assert select('auto').endswith('cpu_attn.CPUAttentionBackend')\n"
+        "for bad in ({'type': 'encoder_decoder'}, {'use_mm_prefix': True}, {'head_size': 72}):\n"
+        "    try:\n"
+        "        select('int8', **bad)\n"
+        "    except ValueError as e:\n"
+        "        print('refused', str(e).endswith('--kv-cache-dtype auto'))\n"
     )
-    assert "--kv-cache-dtype auto" in out
+    assert out.count("refused True") == 3
 
 
 def test_another_platform_is_left_alone():

@@ -63,6 +63,13 @@ def test_a_plugin_that_is_kept_out():
     assert states(doctor.plugin(machine(env={"VLLM_PLUGINS": "other,kvq"}))) == {GOOD}
 
 
+def test_a_vllm_that_lacks_something(monkeypatch):
+    monkeypatch.setattr(compat, "missing", lambda: ["vllm.config.cache.CacheDType"])
+    assert "steps aside: this vLLM lacks vllm.config.cache.CacheDType" in advice(
+        doctor.plugin(machine())
+    )
+
+
 def test_kernels_that_are_missing_or_held_back(monkeypatch):
     with _native.use_isa("generic"):
         assert "unset KVQ_ISA" in advice(doctor.kernels(machine()))
@@ -103,6 +110,44 @@ def test_dtypes_of_this_machine():
     assert all(rows[name][0] for name in ("auto", *FORMATS))
     [others] = [(names, why) for names, (works, why) in rows.items() if not works]
     assert "nvfp4" in others[0] and "neither" in others[1]
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """vLLM on a GPU, of the given compute capability, as far as the doctor can tell."""
+    pytest.importorskip("vllm")
+    import torch
+
+    def set(*capability):
+        monkeypatch.setattr(compat, "is_cpu", lambda: False)
+        monkeypatch.setattr(compat, "is_gpu", lambda: True)
+        for name, value in {
+            "is_available": lambda: True,
+            "device_count": lambda: 2,
+            "get_device_name": lambda i: "stand-in for an H200",
+            "get_device_capability": lambda i: capability,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    return set
+
+
+def test_whose_is_whose_on_gpus(on_gpu):
+    on_gpu(9, 0)
+    [finding] = doctor.gpu()
+    assert finding.state == GOOD and "serves int8 by itself; fp8_e4m3, fp8," in finding.what
+    assert "--attention-backend KVQ" in finding.advice
+    rows = doctor.dtypes()
+    assert all(works for works, _ in rows.values())
+    assert {name for name in FORMATS if "vLLM's own" in rows[name][1]} == FORMATS.keys() - {"int8"}
+
+
+def test_gpus_that_are_too_old_or_not_vllms(on_gpu, monkeypatch):
+    on_gpu(7, 5)
+    assert "capability 7.5; the plugin's kernels need 8.0" in advice(doctor.gpu())
+    monkeypatch.setattr(compat, "is_gpu", lambda: False)
+    assert "but vLLM runs on cpu" in advice(doctor.gpu())
+    assert not any(works for works, _ in doctor.dtypes().values())  # some third platform
 
 
 def test_the_report(monkeypatch):

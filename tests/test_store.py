@@ -318,6 +318,32 @@ def test_rewriting_a_slot_replaces_it(format, isa):
     assert torch.equal(got, want)
 
 
+@every_isa
+@every_format
+def test_the_last_token_of_a_slot_stays_whatever_the_threads(format, isa):
+    """128 lone tokens at one offset of their blocks, slots named twice and neighbours in between:
+    the same bytes from one thread and from several as from the reference."""
+    heads, head_size, block_size, tokens = 2, 64, 32, 200
+    g = torch.Generator().manual_seed(6)
+    key, value = (torch.randn(tokens, heads, head_size, generator=g).bfloat16() for _ in "kv")
+    lockstep = torch.randperm(140, generator=g)[:128] * block_size + 7
+    again = lockstep[torch.randperm(128, generator=g)[:40]]
+    slots = torch.cat([lockstep, again, again[:16] + 1, again[:16] - 1])
+    statics = scales(format, Granularity.HEAD, heads, head_size)
+    want = oracle.empty_cache(format, 140, heads, head_size, block_size)
+    reference.store(key, value, want, slots, format, *statics)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            got = torch.full_like(want, 0xFF)
+            with use_isa(isa):
+                ops.store(key, value, got, slots, format, *statics)
+            assert torch.equal(got, want), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
 # --- arguments -----------------------------------------------------------------------------------
 
 FORMAT = get_format("int8_per_token_head")
