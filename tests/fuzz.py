@@ -295,6 +295,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="the first batch's")
     parser.add_argument("--library", type=Path, help="another build of the compiled kernels")
+    parser.add_argument("--isa", action="append", help="an instruction set (default: all)")
     args = parser.parse_args()
     if args.library:
         _native.LIBRARY = args.library
@@ -304,6 +305,7 @@ def main() -> int:
             isas.append("amx_emulated")
     except ValueError:
         pass
+    isas = args.isa or isas
     begin = time.monotonic()
     for i in range(args.batches):
         seed = args.seed + i
