@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.servers import engine_process, run_engine
+from kvq_plugin.serving.scales.declared import read_json, unquantized_dtype
 
 WINDOW = 2048
 BUILTIN_TEXT = "builtin"
@@ -52,21 +54,12 @@ def load_tokenizer(model: str):
 def cache_dtype(model: str, dtype: str) -> str:
     """*dtype* as ``--kv-cache-dtype`` takes it, for which ``auto`` means unquantized here.
 
-    vLLM's ``auto`` quantizes the cache of a checkpoint that declares a KV scheme; the name of the
-    model's dtype does not.
+    vLLM's ``auto`` quantizes the cache of a checkpoint that declares a KV scheme.
     """
     if dtype != BASELINE:
         return dtype
-    import torch
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    for holder in (config, config.get_text_config()):
-        section = getattr(holder, "quantization_config", None) or {}
-        section = section if isinstance(section, dict) else section.to_dict()
-        if section.get("kv_cache_scheme"):
-            return "float16" if config.dtype in ("float16", torch.float16) else "bfloat16"
-    return dtype
+    folder = checkpoint_folder(model, only=["*.json"])
+    return unquantized_dtype(read_json(folder / "config.json"), folder)
 
 
 def make_windows(tokenizer, text: str, count: int, length: int = WINDOW) -> list[Window]:

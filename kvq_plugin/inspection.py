@@ -1,13 +1,11 @@
 """``kvq inspect``: the KV scales a checkpoint carries, and what each KV-cache dtype does with them.
 
-Reads names and shapes exactly as serving does (:mod:`kvq_plugin.serving.scales.keys`,
-:mod:`~kvq_plugin.serving.scales.shapes`), but needs no vLLM: the scales alone are read, not the
-weights.
+Asks the code that serving loads scales with (:mod:`kvq_plugin.serving.scales`), but needs no
+vLLM: the scales alone are read, not the weights.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvq_plugin.formats import FORMATS, KVFormat
+from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.serving.scales import keys
-from kvq_plugin.serving.scales.declared import KVScheme
+from kvq_plugin.serving.scales.declared import (
+    KVScheme,
+    declared_scheme,
+    quantization_section,
+    read_json,
+)
 from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader
 
 _FORMS = {0: "tensor", 1: "head", 2: "channel"}
@@ -77,13 +81,7 @@ class Layer:
 
     @property
     def number(self) -> int | None:
-        return keys.layer_number(self.owner + ".")
-
-    def effective(self, parameter: str) -> torch.Tensor | None:
-        """The scale serving would use for K or V: a single ``kv_scale`` stands for both."""
-        other = {"k_scale": "v_scale", "v_scale": "k_scale"}[parameter]
-        own, lone = self.values.get(parameter), self.values.get(other)
-        return lone if own is None and lone is not None and lone.dim() == 0 else own
+        return keys.layer_number(self.owner)
 
 
 @dataclass
@@ -115,11 +113,13 @@ def read(path: str | Path) -> Checkpoint:
     Raises FileNotFoundError or ValueError where there is no such checkpoint, or none whose
     tensors can be read.
     """
-    folder = _folder(path)
-    config = _json(folder / "config.json")
-    declared = _quantization(config)
+    folder = checkpoint_folder(path)
+    config = read_json(folder / "config.json")
     checkpoint = Checkpoint(
-        folder, Geometry.of(config, folder), _weights(declared, folder), _scheme(declared, folder)
+        folder,
+        Geometry.of(config, folder),
+        _weights(quantization_section(config, folder)),
+        declared_scheme(config, folder),
     )
     owners, scales = _tensors(folder)
     layers: dict[str, Layer] = {}
@@ -128,7 +128,7 @@ def read(path: str | Path) -> Checkpoint:
         _add(checkpoint, layers.setdefault(owner, Layer(owner)), found, tensor)
     checkpoint.layers = [layers[name] for name in sorted(layers, key=_order)]
     checkpoint.origins = sorted({found.origin for found, _ in scales})
-    whole = {n for n, x in layers.items() if None not in map(x.effective, ("k_scale", "v_scale"))}
+    whole = {name for name, x in layers.items() if {"k_scale", "v_scale"} <= x.values.keys()}
     stacks = {_stack(name) for name in layers}
     mine = {
         name for name in owners if _stack(name) in stacks or not (stacks or _OTHER.search(name))
@@ -139,7 +139,7 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def _order(name: str) -> tuple[int, str]:
-    return keys.layer_number(name + ".") or 0, name
+    return keys.layer_number(name) or 0, name
 
 
 def _stack(name: str) -> str:
@@ -147,66 +147,19 @@ def _stack(name: str) -> str:
     return re.split(r"\.\d+\.", name, maxsplit=1)[0]
 
 
-def _folder(path: str | Path) -> Path:
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or folder.is_absolute() or str(path).startswith("."):
-        raise FileNotFoundError(f"{path} is no directory: expected a checkpoint's directory")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{path} is neither a directory nor a model that the hub gives: {error}"
-        ) from None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    text = config.get("text_config") or {}
-    for section in (config, text):
-        found = section.get("quantization_config") or section.get("compression_config")
-        if found:
-            return found
-    return {}
-
-
-def _modelopt(folder: Path) -> Mapping[str, Any]:
-    sidecar = folder / "hf_quant_config.json"
-    return _json(sidecar).get("quantization", {}) if sidecar.is_file() else {}
-
-
-def _weights(declared: Mapping[str, Any], folder: Path) -> str | None:
-    if declared.get("quant_method") == "compressed-tensors" and not declared.get("config_groups"):
+def _weights(section: Mapping[str, Any]) -> str | None:
+    """How a quantization *section* says that weights are quantized; None for not at all."""
+    if section.get("quant_method") == "compressed-tensors" and not section.get("config_groups"):
         return None
-    method = declared.get("quant_method") or _modelopt(folder).get("quant_algo")
+    method = section.get("quant_method") or section.get("quantization", {}).get("quant_algo")
     return None if method in ("kvq", "none") else method
 
 
-def _scheme(declared: Mapping[str, Any], folder: Path) -> KVScheme | None:
-    scheme = declared.get("kv_cache_scheme")
-    if isinstance(scheme, Mapping):
-        return KVScheme.from_dict(scheme)
-    algorithm = declared.get("kv_cache_quant_algo") or _modelopt(folder).get("kv_cache_quant_algo")
-    if str(algorithm).upper() == "FP8":
-        return KVScheme("float", 8, every_layer=False)
-    return None
-
-
-def _tensors(folder: Path) -> tuple[set[str], list[tuple[keys.ScaleName, torch.Tensor]]]:
+def _tensors(folder: Path) -> tuple[set[str], list[tuple[keys.ScaleKey, torch.Tensor]]]:
     """Attention modules that have weights, and every scale with its tensor."""
     index = folder / _INDEX
     if index.is_file():
-        files = sorted({folder / name for name in _json(index)["weight_map"].values()})
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -233,34 +186,29 @@ def _open(files: list[Path]) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{file} is no safetensors file: {error}") from None
 
 
-def _module(found: keys.ScaleName, owners: set[str]) -> str:
+def _module(found: keys.ScaleKey, owners: set[str]) -> str:
     """The attention module of a scale, also where the key names vLLM's layer inside it."""
     outer = found.owner.removesuffix(".attn")
     return outer if outer in owners and found.owner not in owners else found.owner
 
 
-def _add(checkpoint: Checkpoint, layer: Layer, found: keys.ScaleName, tensor: torch.Tensor) -> None:
+def _add(checkpoint: Checkpoint, layer: Layer, found: keys.ScaleKey, tensor: torch.Tensor) -> None:
     """Put *tensor* on *layer*, or what is wrong with it among the problems."""
-    parameter, g = found.parameter, checkpoint.geometry
-    if parameter in layer.keys:
-        checkpoint.problems.append(
-            f"{layer.owner}: {parameter} is given twice, as {layer.keys[parameter]} and as "
-            f"{found.key}"
-        )
-        return
-    layer.keys[parameter] = found.key
-    head_size = 0 if parameter.startswith("prob") else g.head_size
-    query_group = g.heads // g.kv_heads if parameter.startswith("q") else 0
+    g = checkpoint.geometry
     shard = HeadShard.of(g.kv_heads, g.kv_heads, 0, 1)
-    reader = ScaleReader(layer.owner, parameter, shard, head_size, query_group)
-    try:
-        is_scale = parameter.endswith("scale")
-        value = reader.scale(tensor) if is_scale else reader.zero_point(tensor)
-    except ValueError as error:
-        checkpoint.problems.append(str(error))
-        return
-    if not (is_scale and bool((value < 0).all())):  # -1 says that there is none
-        layer.values[parameter] = value
+    reader = ScaleReader(layer.owner, shard, g.head_size, g.head_size, g.heads)
+    for parameter in found.parameters:
+        if parameter in layer.keys:
+            checkpoint.problems.append(
+                f"{layer.owner}: {parameter} is given twice, as {layer.keys[parameter]} and as "
+                f"{found.key}"
+            )
+            continue
+        layer.keys[parameter] = found.key
+        try:
+            layer.values |= reader.read({parameter: tensor})
+        except ValueError as error:
+            checkpoint.problems.append(str(error))
 
 
 def _compare(checkpoint: Checkpoint, owners: set[str]) -> None:
@@ -312,7 +260,7 @@ def granularities(checkpoint: Checkpoint) -> str:
     """``K channel, V tensor``: the granularities that occur."""
     parts = []
     for name, parameter in (("K", "k_scale"), ("V", "v_scale")):
-        values = (layer.effective(parameter) for layer in checkpoint.layers)
+        values = (layer.values.get(parameter) for layer in checkpoint.layers)
         forms = sorted({_FORMS[v.dim()] for v in values if v is not None})
         if forms:
             parts.append(f"{name} {' and '.join(forms)}")
@@ -323,14 +271,13 @@ def remarks(layer: Layer) -> str:
     """What stands out in a layer's scales: defaults, outliers, zero points."""
     found = []
     for name, parameter in (("K", "k_scale"), ("V", "v_scale")):
-        value = layer.effective(parameter)
+        value = layer.values.get(parameter)
         if value is None:
             found.append(f"no {name}")
         elif value.dim() == 0 and value.item() == 1:
             found.append(f"{name} is 1: uncalibrated?")
         elif outliers := int((value > OUTLIER * value.median()).sum()):
             found.append(f"{name}: {outliers} beyond {OUTLIER:g}x the median")
-        zero = layer.values.get(f"{name.lower()}_zero_point")
-        if zero is not None and bool(zero.any()):
+        if f"{name.lower()}_zero_point" in layer.values:
             found.append(f"{name} asymmetric")
     return "; ".join(found)

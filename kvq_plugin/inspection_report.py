@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.inspection import Checkpoint, Layer, automatic, read, remarks, verdict
+from kvq_plugin.tables import print_table
 
 
 def run(path: str, plot: Path | None = None, console: Console | None = None) -> None:
@@ -26,8 +27,8 @@ def run(path: str, plot: Path | None = None, console: Console | None = None) -> 
         raise ValueError(f"{path} has no KV scales to plot; `kvq calibrate` adds them")
     _summary(checkpoint, console)
     if checkpoint.layers:
-        console.print(scales_table(checkpoint))
-    console.print(dtypes_table(checkpoint))
+        print_table(console, scales_table(checkpoint))
+    print_table(console, dtypes_table(checkpoint))
     for problem in checkpoint.problems:
         console.print(f"[red]problem:[/] {problem}", soft_wrap=True, highlight=False)
     if plot is not None:
@@ -41,7 +42,7 @@ def run(path: str, plot: Path | None = None, console: Console | None = None) -> 
 
 def _summary(checkpoint: Checkpoint, console: Console) -> None:
     g, scheme = checkpoint.geometry, checkpoint.scheme
-    keys = sum(len(layer.keys) for layer in checkpoint.layers)
+    keys = sum(len(set(layer.keys.values())) for layer in checkpoint.layers)
     spelt = f", spelt as by {', '.join(checkpoint.origins)}" if checkpoint.origins else ""
     lines = {
         "checkpoint": checkpoint.folder,
@@ -69,7 +70,7 @@ def scales_table(checkpoint: Checkpoint) -> Table:
     table.add_column("remarks")
     for layer in checkpoint.layers:
         number = layer.owner if layer.number is None else str(layer.number)
-        cells = [*_cells(layer.effective("k_scale")), *_cells(layer.effective("v_scale"))]
+        cells = [*_cells(layer.values.get("k_scale")), *_cells(layer.values.get("v_scale"))]
         single = [_largest(layer, name) for name in ("q_scale", "prob_scale")]
         table.add_row(number, *cells, *single, remarks(layer))
     return table
@@ -106,11 +107,12 @@ def _plot(checkpoint: Checkpoint, file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6), layout="constrained")
     for axis, name in zip(axes, "kv", strict=True):
-        layers = [x for x in checkpoint.layers if x.effective(f"{name}_scale") is not None]
-        values = [layer.effective(f"{name}_scale") for layer in layers]
+        layers = [x for x in checkpoint.layers if x.values.get(f"{name}_scale") is not None]
+        values = [layer.values.get(f"{name}_scale") for layer in layers]
         x = [i if layer.number is None else layer.number for i, layer in enumerate(layers)]
         low, middle, high = (
             [pick(v).item() for v in values] for pick in (torch.min, torch.median, torch.max)
@@ -123,6 +125,7 @@ def _plot(checkpoint: Checkpoint, file: Path) -> None:
             axis.set_yscale("log")
             axis.legend()
     axes[-1].set_xlabel("layer")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(f"KV scales of {checkpoint.folder.name}")
     scratch = file.with_name(f".{file.name}.part")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvq_plugin.serving.scales.config import KVQConfig
+from kvq_plugin.serving.scales.load import ScaleLoad
 from kvq_plugin.serving.scales.method import KVQCacheMethod
 
 HEADS, QUERY_HEADS, HEAD_SIZE = 2, 6, 32
@@ -29,11 +30,13 @@ class Layer(torch.nn.Module):
         set_default_quant_scales(self, register_buffer=True)
 
 
-def build(*layers, scheme=None):
-    """One method for *layers*, whose placeholders it creates."""
+def build(*layers, scheme=None, total_kv_heads=None):
+    """One method for *layers*, whose placeholders it creates and which it loads as one model."""
     method = KVQCacheMethod(KVQConfig(scheme))
     for layer in layers:
         method.create_weights(layer)
+    if layers:
+        method.load = ScaleLoad([x.layer_name for x in layers], scheme, total_kv_heads)
     return method
 
 
@@ -45,10 +48,10 @@ def give(layer, **tensors):
         parameter.weight_loader(parameter, value)
 
 
-def loaded(dtype="fp8", scheme=None, layer=None, **tensors):
+def loaded(dtype="fp8", scheme=None, layer=None, total_kv_heads=None, **tensors):
     """A processed layer that was given *tensors*."""
     layer = layer or Layer(dtype)
-    method = build(layer, scheme=scheme)
+    method = build(layer, scheme=scheme, total_kv_heads=total_kv_heads)
     give(layer, **tensors)
     method.process_weights_after_loading(layer)
     return layer

@@ -7,9 +7,10 @@ import csv
 import pytest
 import torch
 
-from kvq_plugin.bench import cases, kernels, output
+from kvq_plugin.bench import cases, engine, kernels, output
 from kvq_plugin.bench.timing import interleave
 from kvq_plugin.formats import FORMATS
+from kvq_plugin.servers import ServerError
 
 SHAPES = (
     cases.Shape(2, 300, 4, 2, 64),
@@ -56,3 +57,18 @@ def test_rows_are_written_and_drawn(monkeypatch, tmp_path, kind):
         assert [line["candidate"] for line in csv.DictReader(file)] == names * len(SHAPES)
     assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{kind}.csv", f"{kind}.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_engines_take_turns_and_one_that_fails_is_reported(smollm2):
+    prompts, memory = [[7] * 40, [9] * 50], 64 << 20
+    load = engine.Load(str(smollm2), prompts, bursts=2, eager=True, kv_memory_bytes=memory)
+    ours = engine.Engine("ours", "int8_per_token_head")
+    seen = []
+    stock = engine.Engine("vLLM", "auto", plugin=False)
+    steps = engine.decode_steps(load, [stock, ours], seen.append)
+    assert [len(s) for s in steps.values()] == [2 * (engine.BURST - 1)] * 2
+    assert seen[-4:] == ["vLLM", "ours"] * 2 and all(t > 0 for s in steps.values() for t in s)
+    with pytest.raises(ServerError, match="int8_per_token_head"):  # what it says to use instead
+        engine.decode_steps(load, [engine.Engine("static", "int8")])

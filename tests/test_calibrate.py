@@ -20,12 +20,13 @@ from kvq_plugin.calibrate import output as output_module
 from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.calibrate.data import read_texts, sample_windows
 from kvq_plugin.calibrate.engine import broken_message, check_ignored
-from kvq_plugin.calibrate.names import checkpoint_names, layer_number, load_name, probes
+from kvq_plugin.calibrate.names import checkpoint_names, load_name, probes
 from kvq_plugin.calibrate.output import SCALES, Target, with_scheme
 from kvq_plugin.calibrate.run import calibrate
 from kvq_plugin.calibrate.settings import Settings, Strategy
 from kvq_plugin.calibrate.table import scale_table
 from kvq_plugin.evaluate import load_tokenizer
+from kvq_plugin.serving.scales.keys import layer_number
 
 random.seed(0)
 WINDOWS = [[random.randrange(3, 500) for _ in range(60)] for _ in range(3)]
@@ -55,8 +56,9 @@ def by_hf(model: Path, out: Path, settings=None, **changes) -> dict[str, torch.T
 def test_layer_number():
     assert layer_number("model.layers.17.self_attn.attn") == 17
     assert layer_number("h.3") == 3
-    with pytest.raises(ValueError, match="layer number"):
-        layer_number("model.self_attn")
+    assert layer_number("model.self_attn") is None
+    with pytest.raises(ValueError, match="model.self_attn.attn: expected a layer number"):
+        check_ignored(Settings(), ["model.layers.0.attn", "model.self_attn.attn"])
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,19 @@ def test_index_names_every_tensor_and_weights_are_links(tiny, tmp_path):
     assert copied.read_bytes() == (tiny / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("mask", (0o022, 0o077, 0o002))
+def test_what_is_written_follows_the_umask(tiny, tmp_path, mask):
+    out, before = tmp_path / "out", os.umask(mask)
+    try:
+        by_hf(tiny, out, copy=True)
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o777 & ~mask
+    modes = {file.name: file.stat().st_mode & 0o777 for file in out.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask) and SCALES in modes
+    assert not list(tmp_path.glob(".out*"))
+
+
 def test_transformers_loads_the_output(tiny, tmp_path):
     """Through compressed-tensors, which reads the scheme and our shard."""
     from transformers import AutoModelForCausalLM
@@ -209,7 +224,7 @@ def test_transformers_loads_the_output(tiny, tmp_path):
 
 def test_optional_scales(tiny, tmp_path):
     scales = by_hf(tiny, tmp_path / "out", Settings("fp8", Strategy.TENSOR, prob_scale=True))
-    assert float(scales["model.layers.1.self_attn.prob_output_scale"]) == pytest.approx(1 / 448)
+    assert float(scales["model.layers.1.self_attn.prob_output_scale"]) == 2.0**-8  # >= 1 / 448
     with pytest.raises(ValueError, match="--driver engine"):
         by_hf(tiny, tmp_path / "q", Settings(q_scale=True))
     assert not (tmp_path / "q").exists()

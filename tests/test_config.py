@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 
 from kvq_plugin.formats import FORMATS, Kind  # noqa: E402
 from kvq_plugin.serving import compat  # noqa: E402
+from kvq_plugin.serving.scales import config as scales_config  # noqa: E402
 from kvq_plugin.serving.scales import keys  # noqa: E402
 from kvq_plugin.serving.scales.config import (  # noqa: E402
     KVQConfig,
@@ -101,7 +102,8 @@ def test_quantized_weights_keep_their_config(name):
     wrapped = config.quant_config
     assert isinstance(wrapped, type(quant)) and wrapped.get_name() == quant.get_name()
     assert wrapped.kv_cache_scheme is None
-    assert wrapped.__dict__ is quant.__dict__
+    changed = {"kv_cache_scheme": None, "kvq_scheme": None}
+    assert vars(wrapped) == vars(quant) | changed
     assert type(wrapped.get_quant_method(attention(), "a")).__name__ == "KVQCacheMethod"
     wrap_quant_config(config)
     assert config.quant_config is wrapped
@@ -116,13 +118,13 @@ def test_wrapped_configs_travel(name, duplicate):
     twin = duplicate(config.quant_config)
     assert type(twin) is type(config.quant_config)
     assert twin.get_name() == quant.get_name()
-    assert twin.kvq_ledger.scheme == KVScheme("float", 8)
-    assert twin.__dict__.keys() == quant.__dict__.keys()
+    assert twin.kvq_scheme == KVScheme("float", 8, every_layer=name != "modelopt")
+    assert vars(twin).keys() == vars(config.quant_config).keys()
 
 
 def test_our_config_travels():
     twin = pickle.loads(pickle.dumps(KVQConfig(KVScheme("int", 8))))
-    assert type(twin) is KVQConfig and twin.kvq_ledger.scheme == KVScheme("int", 8)
+    assert type(twin) is KVQConfig and twin.kvq_scheme == KVScheme("int", 8)
 
 
 def test_our_config_leaves_linear_layers_unquantized():
@@ -146,6 +148,7 @@ def test_a_draft_model_loads_scales_our_way_too(name, dtype, monkeypatch):
     quant, declared = (None, None) if name is None else stock(name)
     around, own = engine(dtype), engine(dtype, quant, declared)
     monkeypatch.setattr(compat, "get_current_vllm_config_or_none", lambda: around)
+    monkeypatch.setattr(scales_config, "serves", lambda vllm_config: True)  # test_checks.py
     config = wrap_draft_config(quant, own.model_config)
     if dtype == "auto":
         assert config is quant
@@ -193,7 +196,7 @@ def test_compressed_tensors_scheme_is_taken_from_its_config():
     wrap_quant_config(config)
     assert config.cache_config.cache_dtype == "int8"
     assert config.quant_config.kv_cache_scheme is None
-    assert config.quant_config.kvq_ledger.scheme == KVScheme("int", 8)
+    assert config.quant_config.kvq_scheme == KVScheme("int", 8)
 
 
 def test_explicit_unquantized_cache_wins_over_a_scheme_vllm_would_reject():
@@ -228,7 +231,7 @@ def test_modelopt_fp8_scales_are_refused_for_int8():
         wrap_quant_config(engine("int8", quant, declared))
     config = engine("fp8", quant, declared)
     wrap_quant_config(config)
-    assert not config.quant_config.kvq_ledger.scheme.is_complete
+    assert not config.quant_config.kvq_scheme.is_complete
 
 
 @pytest.mark.parametrize("scheme", [{**INT8, "num_bits": 4}, {**FLOAT8, "num_bits": 4}])
@@ -292,24 +295,26 @@ def test_scale_names(key):
     if key in UNTOUCHED:
         assert found is None
         return
-    assert found.parameter in (*keys.SCALES, *keys.ZERO_POINTS)
+    assert {*found.parameters} <= {*keys.SCALES, *keys.ZERO_POINTS}
     for layers in ([], LAYERS):
-        placed = found.placed(layers)
-        assert placed == L + MAPPED[key]
-        assert keys.parse(placed).placed(layers) == placed
-        inner = placed.removeprefix("model.")  # an inner module reads its own part
-        assert keys.parse(inner).placed(layers) == inner
+        target, *more = found.targets(layers)
+        assert target == L + MAPPED[key]
+        # One scale for K and V, the only one of its kind, is loaded as both.
+        assert more == ([L + MAPPED["self_attn.v_scale"]] if "kv_scale" in key else [])
+        assert keys.parse(target).targets(layers) == [target]
+        inner = target.removeprefix("model.")  # an inner module reads its own part
+        assert keys.parse(inner).targets(layers) == [inner]
 
 
 def test_scale_names_follow_the_models_own_modules():
     found = keys.parse("transformer.h.0.attn.k_scale")
-    assert found.placed(["transformer.h.0.attn.attn"]) == "transformer.h.0.attn.attn.k_scale"
+    assert found.targets(["transformer.h.0.attn.attn"]) == ["transformer.h.0.attn.attn.k_scale"]
     again = keys.parse("transformer.h.0.attn.attn.k_scale")
-    assert again.placed(["transformer.h.0.attn.attn"]) == again.key
+    assert again.targets(["transformer.h.0.attn.attn"]) == [again.key]
 
 
 @pytest.mark.parametrize("name", [None, *WEIGHTS])
-def test_vllm_leaves_placed_names_alone(name):
+def test_vllm_leaves_renamed_scales_alone(name):
     """Stacked projections and the config's own mapper come after us."""
     from vllm.model_executor.models.utils import WeightsMapper
 
@@ -318,8 +323,8 @@ def test_vllm_leaves_placed_names_alone(name):
     wrap_quant_config(config)
     stacked = WeightsMapper(orig_to_new_stacked={".k_proj": (".qkv_proj", "k")})
     mapper = stacked | config.quant_config.get_cache_scale_mapper()
-    for placed in MAPPED.values():
-        assert mapper.map_name(L + placed) == L + placed
+    for target in MAPPED.values():
+        assert mapper.map_name(L + target) == L + target
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -390,4 +395,4 @@ def test_vllm_builds_our_config(quantization, arguments, expected, tmp_path):
     )
     assert model.quantization == "kvq"
     built = get_quant_config(model, LoadConfig())
-    assert type(built) is KVQConfig and built.kvq_ledger.scheme == expected
+    assert type(built) is KVQConfig and built.kvq_scheme == expected

@@ -59,6 +59,14 @@ def _spec(format=None, head_size=HEAD_SIZE, **changes):
     return spec if format is None else gpu.BACKENDS[format].customize_spec(spec)
 
 
+@pytest.mark.parametrize("module", [cpu, gpu])
+def test_every_format_has_a_backend_by_its_name(module):
+    assert list(module.BACKENDS) == list(dict.fromkeys(FORMATS.values()))
+    for format, backend in module.BACKENDS.items():
+        assert backend is getattr(module, f"KVQ_{format.name}") and backend.format is format
+        assert backend.get_impl_cls().format is format
+
+
 @pytest.mark.parametrize("format", ROWS, ids=name_of)
 @pytest.mark.parametrize("head_size", gpu.GPUBackend.get_supported_head_sizes())
 def test_pages_have_the_formats_size_whatever_the_block(format, head_size):

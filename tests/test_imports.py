@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parent.parent / "kvq_plugin"
 #: Modules of the package from the bottom up; one may import only what stands strictly lower,
 #: or its own submodules. Those on the same line do not know each other.
 LEVELS = (
-    ("formats", "hugepages", "rotation"),
+    ("formats", "hugepages", "rotation", "tables"),
     ("layout",),
     ("reference",),
     ("_native", "kernels"),
     ("ops",),
-    ("serving", "hf_cache", "model", "servers"),
+    ("serving", "hf_cache", "hub", "model", "servers"),
     ("evaluate", "inspection", "doctor"),
     ("report", "inspection_report"),
     ("calibrate",),

@@ -103,7 +103,9 @@ def test_a_single_scale_stands_for_both_and_modelopt_declares_in_a_file(write):
         json.dumps({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}})
     )
     checkpoint = inspection.read(path)
-    assert checkpoint.layers[1].effective("v_scale") == 0.5 and not checkpoint.problems
+    assert (
+        checkpoint.layers[1].values == {"k_scale": 0.5, "v_scale": 0.5} and not checkpoint.problems
+    )
     assert checkpoint.weights == "FP8" and checkpoint.scheme.dtype() == "fp8"
     assert checkpoint.origins == ["AutoFP8"]
 
@@ -116,11 +118,11 @@ def test_a_single_scale_stands_for_both_and_modelopt_declares_in_a_file(write):
         ({"model.layers.0.self_attn.k_proj.k_scale": 0.5}, "given twice"),
         ({"model.layers.7.self_attn.k_scale": 0.5}, "no weights for"),
         ({"model.layers.0.self_attn.v_scale": -1.0}, "no K or V scale for model.layers.0"),
+        ({"model.layers.1.self_attn.kv_scale": 0.5}, "v_scale is given twice"),
     ],
 )
 def test_problems_are_named_and_fail(write, broken, says):
-    channel = torch.rand(64) + 0.1  # so that a lone K scale does not stand for V's
-    text, error = report(write(scales(k_scale=channel, v_scale=0.5) | broken))
+    text, error = report(write(scales(k_scale=0.25, v_scale=0.5) | broken))
     assert says in text and "problem" in error
     assert text.count(" no ") >= 4 and " yes " in text
 
@@ -138,6 +140,33 @@ def test_plot(write):
     assert "scales.png" in report(path, file)[0]
     assert file.read_bytes().startswith(b"\x89PNG") and not list(path.glob(".*.part"))
     assert "expected a name that ends in .png" in report(path, path / "scales.pdf")[1]
+
+
+def test_layers_have_whole_numbers(write, monkeypatch):
+    from matplotlib.figure import Figure
+
+    ticks = []
+
+    def savefig(figure, file, **_):
+        ticks.extend(figure.axes[-1].get_xticks())
+        file.touch()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    path = write(scales(k_scale=CHANNEL, v_scale=0.5))
+    report(path, path / "scales.png")
+    assert ticks and all(tick == int(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_pipe_or_a_narrow_terminal_cuts_no_figure(write, width):
+    values = torch.linspace(0.0491234, 0.3, 64)
+    path = write(scales(k_scale=values, v_scale=values, q_scale=0.4321))
+    output = io.StringIO()
+    inspection_report.run(str(path), console=Console(file=output, width=width))
+    text = output.getvalue()
+    assert "…" not in text
+    for figure in ("0.04912", "0.1726", "0.3", "0.4321"):
+        assert figure in text
 
 
 def test_what_is_no_checkpoint(tmp_path):

@@ -16,10 +16,12 @@ from kvq_plugin.calibrate.observers import (
     Observers,
     as_tokens,
     observer_class,
+    power_of_two,
     scale_and_zero,
 )
 from kvq_plugin.calibrate.scales import compute, stream_scales
 from kvq_plugin.calibrate.settings import OBSERVERS, SCHEMES, Settings, Strategy
+from kvq_plugin.formats import FORMATS
 from kvq_plugin.reference import StaticScale, dequantize, quantize
 from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader
 
@@ -63,6 +65,40 @@ def test_minmax_is_the_extremes_of_everything(strategy):
     everything = torch.cat(batches)
     assert torch.equal(low, reduced(everything, strategy, torch.min))
     assert torch.equal(high, reduced(everything, strategy, torch.max))
+
+
+def test_powers_of_two_are_rounded_up_to():
+    x = torch.tensor([0.0, 1.0, 1.0000001, 0.75, 0.5, 3.0, 2.0**-126, 1.5 * 2.0**-100])
+    expected = [0.0, 1.0, 2.0, 1.0, 0.5, 4.0, 2.0**-126, 2.0**-99]
+    assert power_of_two(x).tolist() == expected
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fp8_scales_are_powers_of_two_that_hold_everything(strategy):
+    batches = activations()
+    found = {}
+    for scheme, exact in (("fp8", False), ("fp8", True), ("int8", False)):
+        settings = settings_of(strategy, scheme=scheme, exact=exact)
+        scale, _ = scale_and_zero(*watched(settings, batches).ranges(), settings)
+        found[scheme, exact] = scale
+    rounded, exact = found["fp8", False], found["fp8", True]
+    amax = reduced(torch.cat(batches).abs(), strategy, torch.max)
+    assert torch.equal(exact, amax / 448) and torch.equal(found["int8", False], amax / 127)
+    assert rounded.log2().frac().eq(0).all()
+    assert (exact <= rounded).all() and (rounded < 2 * exact).all()
+
+
+def test_powers_of_two_keep_the_mantissas_of_scale_one():
+    """Which is what they are for: of normal numbers, the same are rounded the same."""
+    x = torch.randn(4096, 1, 32).clamp(0.125, 400)
+    fp8 = FORMATS["fp8"]
+    read = []
+    for scale in (1.0, 0.25, 2.0, 0.3):
+        static = StaticScale.expand(torch.tensor(scale), 1, 32)
+        codes, meta = quantize(x, fp8.key, static)
+        read.append(dequantize(codes, meta, fp8.key, static))
+    assert torch.equal(read[0], read[1]) and torch.equal(read[0], read[2])
+    assert not torch.equal(read[0], read[3])
 
 
 def test_average_moves_by_its_constant():
@@ -210,13 +246,12 @@ def test_stored_tensors_are_ones_the_loader_reads(strategy, asymmetric):
     settings = settings_of(strategy, asymmetric=asymmetric)
     observer = watched(settings, activations())
     stream = stream_scales(settings, observer)
-    reader = ScaleReader("l", "k_scale", HeadShard.of(HEADS, HEADS, 0, 1), HEAD_SIZE)
-    static = StaticScale.expand(
-        reader.scale(stream.scale),
-        HEADS,
-        HEAD_SIZE,
-        None if stream.zero_point is None else reader.zero_point(stream.zero_point),
-    )
+    shard = HeadShard.of(HEADS, HEADS, 0, 1)
+    tensors = {"k_scale": stream.scale}
+    if stream.zero_point is not None:
+        tensors["k_zero_point"] = stream.zero_point
+    read = ScaleReader("l", shard, HEAD_SIZE, HEAD_SIZE, HEADS).read(tensors)
+    static = StaticScale.expand(read["k_scale"], HEADS, HEAD_SIZE, read.get("k_zero_point"))
     scale, zero = scale_and_zero(*observer.ranges(), settings)
     repeats = HEAD_SIZE // scale.shape[1]
     assert torch.equal(static.scale, scale.repeat_interleave(repeats, 1))
@@ -266,6 +301,7 @@ def test_a_layer_without_values_is_an_error():
     (
         ({"scheme": "int4"}, "expected one of int8, fp8"),
         ({"scheme": "fp8", "asymmetric": True}, "drop --asymmetric"),
+        ({"exact": True}, "--exact-scales was asked for int8"),
         ({"strategy": Strategy.GROUP}, "--group-size"),
         ({"group_size": 8}, "--group-size"),
         ({"observer": "best"}, "minmax"),
@@ -282,6 +318,7 @@ def test_the_observer_is_the_best_for_the_strategy():
     assert Settings(strategy=Strategy.TENSOR).observer == "mse"
     assert Settings().observer == "minmax"
     assert Settings(strategy=Strategy.TENSOR, observer="minmax").observer == "minmax"
+    assert Settings("fp8", strategy=Strategy.TENSOR).observer == "minmax"
 
 
 def test_group_must_divide_the_head():

@@ -1,108 +1,29 @@
 """KV scales of real checkpoints: a tiny Llama through vLLM's own loader, without an engine."""
 
+# ruff: noqa: F811 - fixtures are imported
+
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import os
-import pickle
 import uuid
-from functools import cache
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
+from model_loading import (  # noqa: E402, F401
+    ATTENTION,
+    both,
+    checkpoint,
+    engine_free,
+    load,
+)
 from scale_layers import results  # noqa: E402
-from tiny_models import make  # noqa: E402
 
 from kvq_plugin.serving import checks, compat  # noqa: E402
 from kvq_plugin.serving.scales import method  # noqa: E402
-
-ATTENTION = "model.layers.{}.self_attn."
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """``checkpoint(model)`` -> weights and config.json of a tiny random model."""
-    folder = tmp_path_factory.mktemp("models")
-
-    @cache
-    def read(model):
-        path = make(folder, model)
-        return load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
-
-    return read
-
-
-@pytest.fixture(scope="module")
-def engine_free(tmp_path_factory):
-    """vLLM's process groups for one rank, without an engine; the environment is put back."""
-    from vllm import distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-
-    from kvq_plugin.serving import register
-
-    environment = dict(os.environ)
-    register()
-    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
-        # vLLM's CPU worker does the same: torch has no allocator to empty without a device.
-        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
-        store = tmp_path_factory.mktemp("groups") / "store"
-        distributed.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        distributed.initialize_model_parallel(1, 1)
-        yield
-        distributed.destroy_model_parallel()
-        distributed.destroy_distributed_environment()
-    os.environ.clear()
-    os.environ.update(environment)
-
-
-@pytest.fixture
-def load(checkpoint, engine_free, tmp_path):
-    """``load(dtype, tensors, **engine_args)`` -> (model, its attention layers, vllm_config)."""
-    from vllm.config import set_current_vllm_config
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model
-
-    def run(dtype, tensors, quantization=None, model="gqa", **engine_args):
-        weights, config = checkpoint(model)
-        if quantization is not None:
-            config = config | {"quantization_config": quantization}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        tensors = {k: torch.as_tensor(v).contiguous().clone() for k, v in tensors.items()}
-        save_file({**weights, **tensors}, tmp_path / "model.safetensors", {"format": "pt"})
-        vllm_config = EngineArgs(
-            model=str(tmp_path),
-            **{
-                "skip_tokenizer_init": True,
-                "kv_cache_dtype": dtype,
-                "max_model_len": 128,
-                "enforce_eager": True,
-                "dtype": "bfloat16",
-                **engine_args,
-            },
-        ).create_engine_config()
-        vllm_config = pickle.loads(pickle.dumps(vllm_config))  # as workers receive it
-        with set_current_vllm_config(vllm_config):
-            model = get_model(vllm_config=vllm_config)
-        found = vllm_config.compilation_config.static_forward_context.values()
-        return model, [x for x in found if isinstance(x, compat.Attention)], vllm_config
-
-    return run
-
-
-def both(suffixes, module=ATTENTION):
-    """*suffixes* -> value, in both layers; layer 1's scales are doubled."""
-    return {
-        module.format(i) + name: torch.as_tensor(value) * (1 + i * name.endswith("scale"))
-        for i in range(2)
-        for name, value in suffixes.items()
-    }
-
 
 K_CHANNEL = torch.linspace(0.125, 8, 64)  # exact in bfloat16 enough to tell every channel
 OFFSET = torch.arange(64.0) - 32
@@ -239,7 +160,8 @@ def reports(monkeypatch):
 def test_report_says_where_a_scale_that_was_not_given_comes_from(load, reports):
     load("fp8", both({"kv_scale": 0.5}))
     assert f"k_scale 0.5 from {ATTENTION.format(0)}kv_scale" in reports[0]
-    assert "v_scale 0.5 as k_scale" in reports[0] and "prob_scale 1 by default" in reports[0]
+    assert f"v_scale 0.5 from {ATTENTION.format(0)}kv_scale" in reports[0]
+    assert "q_scale 0.5 as k_scale" in reports[0] and "prob_scale 1 by default" in reports[0]
 
 
 @pytest.mark.parametrize("name", ["gqa", "sinks"])
@@ -360,15 +282,3 @@ def test_load_quantized_weights_with_a_kv_scheme(load, checkpoint):
     assert type(config.quant_config).__mro__[2].__name__ == "CompressedTensorsConfig"
     assert layers[0]._k_scale.tolist() == [0.5, 0.25]
     assert layers[0]._v_scale.tolist() == [1.0, 0.5]
-
-
-def test_load_again_into_the_same_model(load):
-    """A weight reload replaces the scales in place."""
-    reload = pytest.importorskip("vllm.model_executor.model_loader.reload")
-    model, layers, config = load("fp8", both({"k_scale": 0.5, "v_scale": 0.5}))
-    buffer = layers[0]._k_scale
-    reload.initialize_layerwise_reload(model)
-    model.load_weights(iter(both({"k_scale": [0.75], "v_scale": [0.125]}).items()))
-    reload.finalize_layerwise_reload(model, config.model_config)
-    assert layers[0]._k_scale is buffer and results(layers[0])[:2] == [0.75, 0.125]
-    assert layers[1].kvq_value_static.scale.eq(0.25).all()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
-from scale_layers import HEAD_SIZE, HEADS, Layer, build, give, loaded, results  # noqa: E402
+from scale_layers import HEAD_SIZE, HEADS, Layer, build, loaded, results  # noqa: E402
 
 from kvq_plugin.serving import compat  # noqa: E402
 from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader  # noqa: E402
@@ -17,16 +15,13 @@ from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader  # noqa: E40
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """``ranks(rank, world, total)``: pretend to be one tensor-parallel rank."""
+    """``ranks(rank, world)``: pretend to be one tensor-parallel rank."""
 
-    def pretend(rank, world, total):
-        model = SimpleNamespace(get_total_num_kv_heads=lambda: total)
-        config = SimpleNamespace(model_config=model)
+    def pretend(rank, world):
         for name, value in (
             ("model_parallel_is_initialized", True),
             ("get_tensor_model_parallel_rank", rank),
             ("get_tensor_model_parallel_world_size", world),
-            ("get_current_vllm_config_or_none", config),
         ):
             monkeypatch.setattr(compat, name, lambda value=value: value)
 
@@ -52,10 +47,11 @@ def test_7_scales_are_sharded_and_replicated(total, world, owners, ranks):
     query = torch.rand(total * 8) + 0.1  # 8 query heads per kv head
     per_head = query.view(total, -1).amax(1)
     for rank, (first, last) in enumerate(owners):
-        ranks(rank, world, total)
+        ranks(rank, world)
         count = last - first
         layer = loaded(
             layer=Layer("int8", heads=count, num_heads=total * 8 // world),
+            total_kv_heads=total,
             k_scale=channel.reshape(-1),
             v_scale=head.view(-1, 1, 1),
             k_zero_point=torch.arange(total).view(-1, 1, 1),
@@ -73,20 +69,22 @@ def test_7_scales_are_sharded_and_replicated(total, world, owners, ranks):
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_7_tensor_scales_are_the_same_on_every_rank(shape, ranks):
     for rank in range(2):
-        ranks(rank, 2, 4)
-        assert results(loaded(k_scale=torch.full(shape, 0.5), v_scale=0.25))[:2] == [0.5, 0.25]
+        ranks(rank, 2)
+        layer = loaded(total_kv_heads=4, k_scale=torch.full(shape, 0.5), v_scale=0.25)
+        assert results(layer)[:2] == [0.5, 0.25]
 
 
 def test_7_a_layer_with_its_own_number_of_heads(ranks):
-    ranks(1, 2, 8)  # the model says 8, this layer has 2 on each of 2 ranks
-    layer = loaded("int8", k_scale=torch.tensor([1.0, 2.0, 3.0, 4.0]), v_scale=1.0)
+    ranks(1, 2)  # the model says 8, this layer has 2 on each of 2 ranks
+    k = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    layer = loaded("int8", total_kv_heads=8, k_scale=k, v_scale=1.0)
     assert layer._k_scale.tolist() == [3.0, 4.0]
 
 
 def test_7_a_shard_needs_all_heads(ranks):
-    ranks(0, 2, 4)
+    ranks(0, 2)
     with pytest.raises(ValueError, match=r"k_scale of shape \(2,\).*\(4,\)"):
-        loaded("int8", k_scale=torch.ones(2), v_scale=1.0)
+        loaded("int8", total_kv_heads=4, k_scale=torch.ones(2), v_scale=1.0)
 
 
 # --- point 8: shapes and values --------------------------------------------------------
@@ -133,14 +131,16 @@ def test_8_every_published_shape_loads(form, shape, storage):
     ],
 )
 def test_8_shapes_of_a_single_head_are_not_ambiguous(shape, canonical):
-    reader = ScaleReader("layer", "k_scale", HeadShard.of(1, 1, 0, 1), HEAD_SIZE)
-    assert reader.scale(torch.rand(shape) + 1).shape == canonical
+    reader = ScaleReader("layer", HeadShard.of(1, 1, 0, 1), HEAD_SIZE, HEAD_SIZE, 1)
+    assert reader.scale("k_scale", torch.rand(shape) + 1).shape == canonical
 
 
 def test_8_as_many_heads_as_channels_reads_a_vector_per_head():
-    reader = ScaleReader("layer", "k_scale", HeadShard.of(HEAD_SIZE, HEAD_SIZE, 0, 1), HEAD_SIZE)
-    assert reader.scale(torch.ones(HEAD_SIZE)).shape == (HEAD_SIZE,)
-    assert reader.scale(torch.ones(HEAD_SIZE, HEAD_SIZE)).shape == (HEAD_SIZE, HEAD_SIZE)
+    shard = HeadShard.of(HEAD_SIZE, HEAD_SIZE, 0, 1)
+    reader = ScaleReader("layer", shard, HEAD_SIZE, HEAD_SIZE, HEAD_SIZE)
+    assert reader.scale("k_scale", torch.ones(HEAD_SIZE)).shape == (HEAD_SIZE,)
+    square = torch.ones(HEAD_SIZE, HEAD_SIZE)
+    assert reader.scale("k_scale", square).shape == (HEAD_SIZE, HEAD_SIZE)
 
 
 @pytest.mark.parametrize("key", ["k_scale", "v_scale", "q_scale", "k_zero_point"])
@@ -148,9 +148,8 @@ def test_8_as_many_heads_as_channels_reads_a_vector_per_head():
 @pytest.mark.parametrize("dtype", ["fp8", "int8"])
 def test_8_wrong_shapes_name_layer_key_and_shapes(dtype, shape, key):
     layer = Layer(dtype, name="model.layers.7.self_attn.attn")
-    build(layer)
     with pytest.raises(ValueError) as error:
-        give(layer, **{key: torch.ones(shape)})
+        loaded(layer=layer, **{key: torch.ones(shape)})
     for part in ("model.layers.7.self_attn.attn", key, str(shape), "accepted shapes", "(1,)"):
         assert part in str(error.value)
 
@@ -160,19 +159,16 @@ def test_8_wrong_shapes_name_layer_key_and_shapes(dtype, shape, key):
 @pytest.mark.parametrize("dtype", ["fp8", "int8"])
 def test_8_bad_values_are_refused(dtype, key, bad):
     layer = Layer(dtype, name="model.layers.7.self_attn.attn")
-    build(layer)
     with pytest.raises(ValueError, match=f"model.layers.7.self_attn.attn.*{key}"):
-        give(layer, **{key: bad})
+        loaded(layer=layer, **{key: bad})
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
 def test_8_one_bad_channel_is_enough(bad):
     scale = torch.ones(HEADS, HEAD_SIZE)
     scale[1, 5] = bad
-    layer = Layer("int8")
-    build(layer)
     with pytest.raises(ValueError, match=r"k_scale of shape \(2, 32\)"):
-        give(layer, k_scale=scale)
+        loaded("int8", k_scale=scale)
 
 
 def test_8_values_that_bypass_the_loader_are_checked_too():
@@ -180,7 +176,7 @@ def test_8_values_that_bypass_the_loader_are_checked_too():
     method = build(layer)
     layer.k_scale.data.fill_(0.0)
     layer.v_scale.data.fill_(1.0)
-    with pytest.raises(ValueError, match="layers.0.attn: k_scale is 0.0"):
+    with pytest.raises(ValueError, match="layers.0.attn: cannot use k_scale .*1 zero"):
         method.process_weights_after_loading(layer)
 
 
@@ -197,18 +193,16 @@ def test_zero_points_reach_the_int8_statics():
 
 @pytest.mark.parametrize("bad", [0.5, 128.0, -129.0, float("nan")])
 def test_zero_points_must_be_codes(bad):
-    layer = Layer("int8")
-    build(layer)
     with pytest.raises(ValueError, match="k_zero_point.*integer codes"):
-        give(layer, k_zero_point=bad)
+        loaded("int8", k_zero_point=bad)
 
 
 def test_fp8_takes_no_zero_points_but_zero():
-    layer = Layer("fp8")
-    build(layer)
-    give(layer, k_zero_point=torch.zeros(1, dtype=torch.float8_e4m3fn))
+    both = {"k_scale": 0.5, "v_scale": 0.5}
+    layer = loaded("fp8", k_zero_point=torch.zeros(1, dtype=torch.float8_e4m3fn), **both)
+    assert layer.kvq_key_static.zero_point is None
     with pytest.raises(ValueError, match="v_zero_point is not zero"):
-        give(layer, v_zero_point=[1])
+        loaded("fp8", v_zero_point=[1], **both)
 
 
 def test_value_head_size_may_differ():

@@ -96,15 +96,13 @@ def test_2_without_scales_static_int8_is_refused(dtype):
     assert layer.kvq_key_static is None
 
 
-@pytest.mark.parametrize("only", ["k_scale", "v_scale"])
+@pytest.mark.parametrize(("only", "lacks"), [("k_scale", "v_scale"), ("v_scale", "k_scale")])
+@pytest.mark.parametrize("shape", [(), (HEADS,), (HEADS, HEAD_SIZE)])
 @pytest.mark.parametrize("dtype", ["fp8", "int8"])
-def test_2_a_single_scale_serves_both(dtype, only):
-    assert results(loaded(dtype, **{only: 0.75}))[:2] == [0.75, 0.75]
-
-
-def test_2_a_lone_scale_per_channel_is_not_duplicated():
-    with pytest.raises(ValueError, match="layers.0.attn"):
-        loaded("int8", k_scale=torch.rand(HEADS, HEAD_SIZE) + 1)
+def test_2_a_lone_scale_is_refused(dtype, shape, only, lacks):
+    """AutoFP8's single kv_scale is loaded as both (test_scale_loading.py); nothing else is."""
+    with pytest.raises(ValueError, match=rf"layers\.0\.attn \(no {lacks}\).*kvq calibrate"):
+        loaded(dtype, **{only: torch.full(shape, 0.75)})
 
 
 # --- point 3: fnuz ---------------------------------------------------------------------
@@ -117,7 +115,8 @@ def test_3_fnuz_doubles_loaded_fp8_scales(fnuz):
 
 
 def test_3_fnuz_doubles_a_single_scale_once(fnuz):
-    assert results(loaded("fp8", k_scale=0.5)) == [1.0, 1.0, 1.0, 1.0]
+    single = torch.tensor(0.5)  # as kv_scale is loaded
+    assert results(loaded("fp8", k_scale=single, v_scale=single)) == [1.0, 1.0, 1.0, 1.0]
 
 
 def test_3_fnuz_doubles_every_channel(fnuz):

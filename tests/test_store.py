@@ -4,6 +4,7 @@ The comparison covers bytes that must not change: other slots, other layers, pad
 half of a shared byte that belongs to a neighbour.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 import oracle
@@ -426,6 +427,44 @@ WRONG = {
             "value_static": reference.StaticScale.expand(1.0, 2, 64),
         },
         ("key", "[3, 64]", "[2, 64]"),
+    ),
+    **{
+        f"static {name}": (
+            {
+                "format": STATIC,
+                "cache": torch.zeros(3, 2, 16, 128, dtype=torch.uint8),
+                "key_static": reference.StaticScale.expand(1.0, 2, 64),
+                "value_static": replace(reference.StaticScale.expand(1.0, 2, 64), **changed),
+            },
+            ("value", "contiguous float32", "[2, 64]", *named),
+        )
+        for name, (changed, named) in {
+            "inverse dtype": ({"inverse": torch.ones(2, 64).double()}, ("inverse", "float64")),
+            "inverse expanded": ({"inverse": torch.ones(1).expand(2, 64)}, ("strides [0, 0]",)),
+            "inverse transposed": ({"inverse": torch.ones(64, 2).T}, ("strides [1, 2]",)),
+            "zero point dtype": (
+                {"zero_point": torch.zeros(2, 64, dtype=torch.int8)},
+                ("zero point", "int8"),
+            ),
+            "zero point shape": ({"zero_point": torch.zeros(2)}, ("zero point", "[2]")),
+            "inverse device": ({"inverse": torch.ones(2, 64, device="meta")}, ("meta", "cpu")),
+        }.items()
+    },
+    "head size 0": (
+        {
+            "key": torch.zeros(4, 2, 0),
+            "value": torch.zeros(4, 2, 0),
+            "cache": torch.zeros(3, 2, 16, 8, dtype=torch.uint8),
+        },
+        ("head size 0", "multiple of 16"),
+    ),
+    "no heads": (
+        {
+            "key": torch.zeros(4, 0, 64),
+            "value": torch.zeros(4, 0, 64),
+            "cache": torch.zeros(3, 0, 16, 136, dtype=torch.uint8),
+        },
+        ("cache", "[3, 0, 16, 136]"),
     ),
 }
 

@@ -7,19 +7,16 @@ the last prefill count.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import statistics
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from multiprocessing.connection import Connection
 
 from kvq_plugin.evaluate import Window
-from kvq_plugin.servers import ServerError, end_group, engine_env, log_tail
+from kvq_plugin.servers import EngineProcess, engine_process, run_engine
 
 BURST = 8
 BLOCK = 128
@@ -55,72 +52,35 @@ def decode_steps(
 
     Raises ServerError with the end of an engine's log when it fails.
     """
-    workers: dict[str, _Worker] = {}
-    try:
+    with ExitStack() as stack:
+        running: dict[str, EngineProcess] = {}
         for engine in engines:
             stage(f"{engine.name}: starting and prefilling")
-            workers[engine.name] = _Worker(load, engine)
-            workers[engine.name].receive()
+            process = engine_process(__name__, f"for {engine.name}")
+            running[engine.name] = stack.enter_context(process)
+            running[engine.name].send((load, engine))
+            running[engine.name].receive()
             tick()
-        steps: dict[str, list[float]] = {name: [] for name in workers}
+        steps: dict[str, list[float]] = {name: [] for name in running}
         for _ in range(load.bursts):
-            for name, worker in workers.items():
+            for name, process in running.items():
                 stage(name)
-                steps[name] += worker.burst()[1:]  # the first wakes threads and caches
+                process.send(BURST)
+                steps[name] += process.receive()[1:]  # the first wakes threads and caches
             tick()
         return steps
-    finally:
-        for worker in workers.values():
-            worker.stop()
 
 
-class _Worker:
-    def __init__(self, load: Load, engine: Engine) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.name = engine.name
-        handle, log = tempfile.mkstemp(prefix="kvq-bench-", suffix=".log")
-        os.close(handle)
-        self.log = Path(log)
-        self.process = context.Process(target=_work, args=(theirs, log, load, engine))
-        self.process.start()
-        theirs.close()
-
-    def receive(self) -> list[float]:
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            raise ServerError(f"no engine for {self.name}; {log_tail(self.log)}") from None
-
-    def burst(self) -> list[float]:
-        self.pipe.send(BURST)
-        return self.receive()
-
-    def stop(self) -> None:
-        end_group(self.process.pid)
-        self.process.kill()
-        self.process.join()
-        self.log.unlink(missing_ok=True)
-
-
-def _work(pipe, log: str, load: Load, engine: Engine) -> None:
-    os.setsid()
-    with open(log, "wb", buffering=0) as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    os.environ.update(engine_env())
+def _work(pipe: Connection) -> None:
+    """The engine's process: told what to run, and then again and again how many steps to time."""
+    load, engine = pipe.recv()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a step is one call in this process
     if not engine.plugin:
         os.environ["VLLM_PLUGINS"] = ""
-    try:
-        step = _start(load, engine)
-        pipe.send([])
-        with suppress(EOFError):
-            while count := pipe.recv():
-                pipe.send([step() for _ in range(count)])
-    except Exception:
-        traceback.print_exc()
-    os._exit(1)  # closes the pipe; the parent ends the group otherwise
+    step = _start(load, engine)
+    pipe.send(None)
+    while True:
+        pipe.send([step() for _ in range(pipe.recv())])
 
 
 def _start(load: Load, engine: Engine) -> Callable[[], float]:
@@ -160,3 +120,7 @@ def _start(load: Load, engine: Engine) -> Callable[[], float]:
 def medians(steps: dict[str, list[float]]) -> dict[str, float]:
     """Median milliseconds of each engine's steps."""
     return {name: 1e3 * statistics.median(values) for name, values in steps.items()}
+
+
+if __name__ == "__main__":
+    run_engine(_work)

@@ -43,11 +43,16 @@ def _add_scheme(group) -> None:
         "--asymmetric", action="store_true", help="integer zero points beside the scales (int8)"
     )
     group.add_argument(
+        "--exact-scales",
+        action="store_true",
+        help="fp8 scales of amax / 448 as they are, not rounded up to a power of two",
+    )
+    group.add_argument(
         "--observer",
         choices=OBSERVERS,
         help="how a range is chosen: extremes, moving average of the samples' extremes, "
-        "percentile, least squared error (the best measured: minmax for channel and group, mse "
-        "for tensor and head)",
+        "percentile, least squared error (the best measured: mse for int8 per tensor and head, "
+        "else minmax)",
     )
     group.add_argument(
         "--percentile",
@@ -135,6 +140,7 @@ def run(options: argparse.Namespace) -> None:
         observer=options.observer,
         percentile=options.percentile,
         asymmetric=options.asymmetric,
+        exact=options.exact_scales,
         q_scale=options.q_scale,
         prob_scale=options.prob_scale,
         ignore=options.ignore,

@@ -10,11 +10,18 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from kvq_plugin.hub import checkpoint_folder
+from kvq_plugin.serving.scales.declared import (
+    KVScheme,
+    declared_scheme,
+    quantization_section,
+    read_json,
+    unquantized_dtype,
+)
 from kvq_plugin.serving.scales.keys import parse
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-_SECTIONS = ("quantization_config", "compression_config")
 #: Methods whose configuration may hold a KV scheme and nothing else.
 _KV_ONLY = ("compressed-tensors", "kvq")
 
@@ -22,15 +29,6 @@ _KV_ONLY = ("compressed-tensors", "kvq")
 def is_kv_scale(name: str) -> bool:
     """Whether the loader takes the checkpoint's tensor *name* for a KV scale or zero point."""
     return parse(name) is not None
-
-
-def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The section of a config.json that describes its quantization, wherever it is; or None."""
-    for holder in (config, config.get("text_config")):
-        for key in _SECTIONS:
-            if isinstance(holder, dict) and isinstance(holder.get(key), dict):
-                return holder[key]
-    return None
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,10 @@ class Source:
     def find(cls, model: str) -> Source:
         """The checkpoint called *model*: a directory, or a hub name (downloaded, or cached).
 
-        Raises ValueError when there is none, or none with safetensors weights.
+        Raises FileNotFoundError when there is none, and ValueError when it has no safetensors
+        weights.
         """
-        folder = Path(model)
-        if not folder.is_dir():
-            folder = _downloaded(model)
+        folder = checkpoint_folder(model)
         if not (folder / CONFIG).is_file():
             raise ValueError(f"{folder} has no {CONFIG}: expected a model's directory")
         source = cls(folder)
@@ -62,13 +59,7 @@ class Source:
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json``. ValueError when it is no JSON object."""
-        try:
-            config = json.loads((self.folder / CONFIG).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.folder / CONFIG} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{self.folder / CONFIG}: expected a JSON object")
-        return config
+        return read_json(self.folder / CONFIG)
 
     @cached_property
     def shards(self) -> dict[str, list[str]]:
@@ -88,22 +79,21 @@ class Source:
         """Names of all tensors that are no KV scales."""
         return [n for names in self.shards.values() for n in names if not is_kv_scale(n)]
 
-    def kv_scheme(self) -> dict[str, Any] | None:
-        """The KV scheme the checkpoint already declares, if any."""
-        return (quantization_of(self.config) or {}).get("kv_cache_scheme")
+    @property
+    def kv_scheme(self) -> KVScheme | None:
+        """What the checkpoint already declares about its KV cache."""
+        return declared_scheme(self.config, self.folder)
 
-    def half_dtype(self) -> str:
-        """float16 for checkpoints in it, else bfloat16."""
-        text = self.config.get("text_config") or {}
-        stated = self.config.get("dtype") or self.config.get("torch_dtype") or text.get("dtype")
-        return "float16" if stated == "float16" else "bfloat16"
+    @property
+    def unquantized_dtype(self) -> str:
+        """The ``--kv-cache-dtype`` that ignores it."""
+        return unquantized_dtype(self.config, self.folder)
 
     def without_kv_scheme(self) -> dict[str, Any]:
         """Arguments that make transformers load the weights and no KV scheme."""
-        if self.kv_scheme() is None:
+        section = dict(quantization_section(self.config))
+        if not section.pop("kv_cache_scheme", None):
             return {}
-        section = dict(quantization_of(self.config))
-        del section["kv_cache_scheme"]
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.folder)
@@ -117,20 +107,6 @@ class Source:
         """Positions the model has, where its configuration says so."""
         text = self.config.get("text_config") or self.config
         return text.get("max_position_embeddings")
-
-
-def _downloaded(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise ValueError(f"no such model: {model} is not a directory")
-    try:
-        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
-    except Exception as error:  # network, authorization, names that cannot be
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"no such model: {model} is neither a directory nor on the hub ({reason})"
-        ) from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:

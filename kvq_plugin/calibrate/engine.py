@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from kvq_plugin.calibrate.checkpoint import Source
-from kvq_plugin.calibrate.names import checkpoint_names, layer_number, probes
+from kvq_plugin.calibrate.names import checkpoint_names, probes
 from kvq_plugin.calibrate.observers import Observers, observer_class
 from kvq_plugin.calibrate.settings import Settings
 from kvq_plugin.servers import engine_process, run_engine
+from kvq_plugin.serving.scales.keys import layer_number
 
 Tick = Callable[[], None]
 
@@ -91,14 +92,15 @@ def _options(source: Source, load: Load, length: int) -> dict[str, Any]:
         "enforce_eager": True,
         "worker_extension_cls": "kvq_plugin.calibrate.worker.ObservingWorker",
     }
-    if source.kv_scheme() is not None:
+    unquantized = source.unquantized_dtype
+    if unquantized != options["kv_cache_dtype"]:
         # "auto" would quantize the cache as the checkpoint's present scales say.
         if load.dtype == "float32":
             raise ValueError(
                 "the checkpoint already has KV scales, and vLLM can only set them aside in "
                 "bfloat16 or float16, not float32: use --dtype bfloat16, or --driver hf"
             )
-        dtype = load.dtype if load.dtype != "auto" else source.half_dtype()
+        dtype = load.dtype if load.dtype != "auto" else unquantized
         options |= {"dtype": dtype, "kv_cache_dtype": dtype}
     return options
 
@@ -106,6 +108,9 @@ def _options(source: Source, load: Load, length: int) -> dict[str, Any]:
 def check_ignored(settings: Settings, modules: Sequence[str]) -> None:
     """ValueError when ``settings.ignore`` names layers without attention, or leaves none."""
     numbers = {layer_number(module) for module in modules}
+    if None in numbers:
+        unnumbered = next(m for m in modules if layer_number(m) is None)
+        raise ValueError(f"{unnumbered}: expected a layer number in the module's name")
     unknown = settings.ignore - numbers
     if unknown:
         raise ValueError(

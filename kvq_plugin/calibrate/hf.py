@@ -14,9 +14,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.calibrate.engine import Load, Tick, broken_message, check_ignored
-from kvq_plugin.calibrate.names import checkpoint_names, layer_number, load_name, probes
+from kvq_plugin.calibrate.names import checkpoint_names, load_name, probes
 from kvq_plugin.calibrate.observers import Observers
 from kvq_plugin.calibrate.settings import Settings
+from kvq_plugin.serving.scales.keys import layer_number
 
 Observe = Callable[[int, str, torch.Tensor], None]
 

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
-from kvq_plugin.serving.scales.keys import parse
+from kvq_plugin.serving.scales.keys import NUMBER, parse
 
 PROBE = ".k_scale"
-_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
-
-
-def layer_number(name: str) -> int:
-    """The first whole number among the dotted parts of *name*; ValueError without one.
-
-    It is what vLLM's ``--kv-cache-dtype-skip-layers`` goes by.
-    """
-    found = _NUMBER.search("." + name)
-    if found is None:
-        raise ValueError(f"{name}: expected a layer number in the module's name")
-    return int(found[1])
 
 
 def probes(tensor_names: Iterable[str]) -> list[str]:
@@ -35,7 +22,7 @@ def probes(tensor_names: Iterable[str]) -> list[str]:
 def load_name(name: str, layers: Iterable[str] = ()) -> str:
     """*name* of a scale in a checkpoint as the scale loader renames it for a model's *layers*."""
     found = parse(name)
-    return name if found is None else found.placed(layers)
+    return name if found is None else found.targets(layers)[0]
 
 
 def checkpoint_names(modules: Iterable[str], loaded: Mapping[str, str | None]) -> dict[str, str]:
@@ -78,8 +65,8 @@ def checkpoint_names(modules: Iterable[str], loaded: Mapping[str, str | None]) -
 
 def _from_number(name: str) -> str:
     """*name* from its layer number on; all of it without one."""
-    found = _NUMBER.search("." + name)
-    return name if found is None else name[found.start() :]
+    found = NUMBER.search(name)
+    return name if found is None else name[found.start(1) :]
 
 
 def _ends_alike(one: str, other: str) -> bool:

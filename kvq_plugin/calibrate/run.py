@@ -13,14 +13,15 @@ from kvq_plugin.calibrate import engine
 from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.calibrate.data import read_texts, sample_windows
 from kvq_plugin.calibrate.engine import Load, Tick
-from kvq_plugin.calibrate.names import layer_number
-from kvq_plugin.calibrate.observers import Observers
+from kvq_plugin.calibrate.observers import Observers, scale_and_zero
 from kvq_plugin.calibrate.output import Target, with_scheme, write
 from kvq_plugin.calibrate.scales import LayerScales, compute
 from kvq_plugin.calibrate.settings import DRIVERS, Settings, Strategy
 from kvq_plugin.calibrate.table import scale_table
 from kvq_plugin.evaluate import BUILTIN_TEXT, load_tokenizer
 from kvq_plugin.report import progress
+from kvq_plugin.serving.scales.keys import layer_number
+from kvq_plugin.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run(job: Job, console: Console | None = None) -> list[LayerScales]:
 
         layers = calibrate(source, job.target, job.settings, windows, job.load, job.driver, tick)
         bars.update(bar, stage="")
-    console.print(scale_table(job.settings, layers))
+    print_table(console, scale_table(job.settings, layers))
     for line in _how_to_serve(job):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     return layers
@@ -132,8 +133,8 @@ def tensors(settings: Settings, layers: Sequence[LayerScales]) -> dict[str, torc
         if settings.prob_scale:
             # Probabilities reach 1 whatever the data (a first token attends to itself alone).
             # Quark's name, for which vLLM has a rule of its own; `prob_scale` it does not know.
-            qmax = settings.format.key.code.qmax
-            found[f"{layer.name}.prob_output_scale"] = torch.tensor([1.0 / qmax])
+            scale, _ = scale_and_zero(torch.zeros(1), torch.ones(1), settings)
+            found[f"{layer.name}.prob_output_scale"] = scale
     return found
 
 
@@ -147,6 +148,8 @@ def _provenance(settings: Settings, windows: Sequence[list[int]], driver: str) -
     }
     if settings.observer == "percentile":
         facts["percentile"] = f"{settings.percentile:g}"
+    if settings.rounds:
+        facts["scales"] = "powers of two"
     if settings.strategy is Strategy.GROUP:
         facts["group_size"] = str(settings.group_size)
     return {f"kvq_{name}": value for name, value in facts.items()}

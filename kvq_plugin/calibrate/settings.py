@@ -29,7 +29,8 @@ class Strategy(Enum):
 
 
 #: Observer of least perplexity on SmolLM2 calibrated on the built-in text, over two other texts
-#: (README). A scale for many channels gains by clipping the largest; a channel's own does not.
+#: (docs/calibration.md). A scale for many channels gains by clipping the largest; a channel's own
+#: does not. For fp8 none matters, and minmax lets nothing saturate.
 BEST = {
     Strategy.TENSOR: "mse",
     Strategy.HEAD: "mse",
@@ -49,6 +50,7 @@ class Settings:
             the attribute.
         percentile: of the magnitudes that the ``percentile`` observer's range covers, in percent.
         asymmetric: integer zero points, for integer codes.
+        exact: for fp8, scales of amax / 448 as they are, not rounded up to a power of two.
         q_scale, prob_scale: also write scales of the query, and of the softmax's probabilities.
         ignore: numbers of layers that get no scales and stay unquantized.
 
@@ -61,18 +63,25 @@ class Settings:
     observer: str | None = None
     percentile: float = 99.99
     asymmetric: bool = False
+    exact: bool = False
     q_scale: bool = False
     prob_scale: bool = False
     ignore: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.observer is None:
-            object.__setattr__(self, "observer", BEST[self.strategy])
         if self.scheme not in SCHEMES or FORMATS[self.scheme].is_dynamic:
             raise ValueError(f"scheme {self.scheme!r}: expected one of {', '.join(SCHEMES)}")
+        if self.observer is None:
+            best = "minmax" if self.is_float else BEST[self.strategy]
+            object.__setattr__(self, "observer", best)
         if self.observer not in OBSERVERS:
             raise ValueError(f"observer {self.observer!r}: expected one of {', '.join(OBSERVERS)}")
-        if self.asymmetric and self.format.key.code.kind is not Kind.SIGNED:
+        if self.exact and not self.is_float:
+            raise ValueError(
+                f"--exact-scales was asked for {self.scheme}, whose scales are never rounded: drop "
+                "it, or use --scheme fp8"
+            )
+        if self.asymmetric and self.is_float:
             raise ValueError(
                 f"asymmetric scales were asked for {self.scheme}, whose codes are floats and have "
                 "no zero point: drop --asymmetric, or use --scheme int8"
@@ -94,6 +103,16 @@ class Settings:
         """The format that serves the result."""
         return get_format(self.scheme)
 
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are floats."""
+        return self.format.key.code.kind is Kind.FLOAT
+
+    @property
+    def rounds(self) -> bool:
+        """Whether scales are rounded up to powers of two."""
+        return self.is_float and not self.exact
+
     def unit(self, head_size: int) -> int:
         """Channels of one head that share a scale. ValueError if they do not divide it."""
         if self.strategy is Strategy.CHANNEL:
@@ -112,7 +131,7 @@ class Settings:
         code = self.format.key.code
         return {
             "num_bits": code.bits,
-            "type": "float" if code.kind is Kind.FLOAT else "int",
+            "type": "float" if self.is_float else "int",
             "strategy": self.strategy.compressed_tensors,
             "symmetric": not self.asymmetric,
             "dynamic": False,

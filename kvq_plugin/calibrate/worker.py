@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from kvq_plugin.calibrate.names import layer_number, load_name
+from kvq_plugin.calibrate.names import load_name
 from kvq_plugin.calibrate.observers import Observers
 from kvq_plugin.calibrate.settings import Settings, Strategy
 from kvq_plugin.serving import compat
+from kvq_plugin.serving.scales.keys import layer_number
 from kvq_plugin.serving.scales.shapes import HeadShard
 
 PATH = f"{__name__}.ObservingWorker"

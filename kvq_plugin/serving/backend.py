@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from kvq_plugin import hugepages, ops
+from kvq_plugin.formats import KVFormat
 from kvq_plugin.layout import LANES, MAX_HEAD_SIZE
 from kvq_plugin.serving import base
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
@@ -20,15 +21,6 @@ from kvq_plugin.serving.compat import (
     CPUAttentionBackend,
     get_logger,
 )
-
-
-def backend_path(kv_cache_dtype: str | None, attn_type: str) -> str | None:
-    """Import path of the backend class for a layer, or None where vLLM's choice stands.
-
-    Raises ValueError for cross attention.
-    """
-    format = base.layer_format(kv_cache_dtype, attn_type)
-    return None if format is None else base.class_path(BACKENDS[format])
 
 
 def cache_memory(specs: Iterable[Any]) -> AbstractContextManager:
@@ -75,6 +67,7 @@ class CPUImpl(KVQImpl):
 class CPUBackend(KVQBackend):
     """Base of the CPU's per-format backends."""
 
+    impl_cls = CPUImpl
     block_multiple = 32
     default_block_size = 128
 
@@ -87,10 +80,37 @@ class CPUBackend(KVQBackend):
         return CPUBuilder
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True  # tests/test_invariance.py
+
+    @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         stock = CPUAttentionBackend.get_supported_head_sizes()
         return [d for d in stock if d % LANES == 0 and d <= MAX_HEAD_SIZE]
 
 
-BACKENDS = base.per_format(__name__, CPUBackend, CPUImpl)
-globals().update({backend.__name__: backend for backend in BACKENDS.values()})
+#: What the backends take, for messages.
+_HEAD_SIZES = ", ".join(map(str, CPUBackend.get_supported_head_sizes()))
+LIMITS = (
+    "decoder layers with softmax attention, without multimodal prefixes, R-SWA, context "
+    f"parallelism or KV connectors, head sizes {_HEAD_SIZES}, "
+    f"blocks in multiples of {CPUBackend.block_multiple} tokens, models in bfloat16, float16 or "
+    "float32"
+)
+KVQ_fp8_e4m3 = CPUBackend.of("fp8_e4m3")
+KVQ_fp8_e5m2 = CPUBackend.of("fp8_e5m2")
+KVQ_int8 = CPUBackend.of("int8")
+KVQ_int8_per_token_head = CPUBackend.of("int8_per_token_head")
+KVQ_fp8_per_token_head = CPUBackend.of("fp8_per_token_head")
+KVQ_int4_per_token_head = CPUBackend.of("int4_per_token_head")
+BACKENDS: dict[KVFormat, type[KVQBackend]] = {
+    backend.format: backend
+    for backend in (
+        KVQ_fp8_e4m3,
+        KVQ_fp8_e5m2,
+        KVQ_int8,
+        KVQ_int8_per_token_head,
+        KVQ_fp8_per_token_head,
+        KVQ_int4_per_token_head,
+    )
+}

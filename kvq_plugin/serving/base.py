@@ -1,7 +1,7 @@
 """What the attention backends of all platforms share: quantize on write, attend over codes.
 
 vLLM asks a backend *class* how wide a page is, without any config, so each platform has one
-class per format (:func:`per_format` makes them).
+class per format (:meth:`KVQBackend.of` makes them).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from kvq_plugin import ops
-from kvq_plugin.formats import FORMATS, KVFormat
+from kvq_plugin.formats import FORMATS, KVFormat, get_format
 from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving.compat import (
     AttentionBackend,
@@ -82,6 +82,33 @@ def require_same_cache(kv_cache_dtype: str, target: str | None) -> Any:
     return layer
 
 
+def keep_buffer(
+    layer: torch.nn.Module, name: str, value: torch.Tensor, again: bool = False
+) -> torch.Tensor:
+    """Buffer *name* of *layer*, holding *value* from now on: the same tensor where its shape fits.
+
+    *again* says that the buffer may be in use, by captured graphs for one: then a *value* with
+    fewer dimensions is broadcast, and one that does not fit is a ValueError.
+    """
+    buffer = layer._buffers.get(name)
+    if again and buffer is not None and value.dim() < buffer.dim():
+        value = value.reshape(*value.shape, *(1,) * (buffer.dim() - value.dim()))
+        value = value.expand_as(buffer)
+    if buffer is not None and buffer.shape == value.shape:
+        return buffer.copy_(value)
+    if again:
+        raise ValueError(
+            f"{layer.layer_name}: the reloaded checkpoint has a {name} of shape "
+            f"{tuple(value.shape)}, and the engine was started with "
+            f"{'none' if buffer is None else tuple(buffer.shape)}: expected KV scales of the same "
+            "or a coarser granularity, and no new zero points; start a new engine"
+        )
+    value = value.to(layer._k_scale.device, torch.float32, copy=True)
+    # What is ours derives from the others and is made anew whenever weights are loaded.
+    layer.register_buffer(name, value, persistent=not name.startswith("_kvq"))
+    return value
+
+
 @dataclass
 class KVQMetadata:
     """One batch, as :func:`kvq_plugin.ops.attend` takes it.
@@ -131,7 +158,7 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
     """One layer's attention over a quantized cache.
 
     Attributes:
-        format: the row of the table the layer was asked for (set by :func:`per_format`).
+        format: the row of the table the layer was asked for (set by :meth:`KVQBackend.of`).
         kernel_format: what the pages of this device hold; *format* but for the encoding of
             8-bit floats on some GPUs.
     """
@@ -194,10 +221,24 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
             "sinks": None,  # weights are not loaded yet
         }
 
+    def keep_in(self, layer: torch.nn.Module) -> None:
+        """Move what the kernels read of the model itself to buffers of *layer*, as fp32.
+
+        Buffers survive a weight reload and ``sleep(level=2)``, at the same address; attributes
+        do not.
+        """
+        for name in ("alibi_slopes", "sinks"):
+            if (value := getattr(self, name)) is not None:
+                self._options[name] = keep_buffer(layer, f"_kvq_{name}", value.detach().float())
+        self.alibi_slopes = self._options["alibi_slopes"]
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take the loaded sinks as the fp32 the kernels read."""
-        if self.sinks is not None:
-            self._options["sinks"] = self.sinks.detach().float().contiguous()
+        if self.sinks is None:
+            return
+        if self._options["sinks"] is None:  # the layer loads no scales, and has no such buffers
+            self._options["sinks"] = torch.empty_like(self.sinks, dtype=torch.float32)
+        self._options["sinks"].copy_(self.sinks.detach())
 
     def _statics(self, layer: Any) -> tuple[StaticScale | None, StaticScale | None]:
         """Scales of the cache this layer reads; they belong to the layer that writes it."""
@@ -260,26 +301,33 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
 
 
 class KVQBackend(AttentionBackend):
-    """Base of the backends; a platform adds what its kernels take, :func:`per_format` the rest.
+    """Base of the backends; a platform adds what its kernels take, :meth:`of` the format.
 
     Attributes:
-        format, impl_cls: of one row of the table.
+        format: one row of the table; impl_cls: its implementation, or the base of them all.
         block_multiple: blocks hold a multiple of so many tokens; default_block_size: what a
             message about them suggests.
-        elsewhere: what a message suggests beside ``--kv-cache-dtype auto``, or "".
     """
 
     format: ClassVar[KVFormat]
     impl_cls: ClassVar[type[KVQImpl]]
     block_multiple: ClassVar[int]
     default_block_size: ClassVar[int]
-    elsewhere: ClassVar[str] = ""
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.float16,
         torch.bfloat16,
         torch.float32,
     ]
+
+    @classmethod
+    def of(cls, dtype: str) -> type[KVQBackend]:
+        """The subclass for cache dtype *dtype*: ``KVQ_`` and the dtype, and to be assigned to that
+        name in the module of *cls*, from where vLLM imports it."""
+        name = f"KVQ_{dtype}"
+        common = {"format": get_format(dtype), "__module__": cls.__module__}
+        impl = type(name + "Impl", (cls.impl_cls,), {**common, "backend": cls})
+        return type(name, (cls,), {**common, "impl_cls": impl})
 
     @classmethod
     def get_impl_cls(cls) -> type[KVQImpl]:
@@ -290,13 +338,18 @@ class KVQBackend(AttentionBackend):
         return [MultipleOf(cls.block_multiple)]
 
     @classmethod
+    def elsewhere(cls, kv_cache_dtype: str) -> str:
+        """What a message suggests beside ``--kv-cache-dtype auto``, if anything."""
+        return ""
+
+    @classmethod
     def require_head_size(cls, kv_cache_dtype: str, head_size: int) -> None:
         """Raise ValueError when there are no kernels for *head_size* on this platform."""
         if not cls.supports_head_size(head_size):
             sizes = ", ".join(map(str, cls.get_supported_head_sizes()))
             raise ValueError(
                 f"--kv-cache-dtype {kv_cache_dtype} was asked for head size {head_size}: supported "
-                f"are {sizes}; use --kv-cache-dtype auto{cls.elsewhere}"
+                f"are {sizes}; use --kv-cache-dtype auto{cls.elsewhere(kv_cache_dtype)}"
             )
 
     @classmethod
@@ -346,17 +399,3 @@ class KVQBackend(AttentionBackend):
             dtype=torch.uint8,
             state_content_bytes=cls.format.bytes_per_token(spec.head_size),
         )
-
-
-def per_format(
-    module: str, backend: type[KVQBackend], impl: type[KVQImpl]
-) -> dict[KVFormat, type[KVQBackend]]:
-    """Subclasses of *backend*, one per row of the table. Their names must be put into *module*,
-    from where vLLM imports them."""
-    classes = {}
-    for format in dict.fromkeys(FORMATS.values()):
-        name = "KVQ_" + format.name
-        common = {"format": format, "__module__": module}
-        its_impl = type(name + "Impl", (impl,), {**common, "backend": backend})
-        classes[format] = type(name, (backend,), {**common, "impl_cls": its_impl})
-    return classes

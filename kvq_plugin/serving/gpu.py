@@ -1,7 +1,7 @@
 """The attention backend for CUDA and ROCm: the kernels of :mod:`kvq_plugin.kernels`.
 
-It runs under the name ``TRITON_ATTN``, which vLLM needs to find in its enum of backends. Layers
-that stay unquantized keep whichever of vLLM's backends it would choose without the plugin.
+vLLM needs to find the backend's name in its enum: that is ``TRITON_ATTN``, however it was selected.
+Layers that stay unquantized keep whichever of vLLM's backends it would choose without the plugin.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from kvq_plugin import ops
-from kvq_plugin.formats import fnuz
+from kvq_plugin.formats import KVFormat, fnuz
 from kvq_plugin.layout import GPU_V1, LANES, MAX_HEAD_SIZES
-from kvq_plugin.serving import base
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
 from kvq_plugin.serving.compat import (
     AttentionCGSupport,
@@ -23,6 +22,7 @@ from kvq_plugin.serving.compat import (
     current_platform,
     split_decodes_and_prefills,
 )
+from kvq_plugin.serving.compat.patches import is_own_dtype
 
 #: Compute capability of the oldest NVIDIA GPUs the kernels are compiled for.
 MIN_CAPABILITY = (8, 0)
@@ -174,16 +174,19 @@ class GPUImpl(KVQImpl):
 class GPUBackend(KVQBackend):
     """Base of the GPUs' per-format backends."""
 
+    impl_cls = GPUImpl
     block_multiple = LANES
     default_block_size = LANES
-    elsewhere = (
-        ", or name one of vLLM's own backends with --attention-backend, which then keeps the "
-        "cache in vLLM's way where it knows this dtype"
-    )
 
     @staticmethod
     def get_name() -> str:
         return "TRITON_ATTN"  # vLLM looks this up in its enum of backends
+
+    @classmethod
+    def elsewhere(cls, kv_cache_dtype: str) -> str:
+        if is_own_dtype(kv_cache_dtype):
+            return ""
+        return ", or drop --attention-backend, which leaves this KV cache to vLLM's own backends"
 
     @staticmethod
     def get_builder_cls() -> type[GPUBuilder]:
@@ -199,5 +202,20 @@ class GPUBackend(KVQBackend):
         return not current_platform.is_cuda() or tuple(capability) >= MIN_CAPABILITY
 
 
-BACKENDS = base.per_format(__name__, GPUBackend, GPUImpl)
-globals().update({backend.__name__: backend for backend in BACKENDS.values()})
+KVQ_fp8_e4m3 = GPUBackend.of("fp8_e4m3")
+KVQ_fp8_e5m2 = GPUBackend.of("fp8_e5m2")
+KVQ_int8 = GPUBackend.of("int8")
+KVQ_int8_per_token_head = GPUBackend.of("int8_per_token_head")
+KVQ_fp8_per_token_head = GPUBackend.of("fp8_per_token_head")
+KVQ_int4_per_token_head = GPUBackend.of("int4_per_token_head")
+BACKENDS: dict[KVFormat, type[KVQBackend]] = {
+    backend.format: backend
+    for backend in (
+        KVQ_fp8_e4m3,
+        KVQ_fp8_e5m2,
+        KVQ_int8,
+        KVQ_int8_per_token_head,
+        KVQ_fp8_per_token_head,
+        KVQ_int4_per_token_head,
+    )
+}

@@ -1,7 +1,7 @@
 """The quantization config: how our scale loading reaches every attention layer.
 
 vLLM has one quantization config per model. A checkpoint whose weights are not quantized gets
-:class:`KVQConfig`; any other keeps its state under a generated subclass of its own class that
+:class:`KVQConfig`; any other gets a copy of its own under a generated subclass of its class that
 differs for attention layers only (:func:`wrap_quant_config`), so that weights load, and
 ``isinstance`` and ``get_name()`` answer, as before.
 """
@@ -16,7 +16,7 @@ import torch
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import QuantizationConfig, register_quantization_config
-from kvq_plugin.serving.scales.declared import KVScheme, ScaleLedger
+from kvq_plugin.serving.scales.declared import KVScheme, declared_scheme, quantization_section
 from kvq_plugin.serving.scales.keys import IGNORED_SUFFIXES
 from kvq_plugin.serving.selection import serves
 
@@ -28,12 +28,12 @@ class ScaleLoading:
     """Mixin of quantization configs whose attention layers load scales our way.
 
     Attributes:
-        kvq_ledger: what the checkpoint declares, and which layers await their scales.
+        kvq_scheme: what the checkpoint declares about its KV cache; None when nothing.
         kv_cache_scheme: None, whatever the checkpoint says: vLLM turns any other value into
             ``fp8`` under ``--kv-cache-dtype auto``, int8 schemes included.
     """
 
-    kvq_ledger: ScaleLedger
+    kvq_scheme: KVScheme | None = None
     kv_cache_scheme: Any = None
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
@@ -60,7 +60,7 @@ class KVQConfig(ScaleLoading, QuantizationConfig):
 
     def __init__(self, scheme: KVScheme | None = None) -> None:
         super().__init__()
-        self.kvq_ledger = ScaleLedger(scheme)
+        self.kvq_scheme = scheme
 
     def get_name(self) -> str:
         return "kvq"
@@ -79,8 +79,7 @@ class KVQConfig(ScaleLoading, QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> KVQConfig:
-        scheme = config.get("kv_cache_scheme")
-        return cls(KVScheme.from_dict(scheme) if scheme else None)
+        return cls(KVScheme.from_section(config))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if isinstance(layer, compat.LinearBase):
@@ -114,13 +113,24 @@ def _new_wrapped(base: type) -> Any:
 # --- wrapping --------------------------------------------------------------------------
 
 
+def declared_dtype(vllm_config: Any) -> str | None:
+    """The dtype that the checkpoint's KV scheme stands for; None without a scheme.
+
+    Raises ValueError for a scheme that no format serves.
+    """
+    if vllm_config.model_config is None:
+        return None
+    scheme = _scheme_of(vllm_config.quant_config, vllm_config.model_config)
+    return None if scheme is None else scheme.dtype()
+
+
 def resolve_cache_dtype(vllm_config: Any) -> None:
     """Under ``--kv-cache-dtype auto``, take the dtype the checkpoint's KV scheme stands for.
 
     Raises ValueError for a scheme that no format serves.
     """
     cache = vllm_config.cache_config
-    scheme = _declared_scheme(vllm_config)
+    scheme = _scheme_of(vllm_config.quant_config, vllm_config.model_config)
     if cache.cache_dtype == AUTO and scheme is not None:
         cache.cache_dtype = scheme.dtype()
         logger.info("KV cache dtype %s, from the checkpoint (%s)", cache.cache_dtype, scheme)
@@ -137,7 +147,7 @@ def wrap_quant_config(vllm_config: Any) -> None:
         return
     resolve_cache_dtype(vllm_config)
     asked = vllm_config.cache_config.cache_dtype
-    scheme = _declared_scheme(vllm_config)
+    scheme = _scheme_of(vllm_config.quant_config, vllm_config.model_config)
     format = FORMATS.get(asked)
     if format is not None and scheme is not None:
         scheme.check(format, asked)
@@ -167,18 +177,16 @@ def _with_scale_loading(config: Any, scheme: KVScheme | None) -> Any:
     if isinstance(config, ScaleLoading):
         return config
     wrapped = _new_wrapped(type(config))
-    # The state itself, not a copy: whoever holds the stock object sees the same config.
-    wrapped.__dict__ = config.__dict__
-    wrapped.kv_cache_scheme = None
-    wrapped.kvq_ledger = ScaleLedger(scheme)
+    vars(wrapped).update(vars(config), kv_cache_scheme=None, kvq_scheme=scheme)
     return wrapped
 
 
 def _leave_uncalibrated_layers(vllm_config: Any) -> None:
     """Skip the layers that ``kvq calibrate --ignore`` left without scales, as it noted down."""
-    noted = _checkpoint_quantization(vllm_config.model_config).get("kv_cache_skip_layers", [])
+    section = quantization_section(vllm_config.model_config.hf_config)
     cache = vllm_config.cache_config
-    missing = [str(n) for n in noted if str(n) not in cache.kv_cache_dtype_skip_layers]
+    noted = map(str, section.get("kv_cache_skip_layers", []))
+    missing = [n for n in noted if n not in cache.kv_cache_dtype_skip_layers]
     if missing:
         cache.kv_cache_dtype_skip_layers = [*cache.kv_cache_dtype_skip_layers, *missing]
         logger.info("Layers %s keep an unquantized KV cache: not calibrated", ", ".join(missing))
@@ -189,35 +197,12 @@ def _is_unquantized(cache_dtype: str) -> bool:
     return isinstance(getattr(torch, cache_dtype, None), torch.dtype)
 
 
-def _declared_scheme(vllm_config: Any) -> KVScheme | None:
-    return _scheme_of(vllm_config.quant_config, vllm_config.model_config)
-
-
 def _scheme_of(config: Any, model_config: Any) -> KVScheme | None:
-    """What the checkpoint says its KV scales are for; None when it says nothing."""
+    """What the checkpoint declares, by its configuration or by what vLLM made of it; some of
+    vLLM's weight quantizations drop the KV scheme, and some read files of their own."""
     if isinstance(config, ScaleLoading):
-        return config.kvq_ledger.scheme
-    declared = getattr(config, "kv_cache_scheme", None)
-    if declared is None:
-        declared = _checkpoint_quantization(model_config).get("kv_cache_scheme")
-    if isinstance(declared, dict):
-        return KVScheme.from_dict(declared)
-    # ModelOpt names an algorithm instead, and calls the attribute one thing or the other.
-    for attribute in ("kv_cache_quant_method", "kv_cache_quant_algo"):
-        algorithm = getattr(config, attribute, None)
-        if isinstance(algorithm, str) and algorithm.upper() == "FP8":
-            return KVScheme("float", 8, every_layer=False)
-    return None
-
-
-def _checkpoint_quantization(model_config: Any) -> dict[str, Any]:
-    """``quantization_config`` of the checkpoint's config.json, wherever the model keeps it.
-
-    Weight quantizations that know no KV scheme drop it from their own config object.
-    """
-    hf_config = model_config.hf_config
-    for holder in (hf_config, getattr(hf_config, "text_config", None)):
-        found = getattr(holder, "quantization_config", None)
-        if found is not None:
-            return found if isinstance(found, dict) else found.to_dict()
-    return getattr(hf_config, "compression_config", None) or {}
+        return config.kvq_scheme
+    declared = declared_scheme(model_config.hf_config)
+    if declared is None and config is not None:
+        declared = KVScheme.from_section(vars(config))
+    return declared

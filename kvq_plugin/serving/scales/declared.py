@@ -1,21 +1,28 @@
-"""What a checkpoint declares about its KV scales, and which layers have received theirs.
+"""What a checkpoint declares about its KV cache.
 
-Plain data shared by :mod:`config` and :mod:`scales`; imports no vLLM.
+:func:`declared_scheme` is the one answer, for serving, ``kvq inspect``, ``kvq calibrate`` and
+``kvq eval``; it imports no vLLM.
 """
 
 from __future__ import annotations
 
-import weakref
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvq_plugin.formats import FORMATS, Code, Kind, KVFormat
-from kvq_plugin.serving.scales.offers import ScaleKeys
 
 #: compressed-tensors' ``type`` -> how such codes decode. Its int4 is symmetric, unlike ours.
 _KINDS = {"float": Kind.FLOAT, "int": Kind.SIGNED}
-_NO_SCALES_NEEDED = ", ".join(sorted(n for n, f in FORMATS.items() if f.is_dynamic))
+#: ModelOpt's ``kv_cache_quant_algo`` -> the same in compressed-tensors' words. What is not here
+#: vLLM does not know either, and leaves the cache unquantized.
+_MODELOPT = {"FP8": ("float", 8), "NVFP4": ("float", 4)}
+#: Where it is in ModelOpt's files, and what vLLM's own config objects call it.
+_ALGORITHM = ("kv_cache_quant_algo", "kv_cache_quant_method")
+_SIDECAR = "hf_quant_config.json"  # ModelOpt's, until config.json held the same
+NO_SCALES_NEEDED = ", ".join(sorted(n for n, f in FORMATS.items() if f.is_dynamic))
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,8 @@ class KVScheme:
     Attributes:
         type, num_bits: the code its scales were computed for.
         dynamic: no static scales are in the checkpoint.
-        every_layer: the scheme promises scales for every layer. False for ModelOpt's
-            ``kv_cache_quant_algo``, whose exporters leave out scales equal to 1.
+        every_layer: the scheme promises scales for every layer. False for ModelOpt, whose
+            exporters leave out scales equal to 1.
     """
 
     type: str
@@ -35,13 +42,27 @@ class KVScheme:
     every_layer: bool = True
 
     @classmethod
-    def from_dict(cls, scheme: Mapping[str, Any]) -> KVScheme:
-        """From compressed-tensors' QuantizationArgs, whose defaults are int, 8 bits, static."""
-        return cls(
-            type=str(scheme.get("type") or "int"),
-            num_bits=int(scheme.get("num_bits") or 8),
-            dynamic=bool(scheme.get("dynamic")),
-        )
+    def from_section(cls, section: Any) -> KVScheme | None:
+        """From a checkpoint's quantization *section*, a mapping; None when it declares nothing.
+
+        Of ``kv_cache_scheme`` (QuantizationArgs, whose defaults are int, 8 bits, static) and
+        ModelOpt's name of an algorithm, the first wins.
+        """
+        modelopt = str(section.get("quant_method")).startswith("modelopt")
+        for part in (section, section.get("quantization")):
+            if not isinstance(part, Mapping):
+                continue
+            if isinstance(scheme := part.get("kv_cache_scheme"), Mapping) and scheme:
+                return cls(
+                    type=str(scheme.get("type") or "int"),
+                    num_bits=int(scheme.get("num_bits") or 8),
+                    dynamic=bool(scheme.get("dynamic")),
+                    every_layer=not modelopt,
+                )
+            for key in _ALGORITHM:
+                if code := _MODELOPT.get(str(part.get(key)).upper()):
+                    return cls(*code, every_layer=False)
+        return None
 
     def __str__(self) -> str:
         return f"num_bits={self.num_bits}, type={self.type}, dynamic={self.dynamic}"
@@ -71,7 +92,7 @@ class KVScheme:
         raise ValueError(
             f"the checkpoint's kv_cache_scheme ({self}) is not one kvq_plugin serves: expected "
             "num_bits=8 with type int or float; pass a --kv-cache-dtype that needs no static "
-            f"scales ({_NO_SCALES_NEEDED}), or bfloat16"
+            f"scales ({NO_SCALES_NEEDED}), or bfloat16"
         )
 
     def check(self, format: KVFormat, asked: str) -> None:
@@ -86,91 +107,55 @@ class KVScheme:
         raise ValueError(
             f"--kv-cache-dtype {asked} was asked, but the checkpoint's KV scales are for another "
             f"code (kv_cache_scheme: {self}); {remedy}, or a dtype that needs no static scales: "
-            f"{_NO_SCALES_NEEDED}"
+            f"{NO_SCALES_NEEDED}"
         )
 
 
-@dataclass(eq=False)
-class ScaleLedger:
-    """Follows the attention layers of one model from creation to loaded scales.
+def quantization_section(config: Any, folder: Path | None = None) -> Any:
+    """The part of a checkpoint's configuration that is about quantization; {} without one.
 
-    One per quantization config. A layer's own loading cannot tell "this checkpoint has no
-    scales" from "this layer's are missing", so the verdict falls when the last one arrives.
-    Layers are held weakly: a model that failed to build leaves nothing behind.
-
-    Attributes:
-        scheme: what the checkpoint declares; None when it declares nothing.
-        keys: which of its tensors became which scale.
+    *config* is config.json's content or transformers' object for it; the section is the very one
+    inside. As in vLLM, ModelOpt's sidecar in *folder* counts where config.json has none.
     """
+    text = _get(config, "text_config")
+    for key in ("quantization_config", "compression_config"):
+        for holder in (config, text):
+            if section := _get(holder, key):
+                return section if isinstance(section, Mapping) else section.to_dict()
+    if folder is not None and (folder / _SIDECAR).is_file():
+        return read_json(folder / _SIDECAR)
+    return {}
 
-    scheme: KVScheme | None = None
-    keys: ScaleKeys = field(default_factory=ScaleKeys)
-    layers: weakref.WeakValueDictionary[str, Any] = field(
-        default_factory=weakref.WeakValueDictionary
-    )
-    _pending: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    _lacking: list[tuple[str, KVFormat]] = field(default_factory=list)
-    _some_given: bool = False
 
-    def __reduce__(self):
-        return ScaleLedger, (self.scheme,)
+def declared_scheme(config: Any, folder: Path | None = None) -> KVScheme | None:
+    """What a checkpoint declares about its KV cache; None when it declares nothing.
 
-    def __deepcopy__(self, memo: dict) -> ScaleLedger:
-        # Models may copy their quantization config while they build; its layers still belong
-        # to one checkpoint.
-        return self
+    Arguments as for :func:`quantization_section`.
+    """
+    return KVScheme.from_section(quantization_section(config, folder))
 
-    def enter(self, layer: Any) -> None:
-        """*layer* was created and will be processed."""
-        self.layers[layer.layer_name] = layer
-        self._pending.add(layer)
 
-    def record(self, layer: Any, format: KVFormat, given: bool) -> None:
-        """*layer*, stored as static *format*, was given scales by the checkpoint or not."""
-        if given:
-            self._some_given = True
-        else:
-            self._lacking.append((layer.layer_name, format))
+def unquantized_dtype(config: Any, folder: Path | None = None) -> str:
+    """The ``--kv-cache-dtype`` that quantizes nothing: ``auto``, but for a checkpoint that declares
+    a KV scheme, which ``auto`` follows; there the name of a dtype the model runs in."""
+    if declared_scheme(config, folder) is None:
+        return "auto"
+    holders = (config, _get(config, "text_config"))
+    stated = (_get(h, key) for key in ("dtype", "torch_dtype") for h in holders)
+    found = next((str(dtype) for dtype in stated if dtype), "")
+    return "float16" if found.endswith("float16") and "bfloat16" not in found else "bfloat16"
 
-    def leave(self, layer: Any) -> bool:
-        """*layer* was processed. True when it was the last one and all are well supplied.
 
-        Raises ValueError naming every layer without scales where that cannot be meant, and
-        every scale that no layer took.
-        """
-        self._pending.discard(layer)
-        if self._pending:
-            return False
-        lacking, some_given, extra = self._lacking, self._some_given, self.keys.leftovers()
-        self._lacking, self._some_given = [], False
-        if extra and (lacking or some_given):
-            raise ValueError(self._extra_message(extra, [name for name, _ in lacking]))
-        promised = self.scheme is not None and self.scheme.is_complete
-        if lacking and (promised or some_given):
-            raise ValueError(self._missing_message([name for name, _ in lacking]))
-        for name, format in lacking:
-            if format.default_scale is None:
-                raise ValueError(
-                    f"--kv-cache-dtype {format.name} needs calibrated scales, and the checkpoint "
-                    f"has none (first layer without: {name}): run `kvq calibrate` to add them, "
-                    "or use --kv-cache-dtype int8_per_token_head, which needs none"
-                )
-        return True
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in *file*. ValueError when it is none."""
+    try:
+        content = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return content
 
-    def _extra_message(self, keys: list[str], lacking: list[str]) -> str:
-        without = f"; without scales are {', '.join(lacking)}" if lacking else ""
-        return (
-            f"the checkpoint has {len(keys)} KV scale(s) for layers that the model does not have: "
-            f"{', '.join(keys)}{without}. Expected scales of the model's own attention layers: "
-            "remove them from the checkpoint, run `kvq calibrate` on the model anew, or use a "
-            f"dtype that needs no static scales: {_NO_SCALES_NEEDED}"
-        )
 
-    def _missing_message(self, names: list[str]) -> str:
-        why = f"declares KV scales ({self.scheme})" if self.scheme else "has KV scales for others"
-        return (
-            f"the checkpoint {why} but lacks the k or v scale of {len(names)} layer(s): "
-            f"{', '.join(names)}; run `kvq calibrate` to add them, list the layers in "
-            "--kv-cache-dtype-skip-layers, or use a dtype that needs no static scales: "
-            f"{_NO_SCALES_NEEDED}"
-        )
+def _get(holder: Any, key: str) -> Any:
+    return holder.get(key) if isinstance(holder, Mapping) else getattr(holder, key, None)

@@ -15,18 +15,16 @@ is ``(1, H*D)`` and ``(H, D)``) they mean the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 
+from kvq_plugin.formats import Kind, KVFormat
+
 #: A placeholder's value, and a checkpoint's way to say "no scale" where it must say something.
 ABSENT = -1.0
-
-
-def are_scales(value: torch.Tensor) -> bool:
-    """True when every element can divide and multiply: finite, > 0, with a finite inverse."""
-    return bool((value.isfinite() & (value > 0) & value.reciprocal().isfinite()).all())
 
 
 @dataclass(frozen=True)
@@ -60,71 +58,102 @@ class HeadShard:
 
 @dataclass(frozen=True)
 class ScaleReader:
-    """Reads one tensor of one layer.
+    """Reads the scales of one layer.
 
     Attributes:
-        layer, key: names for error messages.
+        layer: its name, for messages.
         shard: the kv heads of this rank.
-        head_size: D; 0 when only a single value is accepted.
-        query_group: query heads per kv head for q, whose head and channel scales come per
-            query head and are reduced to ``(H,)`` by their maximum; 0 for k and v.
+        head_size, head_size_v: D of K (and Q), and of V.
+        query_heads: of the whole model.
     """
 
     layer: str
-    key: str
     shard: HeadShard
     head_size: int
-    query_group: int = 0
+    head_size_v: int
+    query_heads: int
 
-    def scale(self, loaded: torch.Tensor) -> torch.Tensor:
-        """*loaded* as fp32 in this rank's form; the scalar ``ABSENT`` when it is all -1.
+    def read(
+        self, tensors: Mapping[str, torch.Tensor], format: KVFormat | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Parameter -> fp32 ``()``, ``(H,)`` or ``(H, D)``, for the *tensors* that say something.
+
+        Left out are scales of -1, zero points of 0, and the query's zero point, which nothing
+        uses. Raises ValueError as :meth:`scale` and :meth:`zero_point` do, and for a zero point
+        of a *format* that has none.
+        """
+        values = {}
+        for parameter, tensor in tensors.items():
+            if parameter.endswith("scale"):
+                value = self.scale(parameter, tensor)
+                if value is not None:
+                    values[parameter] = value
+            elif not parameter.startswith("q") and bool(
+                (value := self.zero_point(parameter, tensor)).any()
+            ):
+                if format is not None and format.key.code.kind is Kind.FLOAT:
+                    raise ValueError(
+                        f"{self.layer}: {parameter} is not zero, but {format.name} codes are "
+                        "symmetric: expected zeros; use a dtype without static scales, such as "
+                        "fp8_per_token_head"
+                    )
+                values[parameter] = value
+        return values
+
+    def scale(self, parameter: str, loaded: torch.Tensor) -> torch.Tensor | None:
+        """*loaded* as fp32 in this rank's form; None when it is all -1. A query's scales come per
+        query head and are reduced to ``(H,)`` by their maximum.
 
         Raises ValueError for a shape not listed above, and for values that are zero,
         negative, NaN, infinite, or so small that their inverse is infinite.
         """
-        value = self._form(loaded)
+        value = self._form(parameter, loaded)
         if bool((value == ABSENT).all()):
-            return torch.tensor(ABSENT)
-        if not are_scales(value):
-            self._refuse(loaded, f"expected finite scales > 0, got {_describe(value)}; ")
-        if self.query_group and value.dim():
+            return None
+        sound = value.isfinite() & (value > 0) & value.reciprocal().isfinite()
+        if not bool(sound.all()):
+            found = f"expected finite scales > 0, got {_describe(value)}; "
+            self._refuse(parameter, loaded, found)
+        if parameter.startswith("q") and value.dim():
             value = value.reshape(self.shard.total, -1).amax(1)
         return self.shard.cut(value)
 
-    def zero_point(self, loaded: torch.Tensor) -> torch.Tensor:
+    def zero_point(self, parameter: str, loaded: torch.Tensor) -> torch.Tensor:
         """*loaded* as fp32 in this rank's form: the code that decodes to 0, an integer.
 
         Raises ValueError for shapes not listed above and for values that are not int8 codes:
         other conventions (a midpoint or a minimum in the tensor's own unit) are not guessed.
         """
-        value = self._form(loaded)
+        value = self._form(parameter, loaded)
         is_code = (value == value.round()) & (value >= -128) & (value <= 127)
         if not bool(is_code.all()):
-            self._refuse(loaded, f"expected integer codes of zero, got {_describe(value)}; ")
+            found = f"expected integer codes of zero, got {_describe(value)}; "
+            self._refuse(parameter, loaded, found)
         return self.shard.cut(value)
 
-    def _form(self, loaded: torch.Tensor) -> torch.Tensor:
+    def _form(self, parameter: str, loaded: torch.Tensor) -> torch.Tensor:
         value = loaded.detach().to(torch.float32)
-        for shape, spellings in self._spellings():
+        for shape, spellings in self._spellings(parameter):
             if tuple(value.shape) in spellings:
                 return value.reshape(shape)
-        self._refuse(loaded, "")
+        self._refuse(parameter, loaded, "")
 
-    def _spellings(self) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
+    def _spellings(self, parameter: str) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
         """Each form's canonical shape with the shapes accepted for it."""
         forms = [((), [(), (1,)])]
-        if self.head_size:
-            h, d = self.shard.total * max(1, self.query_group), self.head_size
+        if not parameter.startswith("prob"):
+            h = self.query_heads if parameter.startswith("q") else self.shard.total
+            d = self.head_size_v if parameter.startswith("v") else self.head_size
             forms.append(((h,), [(h,), (h, 1), (h, 1, 1)]))
             forms.append(((h, d), [(h * d,), (h * d, 1), (1, h * d), (h, d), (h, 1, d)]))
         return forms
 
-    def _refuse(self, loaded: torch.Tensor, values: str) -> NoReturn:
-        accepted = ", ".join(str(s) for _, shapes in self._spellings() for s in shapes)
+    def _refuse(self, parameter: str, loaded: torch.Tensor, values: str) -> NoReturn:
+        accepted = ", ".join(str(s) for _, shapes in self._spellings(parameter) for s in shapes)
         raise ValueError(
-            f"{self.layer}: cannot use {self.key} of shape {tuple(loaded.shape)}: {values}accepted "
-            f"shapes are {accepted}. Recalibrate with `kvq calibrate`, or use a dtype without "
-            "static scales, such as int8_per_token_head"
+            f"{self.layer}: cannot use {parameter} of shape {tuple(loaded.shape)}: {values}"
+            f"accepted shapes are {accepted}. Recalibrate with `kvq calibrate`, or use a dtype "
+            "without static scales, such as int8_per_token_head"
         )
 
 
