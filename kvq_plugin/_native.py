@@ -93,8 +93,15 @@ def rotation(head_size: int) -> tuple[torch.Tensor, float]:
 def page_layout(format_id: int, head_size: int, block_size: int) -> tuple[int, ...]:
     """Byte offsets of K codes, V codes, K metadata, V metadata, and the page's size."""
     out = (ctypes.c_long * 5)()
-    load().kvq_page_layout(format_id, ctypes.c_long(head_size), ctypes.c_long(block_size), out)
+    sizes = ctypes.c_long(head_size), ctypes.c_long(block_size)
+    if not load().kvq_page_layout(format_id, *sizes, out):
+        raise ValueError(f"no format {format_id}: expected a row of {format_table()}")
     return tuple(out)
+
+
+def max_head_size() -> int:
+    """The largest head size the kernels have room for."""
+    return load().kvq_max_head_size()
 
 
 def encode(code_id: int, values: torch.Tensor) -> torch.Tensor:

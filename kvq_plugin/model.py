@@ -74,8 +74,11 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     print(f"converting {gguf.name} to bf16 safetensors, once", file=sys.stderr)
-    scratch = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
+    # A temporary directory is its owner's alone; one made within it follows the umask.
+    private = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
+    scratch = private / "model"
     try:
+        scratch.mkdir()
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -87,12 +90,11 @@ def _convert(gguf: Path, target: Path) -> None:
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        for file in scratch.iterdir():
-            file.chmod(0o644)
+        for file in scratch.iterdir():  # safetensors makes its files 0600
+            file.chmod(scratch.stat().st_mode & 0o666)
         scratch.rename(target)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from kvq_plugin.evaluate import (
     make_windows,
     read_text,
 )
+from kvq_plugin.tables import print_table
 
 
 def progress(console: Console) -> Progress:
@@ -63,7 +64,7 @@ def run_evaluation(
                 kv_memory_bytes=kv_memory_bytes,
                 tick=partial(bars.advance, bar),
             )
-    console.print(evaluation_table(model, scores, windows))
+    print_table(console, evaluation_table(model, scores, windows))
     return scores
 
 

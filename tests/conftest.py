@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,18 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 def smollm2() -> Path:
     """Directory of the built-in model, converted in the user's cache on first use."""
     return builtin_model()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """A line per vLLM version: what of test_versions.py passed, failed or was skipped on it."""
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            version = re.search(r"test_versions\.py::.*[\[-](\d+\.\d+\.\d+)[\]-]", report.nodeid)
+            if version:
+                counts[version[1]][outcome] += 1
+    if counts:
+        terminalreporter.section("vLLM versions")
+    for version, outcomes in sorted(counts.items()):
+        said = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+        terminalreporter.write_line(f"vLLM {version}: {said}")

@@ -33,13 +33,19 @@ ENGINE = {
 class Batch:
     """One ``generate`` call: token-id prompts and sampling parameters over GREEDY.
 
-    Without prompts, the previous batch's prompts each followed by what it generated. With
-    ``reload_from``, the engine first loads the weights of that checkpoint in place of its own.
+    Without prompts, the previous batch's prompts each followed by what it generated.
+
+    Attributes:
+        reload_from: checkpoint whose weights the engine first loads in place of its own.
+        adapter: folder of a LoRA adapter.
+        image: side in pixels and seed of a random image beside every prompt.
     """
 
     prompts: list[list[int]] = field(default_factory=list)
     sampling: dict = field(default_factory=dict)
     reload_from: str = ""
+    adapter: str | None = None
+    image: tuple[int, int] | None = None
 
 
 @dataclass
@@ -145,7 +151,7 @@ def _run_job(job: dict) -> dict:
                 llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
                 llm.reset_prefix_cache()
             prompts = batch["prompts"] or _continued(result["batches"][-1])
-            result["batches"].append(_generate(llm, prompts, batch["sampling"]))
+            result["batches"].append(_generate(llm, prompts, batch))
         result["counters"] = {
             m.name: m.value for m in llm.get_metrics() if type(m).__name__ == "Counter"
         }
@@ -162,13 +168,15 @@ def _continued(batch: list[dict]) -> list[list[int]]:
     return [output["prompt"] + output["tokens"] for output in batch]
 
 
-def _generate(llm, prompts: list[list[int]], sampling: dict) -> list[dict]:
+def _generate(llm, prompts: list[list[int]], batch: dict) -> list[dict]:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
-    requests = [{"prompt_token_ids": ids} for ids in prompts]
-    params = SamplingParams(detokenize=False, **(GREEDY | sampling))
+    requests = [{"prompt_token_ids": ids, **_image(batch["image"])} for ids in prompts]
+    params = SamplingParams(detokenize=False, **(GREEDY | batch["sampling"]))
+    adapter = batch["adapter"] and LoRARequest("adapter", 1, batch["adapter"])
     outputs = []
-    for request in llm.generate(requests, params, use_tqdm=False):
+    for request in llm.generate(requests, params, use_tqdm=False, lora_request=adapter):
         completion = request.outputs[0]
         tokens = list(completion.token_ids)
         steps = completion.logprobs or []
@@ -186,6 +194,17 @@ def _generate(llm, prompts: list[list[int]], sampling: dict) -> list[dict]:
             }
         )
     return outputs
+
+
+def _image(of: list[int] | None) -> dict:
+    if of is None:
+        return {}
+    import numpy
+    from PIL import Image
+
+    side, seed = of
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype="uint8")
+    return {"multi_modal_data": {"image": Image.fromarray(pixels)}}
 
 
 def _margin(step: dict) -> float:

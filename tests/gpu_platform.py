@@ -6,7 +6,7 @@ needs such an extension, is stood in for by a class that declares what vLLM's do
 
     python gpu_platform.py cuda|rocm CODE
 
-runs CODE with ``platform``, ``select``, ``engine`` and ``refusal`` of this module at hand. With
+runs CODE with ``platform``, ``select``, ``stock``, ``engine`` and ``refusal`` at hand. With
 ``OLD_REGISTRY=1`` in the environment, vLLM's registry takes no new names, as before 0.32.
 """
 
@@ -113,6 +113,16 @@ def select(kv_cache_dtype: str = "fp8", backend: str | None = None, **changes) -
     )
 
 
+def stock(kv_cache_dtype: str, **changes) -> str:
+    """As :func:`select`, of vLLM alone."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    patched = platform.get_attn_backend_cls
+    with mock.patch.object(platform, "get_attn_backend_cls", patched.__wrapped__):
+        return select(kv_cache_dtype, **changes)
+
+
 def engine(model: str, **arguments):
     """The config of an engine, as far as the user's own process makes it."""
     from vllm.engine.arg_utils import EngineArgs
@@ -141,7 +151,8 @@ def _main(kind: str, code: str) -> None:
     from kvq_plugin import serving
 
     serving.register()
-    exec(code, {"platform": platform, "select": select, "engine": engine, "refusal": refusal})
+    given = {f.__name__: f for f in (select, stock, engine, refusal)}
+    exec(code, given | {"platform": platform})
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ NaN is the probe: in one token, one query or every byte that no token owns.
 
 from dataclasses import replace
 
+import numpy as np
 import oracle
 import pytest
 import torch
 from attending import NAN, every_dtype, every_format, every_isa, run, slots_of
-from cases import BATCHES, ISAS, ROWS, name_of
+from cases import BATCHES, ISAS, ROWS, name_of, use_isa
 
 from kvq_plugin import ops, reference
 from kvq_plugin.formats import Kind, get_format
@@ -75,6 +76,94 @@ def test_nan_in_a_query_stays_in_its_row(format, isa):
     out = run(p, isa)
     hit = torch.zeros(out.shape[:2], dtype=torch.bool)
     hit[3, 5] = True
+    assert out[hit].isnan().all()
+    assert torch.equal(out[~hit], clean[~hit])
+
+
+#: Bits of NaNs: quiet and signalling, of either sign, with the lowest, the highest and all bits.
+NAN_BITS = {
+    torch.float32: (0x7FC00000, 0x7F800001, 0xFF800001, 0x7FBFFFFF, 0x7FFFFFFF, 0xFFFFFFFF),
+    torch.bfloat16: (0x7FC0, 0x7F81, 0xFF81, 0x7FBF, 0x7FFF, 0xFFFF),
+    torch.float16: (0x7E00, 0x7C01, 0xFC01, 0x7DFF, 0x7FFF, 0xFFFF),
+}
+
+
+def nan_of(dtype: torch.dtype, bits: int) -> torch.Tensor:
+    """A NaN scalar of these bits, which no conversion has touched."""
+    raw = np.array([bits], dtype=np.uint32 if dtype == torch.float32 else np.uint16)
+    return torch.from_numpy(raw.view(raw.dtype.name.removeprefix("u"))).view(dtype)
+
+
+@every_isa
+@every_dtype
+@every_format
+def test_a_nan_of_any_bits_in_a_query(format, dtype, isa):
+    """Exponents were computed with integers, which made numbers of NaNs with low bits set."""
+    for options in ({}, {"softcap": 3.0}, {"sinks": torch.zeros(8)}):
+        p = oracle.build(format, ((600, 5), (40, 6)), dtype=dtype, group=4, **options)
+        clean = run(p, isa)
+        for row, bits in enumerate(NAN_BITS[dtype]):
+            p.query[row, row, 7 * row : 7 * row + 1] = nan_of(dtype, bits)
+        out = run(p, isa)
+        hit = torch.zeros(out.shape[:2], dtype=torch.bool)
+        hit[range(6), range(6)] = True
+        assert out[hit].isnan().all()
+        assert torch.equal(out[~hit], clean[~hit])
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("where", ("key", "value"))
+@pytest.mark.parametrize(
+    "format", [f for f in ROWS if f.is_dynamic or f.key.code.kind is Kind.FLOAT], ids=name_of
+)
+def test_a_nan_of_any_bits_in_a_stored_row(format, where, dtype, isa):
+    p = oracle.build(format, ((70, 1),), dtype=dtype, group=2)
+    slot = slots_of(p, 0)[20:21]
+    for bits in NAN_BITS[dtype]:
+        rows = {"key": p.keys[0][20:21].to(dtype), "value": p.values[0][20:21].to(dtype)}
+        rows[where][:, 1, 5:6] = nan_of(dtype, bits)
+        with use_isa(isa):
+            ops.store(*rows.values(), p.cache, slot, format, p.key_static, p.value_static)
+        nan = run(p, isa)[0].isnan()
+        assert not nan[:2].any()
+        if where == "value" and not format.is_dynamic:
+            assert nan[2:, 5].all() and nan.sum() == 2, "one channel of V"
+        else:
+            assert nan[2:].all()
+
+
+SEES = {  # options, batch, which of sequence 0's queries see its token 37
+    "causal": ({}, ((40, 9), (33, 33)), lambda position: position >= 37),
+    "causal, across items": ({}, ((60, 60),), lambda position: position >= 37),
+    "window": ({"window": 10}, ((70, 60),), lambda position: (position >= 37) & (position < 47)),
+    "window, both ways": (
+        {"window": 10, "causal": False},
+        ((70, 70), (20, 20)),
+        lambda position: (position > 27) & (position < 47),
+    ),
+}
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=name_of)
+@pytest.mark.parametrize("case", SEES)
+@pytest.mark.parametrize("where", ("key", "value"))
+@pytest.mark.parametrize(
+    "format", [f for f in ROWS if f.is_dynamic or f.key.code.kind is Kind.FLOAT], ids=name_of
+)
+def test_a_nan_reaches_only_the_queries_that_see_it(format, where, case, dtype, isa):
+    """Queries of one sequence share a tile of its cache, and a weight of 0 times NaN is NaN."""
+    options, batch, sees = SEES[case]
+    p = oracle.build(format, batch, dtype=dtype, kv_heads=2, group=4, **options)
+    poison(p, 0, 37, False, False, head=1)
+    clean = run(p, isa)
+    poison(p, 0, 37, where == "key", where == "value", head=1)
+    out = run(p, isa)
+    length, count = batch[0]
+    hit = torch.zeros(out.shape[:2], dtype=torch.bool)
+    hit[:count, 4:] = sees(torch.arange(length - count, length))[:, None]
+    assert 0 < hit.sum() < 4 * count
     assert out[hit].isnan().all()
     assert torch.equal(out[~hit], clean[~hit])
 

@@ -198,6 +198,19 @@ def test_index_names_every_tensor_and_weights_are_links(tiny, tmp_path):
     assert copied.read_bytes() == (tiny / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("mask", (0o022, 0o077, 0o002))
+def test_what_is_written_follows_the_umask(tiny, tmp_path, mask):
+    out, before = tmp_path / "out", os.umask(mask)
+    try:
+        by_hf(tiny, out, copy=True)
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o777 & ~mask
+    modes = {file.name: file.stat().st_mode & 0o777 for file in out.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask) and SCALES in modes
+    assert not list(tmp_path.glob(".out*"))
+
+
 def test_transformers_loads_the_output(tiny, tmp_path):
     """Through compressed-tensors, which reads the scheme and our shard."""
     from transformers import AutoModelForCausalLM

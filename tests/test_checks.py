@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from kvq_plugin.formats import FORMATS
-from kvq_plugin.serving import compat
+from kvq_plugin.serving import compat, selection
 from kvq_plugin.serving.checks import check
+from kvq_plugin.serving.compat import patches
+from kvq_plugin.serving.selection import serves
 
 pytest.importorskip("vllm")
 
@@ -25,8 +27,17 @@ def _config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
         additional_config=top.pop("additional_config", {}),
         kv_transfer_config=top.pop("kv_transfer_config", None),
         speculative_config=top.pop("speculative_config", None),
+        diffusion_config=top.pop("diffusion_config", None),
+        quant_config=None,
+        attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
         cache_config=SimpleNamespace(
-            **{"cache_dtype": dtype, "block_size": 128, "kv_cache_dtype_skip_layers": []}
+            **{
+                "cache_dtype": dtype,
+                "block_size": 128,
+                "user_specified_block_size": True,
+                "kv_cache_dtype_skip_layers": [],
+                "kv_offloading_size": None,
+            }
             | (cache or {})
         ),
         parallel_config=SimpleNamespace(
@@ -42,6 +53,8 @@ def _config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
                 "is_encoder_decoder": False,
                 "is_hybrid": False,
                 "is_attention_free": False,
+                "is_mm_prefix_lm": False,
+                "rswa_window": None,
                 "get_head_size": lambda: 64,
                 "get_total_num_hidden_layers": lambda: 4,
             }
@@ -75,9 +88,13 @@ def test_foreign_dtypes(dtype):
         ({"model": {"is_hybrid": True}}, "state-space"),
         ({"model": {"is_attention_free": True}}, "without attention"),
         ({"model": {"get_head_size": lambda: 72}}, "head size 72: supported are 32, 64"),
+        ({"model": {"is_mm_prefix_lm": True}}, "images in both directions.*--limit-mm-per-prompt"),
+        ({"model": {"rswa_window": 64}}, "R-SWA"),
+        ({"diffusion_config": object()}, "mix causal and bidirectional"),
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"parallel": {"decode_context_parallel_size": 2}}, "decode-context-parallel-size 2"),
         ({"parallel": {"prefill_context_parallel_size": 2}}, "prefill-context-parallel-size 2"),
+        ({"cache": {"kv_offloading_size": 1.0}}, "KV offloading.*drop.*--kv-offloading-size"),
         ({"cache": {"block_size": 16}}, "blocks of 16 tokens.*multiples of 32"),
         ({"cache": {"kv_cache_dtype_skip_layers": ["4"]}}, "'4'.*layer numbers 0 to 3"),
         ({"cache": {"kv_cache_dtype_skip_layers": ["attention"]}}, "'attention'"),
@@ -121,18 +138,79 @@ def test_an_unquantized_cache_must_have_the_models_dtype():
         check(_config("float16"))
 
 
+def test_a_block_size_that_vllm_has_not_chosen_yet():
+    check(_config(cache={"block_size": 16, "user_specified_block_size": False}))
+
+
 def test_skip_layers_that_exist():
     check(_config(cache={"kv_cache_dtype_skip_layers": ["0", "3", "sliding_window"]}))
 
 
-# --- GPUs ------------------------------------------------------------------------------
+# --- whose cache it is -----------------------------------------------------------------
+
+#: Models and engines that the plugin cannot serve, which vLLM's own kernels may.
+NOT_OURS = [
+    {"model": {"is_encoder_decoder": True}},
+    {"model": {"is_hybrid": True}},
+    {"model": {"get_head_size": lambda: 1024}},
+    {"kv_transfer_config": object()},
+    {"diffusion_config": object()},
+    {"parallel": {"decode_context_parallel_size": 2}},
+    {"parallel": {"prefill_context_parallel_size": 2}},
+]
+MLA = {"model": {"use_mla": True}}
+DECLARED = {"quantization_config": {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}}
+
+
+def _declaring(change):
+    """*change* for a checkpoint that declares fp8 scales."""
+    model = change.get("model", {}) | {"hf_config": SimpleNamespace(**DECLARED)}
+    return change | {"model": model}
+
+
+@pytest.mark.parametrize("change", NOT_OURS)
+def test_on_cpus_what_we_do_not_serve_keeps_vllms_fp8(change):
+    for config in (_config("fp8", **change), _config("auto", **_declaring(change))):
+        check(config)
+        assert not serves(config)
+    with pytest.raises(ValueError, match="supported are"):  # vLLM would corrupt memory
+        check(_config(DYNAMIC, **change))
+    check(_config("auto", **change))
+
+
+def test_on_cpus_vllm_has_no_fp8_for_mla():
+    with pytest.raises(ValueError, match="MLA"):
+        check(_config("fp8", **MLA))
+    declared = _config("auto", **_declaring(MLA))  # vLLM serves these unquantized
+    check(declared)
+    assert not serves(declared)
+
+
+def test_on_cpus_fp8_of_vllms_own_can_be_named():
+    config = _config("fp8", cache={"block_size": 16, "user_specified_block_size": True})
+    config.attention_config.backend = compat.AttentionBackendEnum.CPU_ATTN
+    check(config)
+    assert not serves(config)
+    config.cache_config.cache_dtype = DYNAMIC
+    assert serves(config)  # vLLM has no such kernel
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_on_cpus_our_names_are_ours(dtype):
+    assert serves(_config(dtype))
+
+
+OWN = "int8_per_token_head"  # here, as if vLLM did not know it: needs no calibration
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """A process that vLLM's CUDA platform runs in, as far as the checks can tell."""
+    """A process of vLLM's CUDA platform, as far as the checks can tell, where CUSTOM is ours."""
     monkeypatch.setattr(compat, "is_cpu", lambda: False)
     monkeypatch.setattr(compat.current_platform, "get_device_capability", lambda: None)
+    ours = compat.AttentionBackendEnum.CUSTOM
+    monkeypatch.setattr(patches, "_added_backends", {selection.BACKEND_NAME: ours})
+    monkeypatch.setattr(patches, "_own_dtypes", {OWN})
 
     def config(*args, backend=None, per_kind=None, **kwargs):
         made = _config(*args, **kwargs)
@@ -143,43 +221,48 @@ def on_gpu(monkeypatch):
     return config
 
 
-#: Runs the plugin cannot serve, which vLLM's own kernels may.
-NOT_OURS = [
-    {"model": {"use_mla": True}},
-    {"model": {"is_encoder_decoder": True}},
-    {"model": {"is_hybrid": True}},
-    {"model": {"get_head_size": lambda: 512}},
-    {"kv_transfer_config": object()},
-    {"parallel": {"decode_context_parallel_size": 2}},
-    {"parallel": {"prefill_context_parallel_size": 2}},
-    {"cache": {"block_size": 24}},
-]
-
-
 @pytest.mark.parametrize("dtype", ["auto", "float16", "nvfp4", *FORMATS])
 @pytest.mark.parametrize("head_size", [16, 80, 256])
 def test_what_works_on_gpus(on_gpu, dtype, head_size):
     shape = {"model": {"get_head_size": lambda: head_size}, "cache": {"block_size": 16}}
-    for backend in (None, "TRITON_ATTN"):
-        check(on_gpu(dtype, backend=backend, **shape))
+    for backend in (None, "CUSTOM"):
+        if FORMATS.get(dtype) is not FORMATS["int8"] or backend is None:  # which needs scales
+            check(on_gpu(dtype, backend=backend, **shape))
 
 
-@pytest.mark.parametrize("change", NOT_OURS)
-def test_gpu_refusals_name_both_ways_out(on_gpu, change):
+@pytest.mark.parametrize("change", [MLA, *NOT_OURS])
+def test_on_gpus_names_that_vllm_has_are_its_business(on_gpu, change):
+    for backend in (None, "TRITON_ATTN", "FLASH_ATTN"):
+        for config in (
+            on_gpu("fp8", backend=backend, **change),
+            on_gpu("auto", backend=backend, **_declaring(change)),
+        ):
+            check(config)
+            assert not serves(config)
+
+
+@pytest.mark.parametrize("change", [MLA, *NOT_OURS])
+def test_gpu_refusals_name_the_ways_out(on_gpu, change):
     with pytest.raises(ValueError, match="supported are .*use --") as refusal:
-        check(on_gpu("fp8", **change))
-    assert "one of vLLM's own backends with --attention-backend" in str(refusal.value)
-
-
-@pytest.mark.parametrize("change", NOT_OURS)
-def test_a_backend_of_vllms_is_vllms_business(on_gpu, change):
-    check(on_gpu("fp8", backend="FLASH_ATTN", **change))
+        check(on_gpu("fp8", backend="CUSTOM", **change))
+    assert "or drop --attention-backend" in str(refusal.value)
+    with pytest.raises(ValueError, match="supported are .*use --") as refusal:
+        check(on_gpu(OWN, **change))
+    assert "--attention-backend" not in str(refusal.value)  # vLLM knows no such name
 
 
 def test_one_kind_of_layers_left_to_the_plugin_is_checked(on_gpu):
-    kinds = {"sliding_window": compat.AttentionBackendEnum.TRITON_ATTN}
-    with pytest.raises(ValueError, match="blocks of 24"):
-        check(on_gpu("fp8", backend="FLASH_ATTN", per_kind=kinds, cache={"block_size": 24}))
+    kinds = {"sliding_window": compat.AttentionBackendEnum.CUSTOM}
+    with pytest.raises(ValueError, match="MLA"):
+        check(on_gpu("fp8", backend="FLASH_ATTN", per_kind=kinds, **MLA))
+
+
+def test_a_scheme_we_cannot_serve_is_vllms_business_on_gpus(on_gpu):
+    scheme = {"quantization_config": {"kv_cache_scheme": {"num_bits": 4, "type": "float"}}}
+    model = {"hf_config": SimpleNamespace(**scheme)}
+    assert not serves(on_gpu("auto", model=model))
+    with pytest.raises(ValueError):
+        serves(on_gpu("auto", backend="CUSTOM", model=model))
 
 
 # --- static scales ---------------------------------------------------------------------

@@ -74,12 +74,25 @@ def test_summary_table_compares_with_auto():
         BASELINE: demo.Result(1000, Score((-2.0, -2.0)), 50.0, ("[::-1]", "b", "c")),
         "fp8": demo.Result(2000, Score((-2.0, -2.0)), 40.0, ("[::-1]", "B", "c")),
     }
-    text = render(demo.summary_table(SETTINGS, results))
-    for cell in ("2.00x", "+0.00 ± 0.00", "40.0 ms", "1.25x"):
+    text = render(demo.summary_table(SETTINGS, results, 123.4))
+    for cell in ("2.00x", "+0.00 ± 0.00", "40.0 ms", "1.25x", "123 s"):
         assert cell in text
     answers = render(demo.answers_table(results))
     assert "[::-1]" in answers  # code in an answer is no markup
     assert "word for word" in answers and "B" in answers
+
+
+def test_the_demo_ends_with_its_table(monkeypatch):
+    """Answers, some 60 lines of them, come before the table that matters."""
+    result = demo.Result(1000, Score((-2.0, -2.0)), 50.0, ("red, yellow, blue", "b", "c"))
+    monkeypatch.setattr(demo, "_measure", lambda *_: result)
+    monkeypatch.setattr(demo, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(demo, "make_windows", lambda *_: [[1]] * (SETTINGS.windows + demo.SAMPLES))
+    output = io.StringIO()
+    demo.run(SETTINGS, Console(file=output, width=80))
+    text = output.getvalue()
+    assert text.index("yellow") < text.index("KV caches of m") < text.index("1.00x")
+    assert len(text[text.index("1.00x") :].splitlines()) < 10
 
 
 def test_streams_that_do_not_fit_are_refused():
@@ -138,6 +151,21 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.fixture
+def ignored_signals():
+    """As in a shell's background job (SIGINT), and under nohup (SIGHUP): children inherit it."""
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _hear_signals() -> None:
+    for number in cli.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.usefixtures("ignored_signals")
 @pytest.mark.parametrize(
     ("command", "number"),
     [
@@ -146,7 +174,10 @@ sys.exit(cli.main(sys.argv[1:]))
     ],
 )
 def test_signal_leaves_no_process(command, number, tmp_path, smollm2):
-    """Ctrl-C, kill and a closed terminal, each sent twice: server or engine are gone."""
+    """Ctrl-C, kill and a closed terminal, each sent twice: server or engine are gone.
+
+    Also when pytest itself has been told to ignore them: ``nohup make test &``.
+    """
     started, server, package = tmp_path / "started", tmp_path / "serve", tmp_path / "vllm"
     server.write_text(f"#!{sys.executable}\n{STUBBORN}")
     server.chmod(0o755)
@@ -161,7 +192,7 @@ def test_signal_leaves_no_process(command, number, tmp_path, smollm2):
     }
     command = command.format(tmp=tmp_path)
     arguments = [sys.executable, "-c", USER, *command.split(), str(smollm2)]
-    user = subprocess.Popen(arguments, env=env, stderr=subprocess.DEVNULL)
+    user = subprocess.Popen(arguments, env=env, stderr=subprocess.DEVNULL, preexec_fn=_hear_signals)
     try:
         deadline = time.monotonic() + 120
         while not (started.exists() and started.read_text()) and time.monotonic() < deadline:

@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 
 from kvq_plugin.formats import FORMATS, Kind  # noqa: E402
 from kvq_plugin.serving import compat  # noqa: E402
+from kvq_plugin.serving.scales import config as scales_config  # noqa: E402
 from kvq_plugin.serving.scales import keys  # noqa: E402
 from kvq_plugin.serving.scales.config import (  # noqa: E402
     KVQConfig,
@@ -147,6 +148,7 @@ def test_a_draft_model_loads_scales_our_way_too(name, dtype, monkeypatch):
     quant, declared = (None, None) if name is None else stock(name)
     around, own = engine(dtype), engine(dtype, quant, declared)
     monkeypatch.setattr(compat, "get_current_vllm_config_or_none", lambda: around)
+    monkeypatch.setattr(scales_config, "serves", lambda vllm_config: True)  # test_checks.py
     config = wrap_draft_config(quant, own.model_config)
     if dtype == "auto":
         assert config is quant

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvq_plugin import _native, ops, rotation
 from kvq_plugin.formats import CODES, get_format
-from kvq_plugin.layout import PageLayout
+from kvq_plugin.layout import CPU_V1, MAX_HEAD_SIZES, PageLayout
 
 ROOT = Path(__file__).parent.parent
 #: Every instruction set there is a build of, best first.
@@ -55,6 +55,16 @@ def test_page_layouts_are_equal(format, head_size, block_size):
         layout.size,
     )
     assert tuple(_native.page_layout(format.id, head_size, block_size)) == python
+
+
+def test_unknown_formats_have_no_layout():
+    for format_id in (-1, len(ROWS), 2**20):
+        with pytest.raises(ValueError, match=f"no format {format_id}"):
+            _native.page_layout(format_id, 64, 16)
+
+
+def test_largest_head_sizes_are_equal():
+    assert _native.max_head_size() == MAX_HEAD_SIZES[CPU_V1]
 
 
 def test_code_ids_and_bits_are_equal():

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from kvq_plugin import _native, doctor
-from kvq_plugin.doctor import ADVICE, BAD, GOOD, Machine
+from kvq_plugin.doctor import ADVICE, BAD, GOOD, Finding, Machine
 from kvq_plugin.formats import FORMATS
+from kvq_plugin.serving import compat
 
 
 def machine(**changes):
@@ -62,6 +63,13 @@ def test_a_plugin_that_is_kept_out():
     assert states(doctor.plugin(machine(env={"VLLM_PLUGINS": "other,kvq"}))) == {GOOD}
 
 
+def test_a_vllm_that_lacks_something(monkeypatch):
+    monkeypatch.setattr(compat, "missing", lambda: ["vllm.config.cache.CacheDType"])
+    assert "steps aside: this vLLM lacks vllm.config.cache.CacheDType" in advice(
+        doctor.plugin(machine())
+    )
+
+
 def test_kernels_that_are_missing_or_held_back(monkeypatch):
     with _native.use_isa("generic"):
         assert "unset KVQ_ISA" in advice(doctor.kernels(machine()))
@@ -77,17 +85,23 @@ def test_kernels_that_are_missing_or_held_back(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cpu_build", "named", "state"),
+    ("imported", "named", "state"),
     [
         (None, None, BAD),
         ("0.32.0", None, BAD),
         ("0.32.0", "0.32.0+cpu", GOOD),
-        (None, "0.33.0", GOOD),
-        (None, "0.99.0", ADVICE),
+        ("0.33.0", "0.33.0", GOOD),
+        ("0.99.0", "0.99.0", ADVICE),
     ],
 )
-def test_vllm_version(cpu_build, named, state):
-    assert doctor.vllm_version(cpu_build, named).state == state
+def test_vllm_version(imported, named, state):
+    assert doctor.vllm_version(imported, named).state == state
+
+
+@pytest.mark.parametrize(("version", "build"), compat.RUN_VERSIONS.items())
+def test_vllm_versions_that_were_run(version, build):
+    found = doctor.vllm_version(version, version)
+    assert found == Finding(GOOD, f"vLLM {version} (engine tests run on {build})")
 
 
 def test_dtypes_of_this_machine():
@@ -98,12 +112,50 @@ def test_dtypes_of_this_machine():
     assert "nvfp4" in others[0] and "neither" in others[1]
 
 
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """vLLM on a GPU, of the given compute capability, as far as the doctor can tell."""
+    pytest.importorskip("vllm")
+    import torch
+
+    def set(*capability):
+        monkeypatch.setattr(compat, "is_cpu", lambda: False)
+        monkeypatch.setattr(compat, "is_gpu", lambda: True)
+        for name, value in {
+            "is_available": lambda: True,
+            "device_count": lambda: 2,
+            "get_device_name": lambda i: "stand-in for an H200",
+            "get_device_capability": lambda i: capability,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    return set
+
+
+def test_whose_is_whose_on_gpus(on_gpu):
+    on_gpu(9, 0)
+    [finding] = doctor.gpu()
+    assert finding.state == GOOD and "serves int8 by itself; fp8_e4m3, fp8," in finding.what
+    assert "--attention-backend KVQ" in finding.advice
+    rows = doctor.dtypes()
+    assert all(works for works, _ in rows.values())
+    assert {name for name in FORMATS if "vLLM's own" in rows[name][1]} == FORMATS.keys() - {"int8"}
+
+
+def test_gpus_that_are_too_old_or_not_vllms(on_gpu, monkeypatch):
+    on_gpu(7, 5)
+    assert "capability 7.5; the plugin's kernels need 8.0" in advice(doctor.gpu())
+    monkeypatch.setattr(compat, "is_gpu", lambda: False)
+    assert "but vLLM runs on cpu" in advice(doctor.gpu())
+    assert not any(works for works, _ in doctor.dtypes().values())  # some third platform
+
+
 def test_the_report(monkeypatch):
     pytest.importorskip("vllm")
     output = io.StringIO()
     doctor.run(Console(file=output, width=160))
     for part in ("vLLM", "registered as", "kernels", "for this process", "int8_per_token_head"):
         assert part in output.getvalue()
-    monkeypatch.setattr(doctor, "gpu", lambda: iter([doctor.Finding(BAD, "broken")]))
+    monkeypatch.setattr(doctor, "gpu", lambda: iter([Finding(BAD, "broken")]))
     with pytest.raises(ValueError, match="1 problem"):
         doctor.run(Console(file=output))

@@ -1,105 +1,130 @@
-"""``make gpu-check`` without a GPU: its logic, with the reference standing in for the kernels.
+"""``make gpu-check`` without a GPU: its processes, budgets and evidence, with the reference and
+candidates that fail (fakes.py) in the place of kernels.
 
-What only a device can show (the build's result, graphs, sanitizers, times) is not pretended here.
+What only a device can show (graphs, what sanitizers find, times) is not pretended here.
 """
 
 import csv
-import inspect
-import io
 import json
-import subprocess
-import sys
+import os
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import emulator
+import fakes
 import golden_cases
 import pytest
 import torch
-from rich.console import Console
 
-from kvq_plugin import kernels, reference
-from kvq_plugin.formats import FORMATS
+from kvq_plugin import reference
+from kvq_plugin.formats import FORMATS, get_format
 from kvq_plugin.gpu_check import (
     __main__,
-    build,
     candidates,
-    correctness,
+    checks,
+    evidence,
     golden,
+    library,
     problems,
+    run,
     sanitize,
+    stock,
     timing,
-    worker,
 )
-from kvq_plugin.gpu_check.report import Clock, Outcome, Report
+from kvq_plugin.gpu_check import step as steps
+from kvq_plugin.gpu_check.context import Context
 from kvq_plugin.layout import GPU_V1
 
 CPU = torch.device("cpu")
-FOREVER = Clock(1e9)
-SMALL = correctness.Grid((1, 4), (64,), (40, 70), (1, 3), (16,), compared=2)
+INT8 = get_format("int8_per_token_head")
+QUICK = Context(CPU, (INT8,), quick=True)
 GOOD = candidates.standin()
 
 
-def off_by(factor: float) -> candidates.Candidate:
-    """A kernel whose outputs are *factor* times what they should be."""
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    """Processes find fakes.py and this checkout."""
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(map(str, (library.ROOT, Path(__file__).parent)))
+    )
 
-    def attend(out, *args, **kwargs):
+
+def outcomes(cases, tmp_path, context=QUICK, seconds=1e9) -> list[dict]:
+    """The lines of *cases*, run in this process."""
+    folder = tmp_path / f"lines-{len(list(tmp_path.iterdir()))}"
+    assert steps.work(cases, evidence.Lines(folder), context, seconds) == 0
+    return [line for line in evidence.read(folder)[0] if line["status"] != "begin"]
+
+
+def words(lines) -> list[str]:
+    return [line["status"] for line in lines]
+
+
+# Checks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ("batches", "graphs", "grid"))
+def test_good_kernels_pass_and_wrong_ones_do_not(tmp_path, step):
+    good, bad = (outcomes(getattr(checks, step)(c, QUICK), tmp_path) for c in (GOOD, fakes.wrong()))
+    assert len(good) == len(bad) and set(words(good)) == {"pass"} and set(words(bad)) == {"fail"}
+    assert "relative RMS error" in bad[0]["detail"]
+
+
+def test_a_store_s_wrong_byte_is_found_in_a_batch_and_by_the_golden_hashes(tmp_path):
+    def store(*args):
+        GOOD.store(*args)
+        args[2][0, 0, 0, 0] ^= 1
+
+    bad = replace(GOOD, store=store)
+    found = outcomes(list(checks.batches(bad, QUICK))[:1], tmp_path)
+    assert "bytes of the pages differ" in found[0]["detail"]
+    assert set(words(outcomes(golden.cases(bad, QUICK), tmp_path))) == {"fail"}
+    assert set(words(outcomes(golden.cases(GOOD, QUICK), tmp_path))) == {"pass"}
+
+
+def test_rows_of_no_sequence_and_outputs_that_are_not_written_are_found(tmp_path):
+    def everywhere(out, *args, **kwargs):
         GOOD.attend(out, *args, **kwargs)
-        out.mul_(factor)
+        out.nan_to_num_()
 
-    return replace(GOOD, name="wrong", attend=attend)
-
-
-def test_all_candidates_take_the_same_arguments():
-    """The kernels a device would run are found, and take what the checks pass."""
-    pytest.importorskip("triton")
-    made = [candidates.cuda(), candidates.triton()]
-    assert [c.name for c in made] == ["cuda", "triton"]
-    for c in made:
-        store, attend = (list(inspect.signature(f).parameters) for f in (c.store, c.attend))
-        assert store == list(inspect.signature(kernels.store).parameters)
-        assert attend[:10] == list(inspect.signature(kernels.attend).parameters)[:10]
-        assert {"max_query_len", "max_seq_len", "workspace"} <= set(attend)
+    cases = {name: call for name, call in checks.graphs(replace(GOOD, attend=everywhere), QUICK)}
+    found = outcomes(cases.items(), tmp_path)
+    assert "rows of no sequence were written" in found[0]["detail"]
+    lost = replace(GOOD, attend=lambda out, *args, **kwargs: None)
+    assert set(words(outcomes(checks.batches(lost, QUICK), tmp_path))) == {"fail"}
+    assert "not finite" in outcomes(checks.grid(lost, QUICK), tmp_path)[0]["detail"]
 
 
-def report(clock: Clock = FOREVER) -> tuple[Report, io.StringIO]:
-    text = io.StringIO()
-    return Report(Console(file=text, width=100), clock), text
+def test_a_batch_goes_to_the_kernels_as_vllm_splits_it():
+    """Decodes, then the rest, over one workspace; rows of query_start_loc count from the batch."""
+    seen = []
+
+    def attend(out, query, cache, table, lengths, starts, *args, **options):
+        seen.append((lengths.tolist(), starts.tolist(), options))
+        GOOD.attend(out, query, cache, table, lengths, starts, *args, **options)
+
+    requests = [(40, 1), (20, 1), (50, 30), (16, 16)]
+    checks._served(replace(GOOD, attend=attend), QUICK, INT8, requests)
+    (decodes, first, one), (prefills, later, two) = seen
+    assert (decodes, first) == ([40, 20], [0, 1, 2])
+    assert (prefills, later) == ([50, 16], [2, 32, 48])
+    assert (one["max_query_len"], two["max_query_len"]) == (1, 30)
+    assert one["workspace"] is two["workspace"] and one["workspace"].dtype == torch.uint8
 
 
-def test_the_grid_has_every_shape_once_and_every_format():
-    for grid in (correctness.GRID, SMALL):
-        seen = [(d, page, *shape) for (d, page, _), mine in grid.cases() for shape in mine]
-        sizes = (grid.groups, grid.head_sizes, grid.contexts, grid.batches, grid.pages)
+def test_the_grid_has_every_shape_once_and_compiles_for_all_kinds_first():
+    for grid in (checks.GRID, checks.SMALL):
+        turns = [grid.shapes(turn, 6) for turn in range(6)]
+        seen = [shape for shapes in turns for shape in shapes]
         total = 1
-        for axis in sizes:
+        for axis in (grid.groups, grid.head_sizes, grid.contexts, grid.batches, grid.pages):
             total *= len(axis)
         assert len(seen) == len(set(seen)) == total
-    met = {(f, d) for (d, _, f), mine in correctness.GRID.cases() if mine}
-    assert met == {(f, d) for f in candidates.ROWS for d in correctness.GRID.head_sizes}
-
-
-def test_good_kernels_pass_and_wrong_ones_do_not():
-    good = correctness.check_grid([GOOD], CPU, FOREVER, 1e9, SMALL)
-    assert good.passed == 8 and not good.failures and not good.skipped
-    both = correctness.check_grid([GOOD, off_by(1.01)], CPU, FOREVER, 1e9, SMALL)
-    assert both.passed == 8 and len(both.failures) == 8
-    assert "wrong" in both.failures[0] and "context" in both.failures[0]
-
-
-def test_an_output_that_is_not_finite_fails():
-    lost = replace(GOOD, attend=lambda out, *args, **kwargs: None)
-    outcome = correctness.check_grid([lost], CPU, FOREVER, 1e9, SMALL)
-    assert len(outcome.failures) == 8 and "finite" in outcome.failures[0]
-
-
-def test_a_candidate_is_not_asked_for_what_it_refuses():
-    shy = replace(off_by(2.0), refusal=lambda *case: "not today")
-    assert correctness.check_grid([shy], CPU, FOREVER, 1e9, SMALL) == Outcome()
-
-
-def test_ragged_batches():
-    outcome = correctness.check_ragged([GOOD, off_by(1.01)], CPU, FOREVER, 1e9, cases=8)
-    assert outcome.passed == 8 and len(outcome.failures) == 8
+    assert total == 8 and sum(len(checks.GRID.shapes(t, 6)) for t in range(6)) == 720
+    first = checks.GRID.shapes(0, 6)
+    assert len({(d, group) for d, _, group, *_ in first[:15]}) == 15
+    assert len({shape[:3] for shape in first[:45]}) == 45
 
 
 def test_the_decoded_pool_is_what_the_reference_loads():
@@ -110,152 +135,312 @@ def test_the_decoded_pool_is_what_the_reference_loads():
             assert torch.equal(got, expected.flatten(0, 1))
 
 
-def test_golden_bytes():
-    """The emulated CUDA C++ store writes the golden bytes; one wrong byte is found."""
-
-    def few(case):
-        return (case.head_size, case.dtype) == (64, "bfloat16")
-
-    assert golden.cases_module() is golden_cases
-    good = golden.check([GOOD], CPU, few)
-    assert good.passed == sum(map(few, golden_cases.cases())) and not good.failures
-
-    def store(*args):
-        GOOD.store(*args)
-        args[2][0, 0, 0, 0] ^= 1
-
-    bad = golden.check([replace(GOOD, store=store)], CPU, few)
-    assert len(bad.failures) == good.passed and "bytes" in bad.failures[0]
-
-
 def test_golden_bytes_of_the_emulated_cuda_kernels(tmp_path):
-    def store(*args):
-        emulator.store(tmp_path / "call", *args)
+    emulated = replace(GOOD, store=lambda *args: emulator.store(tmp_path / "call", *args))
+    context = Context(CPU)
+    assert golden.cases_module() is golden_cases
+    wanted = {f"{f.name} d80 n48 bfloat16 {'token_head' if f.is_dynamic else 'channel'}"
+              for f in candidates.ROWS}  # fmt: skip
+    cases = [case for case in golden.cases(emulated, context) if case[0] in wanted]
+    assert words(outcomes(cases, tmp_path, context)) == ["pass"] * len(candidates.ROWS)
 
-    emulated = replace(GOOD, name="emulated", store=store)
 
-    def one_a_format(case):
-        wanted = case.granularity.is_dynamic or case.granularity.value == "channel"
-        return wanted and (case.head_size, case.dtype) == (80, "bfloat16")
+def test_names_that_are_timed_exist_and_baselines_are_left_out_without_vllm(tmp_path):
+    assert set(timing.FORMATS_TIMED) <= set(FORMATS)
+    lines = outcomes(timing.cases(None, QUICK), tmp_path)
+    assert words(lines) == ["pass", "pass", *["refused"] * len(stock.MODES)]
+    assert list(lines[1]["row"]) == list(evidence.COLUMNS)
+    assert timing._context([131072, 1024, 1024]) == "131072+2x1024"
 
-    outcome = golden.check([emulated], CPU, one_a_format)
-    assert outcome.passed == len(candidates.ROWS) and not outcome.failures
+
+# One process ------------------------------------------------------------------------------------
+
+
+def test_a_step_stops_when_its_time_is_over_and_says_what_is_left(tmp_path):
+    cases = [(str(i), lambda: time.sleep(0.05)) for i in range(100)]
+    lines = outcomes(cases, tmp_path, seconds=0.2)
+    assert lines[-1]["status"] == "cut" and lines[-1]["left"] == 100 - (len(lines) - 1) > 0
+
+
+def test_a_lost_context_ends_the_process_and_running_out_of_memory_does_not(tmp_path, monkeypatch):
+    gone = []
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("tried to allocate 9 TiB")
+
+    def illegal():
+        gone.append(1)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    class GPU(Context):
+        def synchronize(self):
+            if gone:
+                raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    cases = [("a", out_of_memory), ("b", lambda: None), ("c", illegal), ("d", lambda: None)]
+    lines = evidence.Lines(tmp_path, candidate="cuda", step="grid")
+    assert steps.work(cases, lines, GPU(torch.device("cuda")), 99) == evidence.LOST
+    read = [(x["case"], x["status"]) for x in evidence.read(tmp_path)[0] if x["status"] != "begin"]
+    assert read == [("a", "fail"), ("b", "pass"), ("c", "fail")]
 
 
 # The run as a whole -----------------------------------------------------------------------------
 
 
-def test_steps_end_when_their_time_is_over_and_say_so():
-    times = iter(range(100))
-    clock = Clock(1000, now=lambda: next(times))
-    outcome = correctness.check_grid([GOOD], CPU, clock, 4, SMALL)
-    assert 0 < outcome.passed < 8
-    assert outcome.skipped == f"{8 - outcome.passed} of 8 shapes, for time"
-    assert outcome.word == "partly"
+def check(capsys, out: Path, *arguments: str) -> tuple[int, str]:
+    status = __main__.main(["--device", "cpu", "--quick", "--out", str(out), *arguments])
+    return status, capsys.readouterr().out
 
 
-def test_workers_share_the_cases_and_lose_none(monkeypatch):
-    few = [c for c in golden_cases.cases() if (c.head_size, c.dtype) == (16, "float16")][:4]
-    monkeypatch.setattr(golden_cases, "cases", lambda: iter(few))
-    grid = replace(SMALL, batches=(1,))
-    parts = [worker.work([GOOD], CPU, i, 3, 1e9, grid, ragged=4) for i in range(3)]
-    merged = worker.merge(parts)
-    assert [merged[step].passed for step in worker.STEPS] == [4, 4, 4]
-    assert not any(o.failures or o.skipped for o in merged.values())
+def table(text: str) -> dict[tuple[str, str], str]:
+    """(candidate, step) -> the verdict that the summary's table has."""
+    rows = (line.split() for line in text.splitlines() if line and not line.startswith(" "))
+    known = ("FAILED", "ok", "partly", "not", "NOT", "UNFINISHED")
+    return {(r[0], r[1]): r[2] for r in rows if len(r) > 6 and r[2] in known}
 
 
-def test_a_worker_that_dies_is_a_failure():
-    good = json.dumps({"grid": {"passed": 3, "failures": [], "skipped": ""}})
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE)
-        for code in (f"print('noise'); print('{good}')", "print('out of memory'); exit(7)")
-    ]
-    merged = worker.finish(processes, FOREVER, 60)
-    assert merged["grid"].passed == 3
-    assert "status 7" in merged["grid"].failures[0]
-    assert "out of memory" in merged["grid"].failures[0]
+def test_a_dry_run_of_everything(tmp_path, capsys):
+    """All steps, processes, lines, rows and files, with the reference."""
+    status, text = check(capsys, tmp_path, "--candidates", "reference,torch", "--formats", "fp8")
+    assert status == 0 and "all checks passed" in text
+    rows = table(text)
+    for step in (*run.STEPS, "timing"):
+        assert rows["reference", step] == "ok"
+    assert {rows["reference", tool] for tool in sanitize.TOOLS} == {"not"}  # not here
+    assert rows["torch", "timing"] == "ok"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cases.jsonl", "gpu.csv", "summary.txt"]
+    with (tmp_path / "gpu.csv").open() as file:
+        timed = [(r["what"], r["kernel"]) for r in csv.DictReader(file)]
+    assert ("attend", "reference") in timed and ("attend", "torch sdpa") in timed
+    assert text.endswith((tmp_path / "summary.txt").read_text())
+    assert __main__.main(["--summarize", str(tmp_path)]) == 0
+    assert __main__.main(["--out", str(tmp_path)]) == 2  # evidence is not added to
 
 
-def test_one_step_s_failure_hides_no_other():
-    made, text = report()
+FAULTS = ("segfaults", "exits", "does_not_compile", "does_not_load", "refuses")
 
-    def broken():
-        raise RuntimeError("no such kernel [yet]")
 
-    made.run("first", broken)
-    made.run("second", lambda: Outcome(passed=3))
-    made.run("third", lambda: Outcome(skipped="no tool"))
-    assert not made.good
-    said = text.getvalue()
-    assert "RuntimeError: no such kernel [yet]" in said
-    assert [made.outcomes[n].word for n in ("first", "second", "third")] == [
-        "FAILED", "ok", "skipped",
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """A run in which every candidate but one fails in its own way; its exit status and summary.
+    cmake is there, and fails; the bundle is there, and holds no library."""
+    folder = tmp_path_factory.mktemp("faulty")
+    bundle, tools = folder / "bundle", folder / "bin"
+    for path in (bundle, tools):
+        path.mkdir()
+    (bundle / library.NAME).write_bytes(b"no library at all")
+    (bundle / "manifest.json").write_text(json.dumps({"sources": library.digest()}))
+    for name in ("cmake", "nvcc"):
+        (tools / name).write_text("#!/bin/sh\necho 'attend.h(7): error: expected a ;'; exit 2\n")
+        (tools / name).chmod(0o755)
+    names = ",".join(f"fakes:{name}" for name in FAULTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("PYTHONPATH", f"{library.ROOT}{os.pathsep}{Path(__file__).parent}")
+        status = __main__.main([
+            "--device", "cpu", "--quick", "--out", str(folder / "out"), "--steps", "batches",
+            "--formats", INT8.name, "--candidates", f"reference,cuda,{names}",
+            "--bundle", str(bundle),
+        ])  # fmt: skip
+    return status, evidence.summarize(folder / "out")
+
+
+def test_a_failing_candidate_stops_only_itself(faulty):
+    status, summary = faulty
+    verdicts = {(s.candidate, s.step): s.word for s in summary.steps}
+    assert status == 1 and not summary.good
+    assert verdicts["reference", "batches"] == "ok"
+    assert {verdicts[f"fakes:{name}", "batches"] for name in FAULTS} == {"FAILED"}
+    assert (verdicts["cuda", "library"], verdicts["cuda", "batches"]) == ("FAILED", "FAILED")
+
+
+@pytest.mark.parametrize(
+    ("candidate", "words"),
+    (
+        ("cuda library", ("attend.h(7): error: expected a ;", "invalid ELF header")),
+        ("cuda batches", ("not started: there is no library",)),
+        ("fakes:segfaults batches", ("in int8_per_token_head decodes", "died of SIGSEGV")),
+        ("fakes:exits batches", ("exit status 7", "out of luck")),
+        ("fakes:does_not_compile batches", ("CompilationError: at 12:4",)),
+        ("fakes:does_not_load batches", ("exit status 1", "undefined symbol: attend")),
+        ("fakes:refuses batches", ("not one case passed (7 refused)",)),
+    ),
+)
+def test_the_summary_says_what_broke(faulty, candidate, words):
+    step = next(s for s in faulty[1].steps if f"{s.candidate} {s.step}" == candidate)
+    text = faulty[1].text()
+    for word in words:
+        assert any(word in failure for failure in step.failures) and word in text
+    assert candidate in text.split("NOT GOOD:")[1]
+
+
+def test_what_passed_before_a_crash_is_kept_and_the_step_goes_on_behind_it(faulty):
+    """A process dies at its second attention; four of them get through the seven cases."""
+    part = next(s for s in faulty[1].steps if s.candidate == "fakes:segfaults").parts[INT8.name]
+    assert (part.passed, len(part.failures)) == (3, run.RESTARTS + 1)
+    died = next(s for s in faulty[1].steps if s.candidate == "fakes:exits").parts[INT8.name]
+    assert (died.passed, len(died.failures)) == (1, 1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_step_past_its_time_is_killed_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVQ_FAKE_CHILD", str(tmp_path / "child"))
+    jobs = [run.Job(name, "batches", INT8.name) for name in ("fakes:hangs", "reference")]
+    plan = [run.Phase((jobs[0],), 12, 1), run.Phase((jobs[1],), 60, 1)]
+    runner = run.Runner(tmp_path / "out", 200, ("--device", "cpu", "--quick"), print, grace=1)
+    runner.run(plan)
+    hung, good = evidence.summarize(tmp_path / "out").steps
+    assert hung.parts[INT8.name].passed == 1 and hung.word == "FAILED" and good.word == "ok"
+    assert "decodes beside prefills: killed after 1" in hung.failures[0]
+    assert not alive(int((tmp_path / "child").read_text()))
+
+
+def test_no_process_outlives_a_run_that_is_ended(tmp_path, monkeypatch):
+    class Ended(Exception):
+        pass
+
+    child = tmp_path / "child"
+    monkeypatch.setenv("KVQ_FAKE_CHILD", str(child))
+    monkeypatch.setattr(
+        run.time, "sleep", lambda seconds: (_ for _ in ()).throw(Ended) if child.exists() else None
+    )
+    plan = [run.Phase((run.Job("fakes:hangs", "batches", INT8.name),), 100, 1)]
+    runner = run.Runner(tmp_path / "out", 200, ("--device", "cpu", "--quick"), print)
+    with pytest.raises(Ended):
+        runner.run(plan)
+    deadline = time.monotonic() + 10
+    while (not child.read_text() or alive(int(child.read_text()))) and time.monotonic() < deadline:
+        pass
+    assert not alive(int(child.read_text()))
+    summary = evidence.summarize(tmp_path / "out")
+    assert summary.steps[0].word == "UNFINISHED" and not summary.good
+
+
+def test_without_a_gpu_it_says_what_it_needs(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert __main__.main(["--out", str(tmp_path), "--minutes", "2"]) == 2
+    text = capsys.readouterr().out
+    assert "no CUDA GPU for PyTorch" in text and "GPU_PYTHON" in text and "NOT REACHED" in text
+
+
+def test_the_plan_starts_with_cuda_and_fits_seven_minutes():
+    plan = run.phases(["cuda", "triton", "auto", "torch"], [f.name for f in candidates.ROWS])
+    order = [(job.candidate, job.step) for phase in plan for job in phase.jobs]
+    assert order[:2] == [("-", "machine"), ("cuda", "library")]
+    assert order.index(("cuda", "timing")) < min(
+        i for i, (candidate, _) in enumerate(order) if candidate == "triton"
+    )
+    assert ("auto", "dispatch") in order and ("triton", "memcheck") in order
+    assert sum(phase.least for phase in plan) < 420
+    for phase in plan:  # what is timed has the GPU to itself
+        assert phase.alone == (phase.jobs[0].step == "timing") and (
+            not phase.alone or len(phase.jobs) == 1
+        )
+
+
+# Evidence ---------------------------------------------------------------------------------------
+
+
+def test_a_half_finished_run_is_read(tmp_path, capsys):
+    lines = evidence.Lines(tmp_path)
+    lines.write("plan", planned=[("cuda", "grid"), ("cuda", "timing"), ("triton", "grid")])
+    mine = evidence.Lines(tmp_path, candidate="cuda", step="grid", part="fp8")
+    mine.write("start")
+    mine.write("pass", case="one")
+    mine.write("cut", left=9)
+    mine.write("end", code=0, how="")
+    other = evidence.Lines(tmp_path, candidate="cuda", step="timing")
+    other.write("start")
+    with (tmp_path / evidence.NAME).open("a") as file:
+        file.write('{"candidate": "cuda", "ste')  # the machine stopped here
+    assert __main__.main(["--summarize", str(tmp_path)]) == 1
+    text = capsys.readouterr().out
+    rows = table(text)
+    assert rows["cuda", "grid"] == "partly" and rows["cuda", "timing"] == "UNFINISHED"
+    assert rows["triton", "grid"] == "NOT" and "1 lines of cases.jsonl could not be read" in text
+    assert __main__.main(["--summarize", str(tmp_path / "nowhere")]) == 2
+
+
+def test_nothing_checked_is_not_good(tmp_path):
+    evidence.Lines(tmp_path).write("plan", planned=[])
+    assert not evidence.summarize(tmp_path).good
+
+
+# Sanitizers -------------------------------------------------------------------------------------
+
+FAKE = """#!/bin/sh
+if [ "$1" = --help ]; then echo "  --kernel-name arg   filter"; exit 0; fi
+echo "$@" >> "$(dirname "$0")/said"
+tool=$2
+while [ "$1" != "$KVQ_PYTHON" ]; do shift; done
+[ $tool = synccheck ] && { echo "========= Error: Device not supported"; exit 1; }
+"$@"
+case $tool in
+  racecheck) echo "========= Race reported at attend_kernel"; exit 86;;
+  initcheck) echo "========= Uninitialized read at elementwise_kernel"; exit 86;;
+esac
+"""
+
+
+def test_sanitizers(tmp_path, monkeypatch, capsys):
+    """memcheck clean, a race, a GPU that is not supported, and a report of torch's own kernel."""
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(FAKE)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("KVQ_PYTHON", run.sys.executable)
+    status, text = check(
+        capsys, tmp_path / "out", "--candidates", "reference", "--formats", INT8.name,
+        "--steps", ",".join(sanitize.TOOLS),
+    )  # fmt: skip
+    rows = table(text)
+    assert status == 1 and [rows["reference", t] for t in sanitize.TOOLS] == [
+        "ok", "FAILED", "not", "ok",
     ]  # fmt: skip
-    assert "not run: no tool" in said
+    assert "Race reported at attend_kernel" in text and "does not support" in text
+    said = (tool.parent / "said").read_text().splitlines()
+    for line in said:
+        assert "--report-api-errors no" in line
+        assert ("kns=attend_kernel" in line) == ("initcheck" not in line)
 
 
-def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    monkeypatch.setattr(build.Path, "exists", lambda self: "csrc" in str(self))
-    outcome = build.build("90", 1)
-    assert "nvcc" in outcome.skipped and "left out" in outcome.skipped
-    monkeypatch.setattr(sanitize, "find", lambda: None)
-    watched = {tool: sanitize.start(tool, ["cuda"]) for tool in sanitize.TOOLS}
-    assert "no compute-sanitizer" in sanitize.finish(watched, 1).skipped
+# The library ------------------------------------------------------------------------------------
 
 
-def test_sanitizer_findings_fail():
-    def process(code):
-        return subprocess.Popen(
-            [sys.executable, "-c", f"print('found'); exit({code})"],
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    outcome = sanitize.finish({"memcheck": process(0), "racecheck": process(86)}, 60)
-    assert outcome.passed == 1 and outcome.failures == ["racecheck: found\n"]
+def test_a_bundle_of_other_sources_is_not_used(tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").write_text(json.dumps({"sources": "0"}))
+    assert "make gpu-bundle again" in library.stale(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"sources": library.digest()}))
+    assert library.stale(tmp_path) == ""
+    assert "no readable manifest" in library.stale(tmp_path / "nowhere")
+    assert "is missing" in library.unusable(tmp_path / library.NAME)
 
 
-def test_a_failed_build_shows_the_compiler_s_words(monkeypatch):
-    monkeypatch.setattr(build, "missing_tools", lambda: "")
-
-    def failing(command, **kwargs):
-        return subprocess.CompletedProcess(command, 1, "", "error: no such thing")
-
-    monkeypatch.setattr(build.subprocess, "run", failing)
-    assert "no such thing" in build.build("90", 1).failures[0]
-
-
-def test_rows_go_into_the_csv_and_the_table(tmp_path):
-    shape = (64, 8192, 8, 4, 128, 16)
-    rows = [
-        timing.Row("copy", "torch", "", 0, 0, 0, 0, 0, 0, 0.0, 4300.0, 1.0),
-        timing.Row("attend", "cuda", "fp8_e4m3", *shape, 305.25, 3520.0, 0.8186),
-        timing.Row("store", "cuda", "fp8_e4m3", *shape, 9.5, 300.0, 0.07),
-    ]
-    timing.write_csv(tmp_path / "deep" / "gpu.csv", rows)
-    with (tmp_path / "deep" / "gpu.csv").open() as file:
-        read = list(csv.DictReader(file))
-    assert [r["kernel"] for r in read] == ["torch", "cuda", "cuda"]
-    assert float(read[1]["of_copy"]) == 0.8186
-    text = io.StringIO()
-    Console(file=text, width=100).print(__main__.table(rows))
-    lines = text.getvalue().splitlines()
-    assert len(lines) == 3 and lines[2].split() == [
-        "cuda", "fp8_e4m3", "64", "8192", "305", "3520", "82%",
-    ]  # fmt: skip
+def test_a_bundle_holds_library_manifest_and_golden_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(library, "build", lambda archs, to: (to / library.NAME).write_text("it"))
+    assert library.main(["--bundle", str(tmp_path)]) == 0
+    assert library.stale(tmp_path) == "" and "sm_90a" in capsys.readouterr().out
+    assert (tmp_path / "golden_cases.py").exists() and (
+        tmp_path / "golden" / "gpu_v1.json"
+    ).exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_what_it_needs(capsys):
-    assert __main__.main([]) == 2
-    assert "CUDA GPU" in capsys.readouterr().out
+def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    with pytest.raises(AssertionError, match="no nvcc and no cmake"):
+        library.build(("90",), tmp_path)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_check_on_this_gpu(tmp_path):
-    assert __main__.main(["--no-timing", "--out", str(tmp_path)]) == 0
-
-
-def test_format_names_that_are_timed_exist():
-    assert set(timing.FORMATS_TIMED) <= set(FORMATS)
+    assert __main__.main(["--steps", "bytes,batches,graphs", "--out", str(tmp_path)]) == 0

@@ -18,6 +18,9 @@ pytest.importorskip("vllm")
 
 OURS = {name: f"kvq_plugin.serving.gpu.KVQ_{format.name}" for name, format in FORMATS.items()}
 STOCK = "kvq_plugin.serving.stock_triton.StockTritonBackend"
+#: What vLLM 0.32 does not know; all else in FORMATS stays its own unless KVQ is named.
+OWN = ["int8"]
+TRITON = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 
 #: Layers that cannot be served, by what the message must say.
 REFUSED = {
@@ -37,7 +40,8 @@ SERVED = (
     {"use_adaptive_verification": True},
 )
 
-#: Engine arguments that must be refused before anything is loaded, by what the message must say.
+#: Engine arguments that must be refused before anything is loaded where the plugin serves, by what
+#: the message must say; vLLM's own fp8 is none of the plugin's business.
 ENGINES = {
     "blocks of 24 tokens: supported are multiples of 16": {"block_size": 24},
     "context parallelism": {"decode_context_parallel_size": 3, "tensor_parallel_size": 3},
@@ -50,20 +54,26 @@ ENGINES = {
 
 SELECT = f"""
 import json
-from kvq_plugin.serving.compat import added_backend
+from kvq_plugin.serving.compat.patches import added_backend
 own = added_backend("KVQ").name
 names, refused, served = {list(FORMATS)!r}, {list(REFUSED.values())!r}, {SERVED!r}
 found = {{
     "own": own,
-    "auto": [select(n) for n in names],
-    "named": [[select(n, b) for n in names] for b in (own, "TRITON_ATTN")],
-    "unquantized": [select("auto", b) for b in (None, own, "TRITON_ATTN", "FLASH_ATTN")],
-    "encoder": [select(n, attn_type="encoder_only") for n in ("fp8", "int8")],
+    "auto": {{n: select(n) for n in names}},
+    "stock": {{n: stock(n) for n in names if n != "int8"}},
+    "named": [select(n, own) for n in names],
+    "triton": [select("auto", "TRITON_ATTN"), select("fp8", "TRITON_ATTN")],
+    "unquantized": [select("auto", b) for b in (None, own, "FLASH_ATTN")],
+    "encoder": [select("fp8", own, attn_type="encoder_only"),
+                select("int8", attn_type="encoder_only")],
     "vllms": select("fp8", "FLASH_ATTN"),
-    "unknown to vllm": refusal(select, "int8", "FLASH_ATTN"),
-    "refused": [refusal(select, **layer) for layer in refused],
-    "served": [select(**layer) for layer in served],
-    "mla": select("fp8", use_mla=True, head_size=576),
+    "unknown to vllm": [refusal(select, "int8", b) for b in ("FLASH_ATTN", "TRITON_ATTN")],
+    "refused": [refusal(select, "fp8", own, **layer) for layer in refused],
+    "own refused": [refusal(select, "int8", **layer) for layer in refused],
+    "served": [select("fp8", own, **layer) for layer in served],
+    "mla": [select("fp8", use_mla=True, head_size=576),
+            stock("fp8", use_mla=True, head_size=576)],
+    "connector": [select("fp8", use_kv_connector=True), stock("fp8", use_kv_connector=True)],
 }}
 """
 CONFIGURE = f"""
@@ -72,15 +82,16 @@ model, engines = os.environ["MODEL"], {list(ENGINES.values())!r}
 def summary(dtype, backend=None, **more):
     config = engine(model, kv_cache_dtype=dtype, attention_backend=backend, **more)
     return [type(config.quant_config).__name__, config.cache_config.cache_dtype]
-fp8 = {{"kv_cache_dtype": "fp8"}}
+fp8 = {{"kv_cache_dtype": "fp8", "attention_backend": "KVQ"}}
+of_vllm = [{{"block_size": 24}}, engines[2]]  # its kernels may take them
 found |= {{
     "engines": [refusal(engine, model, **(fp8 | more)) for more in engines],
-    "configs": [summary("fp8", b) for b in (None, "KVQ", "TRITON_ATTN", "FLASH_ATTN")],
-    "foreign": [summary("nvfp4"), summary("fp8", "FLASH_ATTN", block_size=24)],
+    "configs": [summary("fp8", b) for b in ("KVQ", None, "TRITON_ATTN", "FLASH_ATTN")],
+    "foreign": [summary("nvfp4"), *(summary("fp8", **more) for more in of_vllm)],
     "pickle": pickle.dumps(engine(model, attention_backend="KVQ").attention_config).hex(),
 }}
 platform.capability = (7, 5)
-found["old GPU"] = [refusal(engine, model, **fp8), refusal(select, "fp8")]
+found["old GPU"] = [refusal(engine, model, **fp8), refusal(select, "fp8", "KVQ")]
 """
 PRINT = """
 print(json.dumps(found))
@@ -103,15 +114,24 @@ def platform(request) -> dict:
     return found
 
 
-def test_our_names_are_selected_by_themselves_and_by_name(platform):
-    assert platform["auto"] == list(OURS.values())
-    assert platform["named"] == [list(OURS.values())] * 2
+def test_names_that_vllm_has_stay_vllms(platform):
+    ours = {name: path for name, path in platform["auto"].items() if "kvq_plugin" in path}
+    assert ours == {name: OURS[name] for name in OWN}
+    assert platform["auto"] == platform["stock"] | ours
+
+
+def test_the_backend_that_is_named_has_all_names(platform):
+    assert platform["named"] == list(OURS.values())
+
+
+def test_triton_is_vllms(platform):
+    assert platform["triton"] == [TRITON, TRITON]
 
 
 def test_unquantized_layers_keep_vllms_choice(platform):
     """Under KVQ, the one vLLM would make without it."""
-    auto, kvq, triton, flash = platform["unquantized"]
-    assert flash == FLASH and triton == STOCK and kvq == auto
+    auto, kvq, flash = platform["unquantized"]
+    assert flash == FLASH and kvq == auto
     assert not auto.startswith("kvq_plugin")
 
 
@@ -121,17 +141,21 @@ def test_encoder_layers_have_no_cache(platform):
 
 def test_another_backend_is_left_alone(platform):
     assert platform["vllms"] == FLASH
-    says = platform["unknown to vllm"]
-    assert "FLASH_ATTN" in says and "drop --attention-backend" in says and "KVQ" in says
+    for name, says in zip(("FLASH_ATTN", "TRITON_ATTN"), platform["unknown to vllm"], strict=True):
+        assert name in says and "drop --attention-backend" in says and "KVQ" in says
 
 
-def test_mla_layers_are_not_touched(platform):
-    assert "kvq_plugin" not in platform["mla"]
+@pytest.mark.parametrize("layer", ["mla", "connector"])
+def test_fp8_runs_of_vllms_are_as_without_the_plugin(platform, layer):
+    with_plugin, without = platform[layer]
+    assert with_plugin == without and "kvq_plugin" not in with_plugin
 
 
 def test_layers_that_cannot_be_served_are_refused(platform):
     for says, message in zip(REFUSED, platform["refused"], strict=True):
         assert says in message and "--kv-cache-dtype auto" in message
+    for says, message in zip(REFUSED, platform["own refused"], strict=True):
+        assert says in message and message.endswith("--kv-cache-dtype auto")
     assert set(platform["served"]) == {OURS["fp8"]}
 
 
@@ -150,13 +174,13 @@ def test_gpus_without_kernels_are_refused(cuda):
     assert "compute capability not supported" in layer
 
 
-def test_scales_are_loaded_our_way_unless_the_backend_is_vllms(cuda):
-    assert cuda["configs"] == [["KVQConfig", "fp8"]] * 3 + [["NoneType", "fp8"]]
+def test_scales_are_loaded_our_way_under_our_backend_alone(cuda):
+    assert cuda["configs"] == [["KVQConfig", "fp8"]] + [["NoneType", "fp8"]] * 3
 
 
 def test_what_is_vllms_is_not_checked(cuda):
-    """Its own dtypes, and blocks we could not serve under its own backend."""
-    assert cuda["foreign"] == [["NoneType", "nvfp4"], ["NoneType", "fp8"]]
+    """Its own dtypes, and of fp8 all that is refused where it is ours."""
+    assert cuda["foreign"] == [["NoneType", "nvfp4"]] + [["NoneType", "fp8"]] * 2
 
 
 def test_a_config_that_names_the_backend_reaches_other_processes(cuda):

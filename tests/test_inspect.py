@@ -142,6 +142,33 @@ def test_plot(write):
     assert "expected a name that ends in .png" in report(path, path / "scales.pdf")[1]
 
 
+def test_layers_have_whole_numbers(write, monkeypatch):
+    from matplotlib.figure import Figure
+
+    ticks = []
+
+    def savefig(figure, file, **_):
+        ticks.extend(figure.axes[-1].get_xticks())
+        file.touch()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    path = write(scales(k_scale=CHANNEL, v_scale=0.5))
+    report(path, path / "scales.png")
+    assert ticks and all(tick == int(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_pipe_or_a_narrow_terminal_cuts_no_figure(write, width):
+    values = torch.linspace(0.0491234, 0.3, 64)
+    path = write(scales(k_scale=values, v_scale=values, q_scale=0.4321))
+    output = io.StringIO()
+    inspection_report.run(str(path), console=Console(file=output, width=width))
+    text = output.getvalue()
+    assert "…" not in text
+    for figure in ("0.04912", "0.1726", "0.3", "0.4321"):
+        assert figure in text
+
+
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a checkpoint's directory"):
         inspection.read("/no/such/place")

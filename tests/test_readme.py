@@ -1,4 +1,4 @@
-"""The README's table of KV caches says what the format table says."""
+"""The README's tables say what the code says: KV caches, and vLLM versions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvq_plugin.formats import FORMATS
+from kvq_plugin.serving.compat import RUN_VERSIONS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 # | `name`, `name` | formula | 136 (1.88x) | 264 (1.94x) | scales |
@@ -25,3 +26,9 @@ def test_bytes_and_ratios(names, figures):
         for name in names:
             stored = FORMATS[name].bytes_per_token(head_size)
             assert (str(stored), f"{4 * head_size / stored:.2f}") == (stated, ratio)
+
+
+def test_vllm_versions_are_those_that_are_run():
+    assert dict(re.findall(r"^\| (0\.\d+\.\d+) \| (.+) \|$", README, re.M)) == RUN_VERSIONS
+    first, *_, last = (version.rsplit(".", 1)[0] for version in RUN_VERSIONS)
+    assert f"vLLM {first} to {last}" in README

@@ -4,6 +4,7 @@ The comparison covers bytes that must not change: other slots, other layers, pad
 half of a shared byte that belongs to a neighbour.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 import oracle
@@ -317,6 +318,32 @@ def test_rewriting_a_slot_replaces_it(format, isa):
     assert torch.equal(got, want)
 
 
+@every_isa
+@every_format
+def test_the_last_token_of_a_slot_stays_whatever_the_threads(format, isa):
+    """128 lone tokens at one offset of their blocks, slots named twice and neighbours in between:
+    the same bytes from one thread and from several as from the reference."""
+    heads, head_size, block_size, tokens = 2, 64, 32, 200
+    g = torch.Generator().manual_seed(6)
+    key, value = (torch.randn(tokens, heads, head_size, generator=g).bfloat16() for _ in "kv")
+    lockstep = torch.randperm(140, generator=g)[:128] * block_size + 7
+    again = lockstep[torch.randperm(128, generator=g)[:40]]
+    slots = torch.cat([lockstep, again, again[:16] + 1, again[:16] - 1])
+    statics = scales(format, Granularity.HEAD, heads, head_size)
+    want = oracle.empty_cache(format, 140, heads, head_size, block_size)
+    reference.store(key, value, want, slots, format, *statics)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            got = torch.full_like(want, 0xFF)
+            with use_isa(isa):
+                ops.store(key, value, got, slots, format, *statics)
+            assert torch.equal(got, want), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
 # --- arguments -----------------------------------------------------------------------------------
 
 FORMAT = get_format("int8_per_token_head")
@@ -400,6 +427,44 @@ WRONG = {
             "value_static": reference.StaticScale.expand(1.0, 2, 64),
         },
         ("key", "[3, 64]", "[2, 64]"),
+    ),
+    **{
+        f"static {name}": (
+            {
+                "format": STATIC,
+                "cache": torch.zeros(3, 2, 16, 128, dtype=torch.uint8),
+                "key_static": reference.StaticScale.expand(1.0, 2, 64),
+                "value_static": replace(reference.StaticScale.expand(1.0, 2, 64), **changed),
+            },
+            ("value", "contiguous float32", "[2, 64]", *named),
+        )
+        for name, (changed, named) in {
+            "inverse dtype": ({"inverse": torch.ones(2, 64).double()}, ("inverse", "float64")),
+            "inverse expanded": ({"inverse": torch.ones(1).expand(2, 64)}, ("strides [0, 0]",)),
+            "inverse transposed": ({"inverse": torch.ones(64, 2).T}, ("strides [1, 2]",)),
+            "zero point dtype": (
+                {"zero_point": torch.zeros(2, 64, dtype=torch.int8)},
+                ("zero point", "int8"),
+            ),
+            "zero point shape": ({"zero_point": torch.zeros(2)}, ("zero point", "[2]")),
+            "inverse device": ({"inverse": torch.ones(2, 64, device="meta")}, ("meta", "cpu")),
+        }.items()
+    },
+    "head size 0": (
+        {
+            "key": torch.zeros(4, 2, 0),
+            "value": torch.zeros(4, 2, 0),
+            "cache": torch.zeros(3, 2, 16, 8, dtype=torch.uint8),
+        },
+        ("head size 0", "multiple of 16"),
+    ),
+    "no heads": (
+        {
+            "key": torch.zeros(4, 0, 64),
+            "value": torch.zeros(4, 0, 64),
+            "cache": torch.zeros(3, 0, 16, 136, dtype=torch.uint8),
+        },
+        ("cache", "[3, 0, 16, 136]"),
     ),
 }
 

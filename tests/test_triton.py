@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version as installed
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,21 +17,43 @@ from kvq_plugin.formats import get_format
 from kvq_plugin.kernels import launch
 
 ROOT = Path(__file__).parent.parent
+#: Triton 3.6, which PyTorch 2.11 for CUDA comes with.
+OTHER = Path(os.environ.get("KVQ_OTHER_TRITON", Path(sys.prefix, "other-triton")))
 FORMAT = get_format("int8_per_token_head")
 
 
-def test_interpreted_kernels():
-    """tests/interpreted, in a process of its own: TRITON_INTERPRET changes what Triton's import
-    and vLLM's do. On a machine with a GPU it is hidden, so that tensors stay on the CPU."""
+def pytest_of(triton: str, *arguments: str, **environment: str) -> None:
+    """Tests in a process of their own, under "this" Triton or the "other"."""
+    path = [str(ROOT)]
+    if triton == "other":
+        if not (OTHER / "triton").is_dir():
+            pytest.skip(f"no other Triton in {OTHER}: make test installs one there, where pip can")
+        path.insert(0, str(OTHER))
+    environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(path)}
+    version = subprocess.run(
+        [sys.executable, "-c", "import triton; print(triton.__version__)"],
+        env=environment, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    assert (version == installed("triton")) == (triton == "this")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
-         str(ROOT / "tests" / "interpreted")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
-             "PYTHONPATH": str(ROOT)},
-        cwd=ROOT, capture_output=True, text=True, timeout=290,
+         *(str(ROOT / "tests" / a) for a in arguments)],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=290,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("triton", ("this", "other"))
+def test_interpreted_kernels(triton):
+    """tests/interpreted, in a process of its own: TRITON_INTERPRET changes what Triton's import
+    and vLLM's do. On a machine with a GPU it is hidden, so that tensors stay on the CPU."""
+    pytest_of(triton, "interpreted", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+def test_compiled_kernels_of_the_other_triton(tmp_path):
+    """What test_triton_compile.py holds of this Triton's code, of the other's."""
+    pytest_of("other", "test_triton_compile.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
 # --- launches ------------------------------------------------------------------------------------

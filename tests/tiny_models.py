@@ -6,6 +6,7 @@ mask, window or bias moves every log-probability by much more than quantization 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,51 @@ def make(folder: Path, feature: str, **changes) -> Path:
     path = folder / "-".join([feature, *changes])
     model.save_pretrained(path)
     return path
+
+
+IMAGE_SIDE = 64  # pixels
+
+
+def make_multimodal(folder: Path) -> Path:
+    """Write a model that sees images (Idefics3, with the built-in model's tokenizer).
+
+    Of the image models one that needs no torchvision; it attends causally over everything.
+    """
+    from transformers import (
+        AutoTokenizer,
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+    )
+
+    from kvq_plugin.model import builtin_model
+
+    size = {"longest_edge": IMAGE_SIDE}
+    images = Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
+    tokenizer = AutoTokenizer.from_pretrained(builtin_model())
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=4)
+    config = Idefics3Config(
+        text_config={**_BASE, "model_type": "llama", "vocab_size": len(processor.tokenizer)},
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": IMAGE_SIDE,
+            "patch_size": 16,
+            "initializer_range": STD,
+        },
+        image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    torch.manual_seed(0)
+    path = folder / "idefics3"
+    Idefics3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def image_token(model: Path) -> int:
+    """The token that stands for an image in a prompt for *model*."""
+    return json.loads((model / "config.json").read_text())["image_token_id"]

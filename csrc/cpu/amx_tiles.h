@@ -30,7 +30,7 @@ struct AmxTiles {
     bool written;
     uint8_t data[kTileRows][kTileRowBytes];
   };
-  static inline thread_local Register registers[kTileRegisters];
+  static inline thread_local Register* registers;  // the session's, on the stack
 
   static void require(bool holds) {
     if (!holds) __builtin_trap();
@@ -44,13 +44,11 @@ struct AmxTiles {
     }
   }
 
-  static void release() {
-    for (Register& r : registers) r = {};
-  }
+  static void release() { registers = nullptr; }
 
   template <int T>
   static Register& at() {
-    require(registers[T].rows > 0);
+    require(registers != nullptr && registers[T].rows > 0);
     return registers[T];
   }
 
@@ -135,6 +133,9 @@ class TileSession {
  public:
   TileSession(bool wanted, int rows) : wanted_(wanted) {
     if (!wanted) return;
+#if defined(KVQ_AMX_EMULATED)
+    AmxTiles::registers = registers_;
+#endif
     TileShapes shapes{};
     shapes.palette = 1;
     for (int t = 0; t < kTileRegisters; ++t) {
@@ -150,6 +151,9 @@ class TileSession {
   TileSession& operator=(const TileSession&) = delete;
 
  private:
+#if defined(KVQ_AMX_EMULATED)
+  AmxTiles::Register registers_[kTileRegisters];
+#endif
   const bool wanted_;
 };
 

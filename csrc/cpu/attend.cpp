@@ -1,9 +1,9 @@
 // Paged attention that dequantizes on read. Compiled once per ISA.
 //
-// plan.h cuts the work up. A chunk of 512 tokens is attended on its own and merged into the
-// running result in order; whether one thread does all chunks of an item or many threads do some
-// each changes nothing. So a row's output depends on its own sequence alone, bit for bit: not on
-// the batch, the number of threads, or how a prompt was cut into prefill chunks.
+// plan.h cuts the work up. A chunk of 512 tokens is attended on its own, and chunks' results merge
+// in an order that their positions fix; whether one thread does all chunks of an item or many
+// threads do some each changes nothing. So a row's output depends on its own sequence alone, bit
+// for bit: not on the batch, the number of threads, or how a prompt was cut into prefill chunks.
 #include "dot_amx.h"
 #include "dot_bf16.h"
 #include "dot_fp32.h"
@@ -58,15 +58,15 @@ struct Kernel {
   struct Head {
     typename KeyDot::Query query;
     RowFacts facts;
-    alignas(64) float chunk[State::floats(kMaxRows, kMaxHead)];
-    alignas(64) float running[State::floats(kMaxRows, kMaxHead)];
   };
 
+  // What a worker needs for whatever it works on; heads and their states lie behind it.
   struct Scratch {
     typename KeyDot::Tiles key_tiles;
     typename ValueDot::Tiles value_tiles;
     typename ValueDot::Weights weights;
     alignas(64) float scores[kMaxRows * kTile];
+    alignas(64) uint8_t numbers[has_nan(kF.value.code) ? kTile * kMaxHead : 64];  // of a tile's V
     float alpha[kMaxRows], gamma[kMaxRows];
   };
 
@@ -74,12 +74,14 @@ struct Kernel {
   const AttendParams& p;
   const Item& item;
   Scratch& s;
-  Head* heads;  // [item.heads]
+  Head* heads;    // [item.heads]
+  float* states;  // [stack depth, item.heads]
   const long d;
 
-  long token(int r) const { return p.query_start[item.seq] + (item.first + r) / plan.group; }
+  long token(int r) const { return p.query_start[item.seq] + (item.first + r) / plan.heads_per_kv; }
   long query_head(int h, int r) const {
-    return static_cast<long>(item.head + h) * plan.group + (item.first + r) % plan.group;
+    return static_cast<long>(item.head + h) * plan.heads_per_kv +
+           (item.first + r) % plan.heads_per_kv;
   }
 
   void prepare(int h) {
@@ -99,6 +101,7 @@ struct Kernel {
     const float factor = (scale && uniform ? scale[0] * unit : unit) * gain;
     at.facts.softcap = p.softcap;
     at.facts.shaped = p.softcap > 0.0f || p.alibi_slopes;
+    at.facts.common = {0, length};
     alignas(64) float q[kMaxHead];
     for (int r = 0; r < item.rows; ++r) {
       load_row(p.query, token(r), query_head(h, r), d, q);
@@ -112,8 +115,11 @@ struct Kernel {
       }
       KeyDot::set_query(at.query, r, d, q, factor);
       at.facts.key_bias[r] = bias * unit;
-      at.facts.position[r] = length - count + (item.first + r) / plan.group;
-      at.facts.span[r] = visible(p, at.facts.position[r], length);
+      at.facts.position[r] = length - count + (item.first + r) / plan.heads_per_kv;
+      const Span seen = visible(p, at.facts.position[r], length);
+      at.facts.span[r] = seen;
+      if (seen.begin > at.facts.common.begin) at.facts.common.begin = seen.begin;
+      if (seen.end < at.facts.common.end) at.facts.common.end = seen.end;
       at.facts.slope[r] = p.alibi_slopes ? p.alibi_slopes[query_head(h, r)] * kLog2e : 0.0f;
     }
   }
@@ -172,14 +178,66 @@ struct Kernel {
                                                    s.alpha,    s.gamma,   {},         {}};
     softmax.load(tile);
     softmax.run(state, item.rows, t0);
+    if constexpr (has_nan(kF.value.code)) {
+      const Span& common = head.facts.common;
+      const bool even = common.begin <= t0 + tile.begin && common.end >= t0 + tile.end;
+      if (!even && find_nan(tile)) return accumulate_apart(head, state, t0, tile);
+    }
+    accumulate(state, tile);
+  }
+
+  void accumulate(State state, const Tile& tile) {
     ValueDot::accumulate(s.weights, s.value_tiles, tile, item.rows, d, s.alpha, s.gamma, state.acc);
+  }
+
+  // Whether a tile's V holds a code that is no finite number.
+  bool find_nan(const Tile& tile) const {
+    U16 found{};
+    for (int g = 0; g < kGroups; ++g) {
+      for (long i = 0; i < kLanes * d; i += 64) {
+        found |= (load<U16>(tile.now.value[g] + i) & 0x7F7F7F7Fu) + 0x01010101u * kPastFinite;
+      }
+    }
+    return largest(cast<I16>((found & 0x80808080u) >> 7)) != 0;
+  }
+  // Added to a magnitude of 7 bits, sets the eighth where it is past the finite ones.
+  static constexpr uint32_t kPastFinite = kF.value.code == Code::kFp8E5M2 ? 4 : 1;
+
+  // Rows that do not see the same tokens share a tile's V, and 0 * NaN is NaN: such codes are taken
+  // out, and added to the rows that see their tokens.
+  __attribute__((noinline, cold)) void accumulate_apart(const Head& head, State state, long t0,
+                                                        const Tile& tile) {
+    Tile finite = tile;
+    const auto for_each_nan = [&](const auto& visit) {
+      for (int g = 0; g < kGroups; ++g) {
+        for (long i = 0; i < kLanes * d; ++i) {
+          const uint8_t code = tile.now.value[g][i];
+          if (((code & 0x7Fu) + kPastFinite) & 0x80u) visit(g, i, code);
+        }
+      }
+    };
+    for (int g = 0; g < kGroups; ++g) {
+      uint8_t* to = s.numbers + g * kLanes * d;
+      memcpy(to, tile.now.value[g], static_cast<size_t>(kLanes * d));
+      finite.now.value[g] = to;
+    }
+    for_each_nan([&](int g, long i, uint8_t) { s.numbers[g * kLanes * d + i] = 0; });
+    accumulate(state, finite);
+    for_each_nan([&](int g, long i, uint8_t code) {
+      const long token = t0 + g * kLanes + i / (4 * d) * 4 + i % 4, channel = i % (4 * d) / 4;
+      for (int r = 0; r < item.rows; ++r) {
+        const Span& seen = head.facts.span[r];
+        if (token < seen.begin || token >= seen.end) continue;
+        state.acc[r * d + channel] += Codec<kF.value.code>::decode(code);
+      }
+    });
   }
 
   // One chunk, for every head its state. Blocks outside, heads inside: in the order of memory.
   template <class StateOf>
-  void attend_chunk(int chunk, const StateOf& state_of) {
+  void attend_chunk(long chunk, const StateOf& state_of) {
     for (int h = 0; h < item.heads; ++h) state_of(h).clear(item.rows, d);
-    long start = (item.first_chunk + chunk) * kChunk;
+    long start = chunk * kChunk;
     const long stop = start + kChunk < item.end ? start + kChunk : item.end;
     if (item.begin > start) start += (item.begin - start) / kTile * kTile;
     const long size = p.cache.block_size;
@@ -238,51 +296,77 @@ struct Kernel {
     }
   }
 
-  static void run(void* context, int /*worker*/, long index) {
+  // Chunks [begin, end), which lie in one node, for every head: into state_of(0, head). Those at
+  // higher places of the stack hold what waits for its right half.
+  template <class StateOf>
+  void attend_node(long begin, long end, const StateOf& state_of) {
+    int depth = 0;
+    const auto merge_last = [&] {
+      --depth;
+      for (int h = 0; h < item.heads; ++h) {
+        merge(state_of(depth - 1, h), state_of(depth, h), item.rows, d);
+      }
+    };
+    for (long c = begin; c < end; ++c) {
+      attend_chunk(c, [&](int h) { return state_of(depth, h); });
+      ++depth;
+      for (long node = c; node % 2 == 1 && depth > 1; node /= 2) merge_last();
+    }
+    while (depth > 1) merge_last();
+  }
+
+  static void run(void* context, int worker, long index) {
     const Plan& plan = *static_cast<const Plan*>(context);
     const Unit unit = plan.units[index];
-    Item& item = plan.items[unit.item];
-    char* memory = static_cast<char*>(
-        scratch_memory.reserve(static_cast<long>(sizeof(Scratch) + kMaxRows * sizeof(Head))));
+    const Item& item = plan.items[unit.item];
+    char* memory = plan.workers + worker * plan.worker_bytes;
+    Head* heads = reinterpret_cast<Head*>(memory + sizeof(Scratch));
     Kernel k{plan,
              *plan.params,
              item,
              *reinterpret_cast<Scratch*>(memory),
-             reinterpret_cast<Head*>(memory + sizeof(Scratch)),
+             heads,
+             reinterpret_cast<float*>(heads + item.heads),
              plan.params->cache.head_size};
     fit_output(k.s.weights, plan.params->query.type, kF.value.per_token);
 #if defined(KVQ_AMX)
-    const TileSession session(
-        item.rows > kBlockRows && (kUsesTiles<KeyDot> || kUsesTiles<ValueDot>), item.rows);
+    const TileSession session(item.rows > kPassRows && (kUsesTiles<KeyDot> || kUsesTiles<ValueDot>),
+                              item.rows);
 #endif
     for (int h = 0; h < item.heads; ++h) k.prepare(h);
-    const int rows = item.rows;
-    const auto running = [&](int h) { return State::at(k.heads[h].running, rows); };
-    const auto scratch = [&](int h) { return State::at(k.heads[h].chunk, rows); };
-    const auto partial = [&](int c, int h) { return State::at(plan.partial(item, c, h), rows); };
-    if (unit.end - unit.begin == item.num_chunks) {
-      k.attend_chunk(0, running);
-      for (int c = 1; c < item.num_chunks; ++c) {
-        k.attend_chunk(c, scratch);
-        for (int h = 0; h < item.heads; ++h) merge(running(h), scratch(h), rows, k.d);
-      }
-      for (int h = 0; h < item.heads; ++h) k.finish(h, running(h));
+    const long size = plan.state_floats(item), mine = index - item.first_unit;
+    const bool split = plan.is_split(item);
+    const auto partial = [&](long unit, int h) {
+      return State::at(plan.partial(item, unit, h), item.rows);
+    };
+    k.attend_node(unit.begin, unit.end, [&](int depth, int h) {
+      if (split && depth == 0) return partial(mine, h);
+      return State::at(k.states + (static_cast<long>(depth) * item.heads + h) * size, item.rows);
+    });
+    if (!split) {
+      for (int h = 0; h < item.heads; ++h) k.finish(h, State::at(k.states + h * size, item.rows));
       return;
     }
-    for (int c = unit.begin; c < unit.end; ++c) {
-      k.attend_chunk(c, [&](int h) { return partial(c, h); });
-    }
-    if (__atomic_sub_fetch(&item.pending, 1, __ATOMIC_ACQ_REL) != 0) return;
-    for (int h = 0; h < item.heads; ++h) {
-      for (int c = 1; c < item.num_chunks; ++c) merge(partial(0, h), partial(c, h), rows, k.d);
-      k.finish(h, partial(0, h));
-    }
+    const bool done = join(plan, item, index, [&](long left, long right) {
+      for (int h = 0; h < item.heads; ++h) {
+        merge(partial(left, h), partial(right, h), item.rows, k.d);
+      }
+    });
+    if (!done) return;
+    for (int h = 0; h < item.heads; ++h) k.finish(h, partial(0, h));
   }
 };
 
+// One format's kernel.
+struct Entry {
+  Runtime::Body run;
+  ScratchSize scratch;
+};
+
 template <int... I>
-Runtime::Body pick(int format, IndexList<I...>) {
-  static constexpr Runtime::Body kTable[] = {Kernel<I>::run...};
+Entry pick(int format, IndexList<I...>) {
+  static constexpr Entry kTable[] = {
+      {Kernel<I>::run, {sizeof(typename Kernel<I>::Scratch), sizeof(typename Kernel<I>::Head)}}...};
   return kTable[format];
 }
 
@@ -294,9 +378,11 @@ void attend(const AttendParams& p, const Runtime& runtime) {
   Plan plan{};
   plan.params = &p;
   plan.layout = page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size);
-  plan.group = static_cast<int>(p.num_heads / p.cache.num_kv_heads);
-  const long units = make_plan(plan, runtime.num_threads);
-  runtime.parallel_for(units, runtime.num_threads, pick(p.format, FormatIndices{}), &plan);
+  plan.heads_per_kv = static_cast<int>(p.num_heads / p.cache.num_kv_heads);
+  const Entry entry = pick(p.format, FormatIndices{});
+  const int threads = work_of(p, plan.heads_per_kv) < kAlone ? 1 : runtime.num_threads;
+  make_plan(plan, threads, entry.scratch, runtime.memory);
+  runtime.parallel_for(plan.num_units, threads, entry.run, &plan);
 }
 
 }  // namespace KVQ_ISA

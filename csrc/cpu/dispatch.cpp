@@ -1,5 +1,5 @@
 // Chooses among the compiled ISAs by what the processor reports.
-#include <cstdlib>
+#include <atomic>
 #include <cstring>
 
 #if defined(KVQ_X86)
@@ -13,6 +13,15 @@
 #include "kernels.h"
 
 namespace kvq {
+
+// Null where a build leaves one out, as those of other processors do.
+extern const KernelTable kAvx2Kernels __attribute__((weak));
+extern const KernelTable kAvx2VnniKernels __attribute__((weak));
+extern const KernelTable kAvx512Kernels __attribute__((weak));
+extern const KernelTable kAvx512Bf16Kernels __attribute__((weak));
+extern const KernelTable kAmxKernels __attribute__((weak));
+extern const KernelTable kAmxEmulatedKernels __attribute__((weak));
+
 namespace {
 
 bool has_avx2() {
@@ -54,37 +63,47 @@ bool has_amx() {
          __builtin_cpu_supports("amx-int8") && may_use_tiles();
 }
 
-const KernelTable* g_supported[7];
-const KernelTable* g_current = nullptr;
+// Best first; null past the last.
+struct Supported {
+  const KernelTable* tables[7] = {};
+  Supported() {
+    int n = 0;
+#if defined(KVQ_X86)
+    const auto add = [&](const KernelTable* table, bool runs) {
+      if (table != nullptr && runs) tables[n++] = table;
+    };
+    __builtin_cpu_init();
+    add(&kAmxKernels, has_amx());
+    add(&kAvx512Bf16Kernels, has_avx512_bf16());
+    add(&kAvx512Kernels, has_avx512());
+    add(&kAvx2VnniKernels, has_avx2_vnni());
+    add(&kAvx2Kernels, has_avx2());
+#endif
+    tables[n] = &kGenericKernels;
+  }
+};
+
+// What use_kernels() chose; null: the best one.
+std::atomic<const KernelTable*> g_chosen{nullptr};
 
 }  // namespace
 
 const KernelTable* const* supported_kernels() {
-  if (!g_supported[0]) {
-    __builtin_cpu_init();
-    int n = 0;
-#if defined(KVQ_X86)
-    if (has_amx()) g_supported[n++] = &kAmxKernels;
-    if (has_avx512_bf16()) g_supported[n++] = &kAvx512Bf16Kernels;
-    if (has_avx512()) g_supported[n++] = &kAvx512Kernels;
-    if (has_avx2_vnni()) g_supported[n++] = &kAvx2VnniKernels;
-    if (has_avx2()) g_supported[n++] = &kAvx2Kernels;
-#endif
-    g_supported[n] = &kGenericKernels;
-  }
-  return g_supported;
+  static const Supported supported;  // by the first thread that asks; others wait for it
+  return supported.tables;
 }
 
 bool use_kernels(const char* name) {
   for (const KernelTable* const* t = supported_kernels(); *t; ++t) {
     if (std::strcmp((*t)->name, name) == 0) {
-      g_current = *t;
+      g_chosen = *t;
       return true;
     }
   }
 #if defined(KVQ_X86)
-  if (std::strcmp(kAmxEmulatedKernels.name, name) == 0 && has_avx512_bf16()) {
-    g_current = &kAmxEmulatedKernels;
+  const KernelTable* emulated = &kAmxEmulatedKernels;
+  if (emulated && std::strcmp(emulated->name, name) == 0 && has_avx512_bf16()) {
+    g_chosen = emulated;
     return true;
   }
 #endif
@@ -92,8 +111,8 @@ bool use_kernels(const char* name) {
 }
 
 const KernelTable& current_kernels() {
-  if (!g_current) g_current = supported_kernels()[0];
-  return *g_current;
+  const KernelTable* chosen = g_chosen;
+  return chosen ? *chosen : *supported_kernels()[0];
 }
 
 }  // namespace kvq

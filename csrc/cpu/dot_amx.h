@@ -18,28 +18,28 @@ namespace {
 template <Code C>
 struct AmxDot : VnniDot<C> {
   using Base = VnniDot<C>;
-  static constexpr int kWord = Base::kWord, kParts = Base::kParts;
+  static constexpr int kWord = Base::kWord, kOperands = Base::kOperands;
   static constexpr int kLimbs = 2 * kTileBytes;  // a tile of high limbs, then one of low limbs
-  static constexpr int kBlocks = kMaxHead / kTileRowBytes;
+  static constexpr int kSteps = kMaxHead / kTileRowBytes;
 
   struct Query : Base::Query {
-    alignas(64) int8_t tiles[kMaxRows / kTileRows * kBlocks * kLimbs];  // [row/16][dim/64] limbs
+    alignas(64) int8_t tiles[kMaxRows / kTileRows * kSteps * kLimbs];  // [row/16][dim/64] limbs
   };
   struct Tiles : Base::Tiles {
     alignas(64) uint8_t codes[kMaxHead * kTile];                // lines that had to be copied
     alignas(64) int8_t weights[kMaxRows / kTileRows * kLimbs];  // [row/16] limbs
-    alignas(64) int32_t sums[4 * kTileRows * kLanes];           // [column block][limb][row][16]
+    alignas(64) int32_t sums[4 * kTileRows * kLanes];           // [column tile][limb][row][16]
   };
   using Weights = typename Base::Weights;
 
   static void set_query(Query& s, int row, long d, const float* q, float uniform) {
     Base::set_query(s, row, d, q, uniform);
     const int8_t* from = s.limbs + Base::query_at(row, 0);
-    int8_t* to = s.tiles + row / kTileRows * (kBlocks * kLimbs) + row % kTileRows * kTileRowBytes;
+    int8_t* to = s.tiles + row / kTileRows * (kSteps * kLimbs) + row % kTileRows * kTileRowBytes;
     for (long i = 0; i < d; i += 4) {
       int8_t* at = to + i / 64 * kLimbs + i % 64;
-      memcpy(at, from + i * kBlockRows * 2, 4);
-      memcpy(at + kTileBytes, from + i * kBlockRows * 2 + 4, 4);
+      memcpy(at, from + i * kPassRows * 2, 4);
+      memcpy(at + kTileBytes, from + i * kPassRows * 2 + 4, 4);
     }
     // Past the last dim: zeros here, so that any codes do.
     for (long i = d; i % 64 != 0; i += 4) {
@@ -49,8 +49,8 @@ struct AmxDot : VnniDot<C> {
     }
   }
 
-  // Sixteen rows' limbs, `steps` times 64 bytes of them, times two blocks of sixteen columns.
-  // column(j, step): where block j's tile of codes lies. visit(step) runs beside the products,
+  // Sixteen rows' limbs, `steps` times 64 bytes of them, times two tiles of sixteen columns.
+  // column(j, step): where the codes of tile j lie. visit(step) runs beside the products,
   // which leave memory idle: time to prefetch.
   template <class Column, class Visit>
   static KVQ_HD void multiply(const int8_t* limbs, long steps, long stride, const Column& column,
@@ -76,7 +76,7 @@ struct AmxDot : VnniDot<C> {
     AmxTiles::store<3>(sums + 3 * kTileRows * kLanes, kTileRowBytes);
   }
 
-  // Row r's sums over column block j; `start` is what they start from.
+  // Row r's sums over column tile j; `start` is what they start from.
   static KVQ_HD F16 product(const int32_t* sums, int j, int r, int32_t start) {
     const int32_t* high = sums + (2 * j * kTileRows + r) * kLanes;
     return Base::combine(load<Ints>(high), load<Ints>(high + kTileRows * kLanes) + start);
@@ -85,41 +85,41 @@ struct AmxDot : VnniDot<C> {
   // A line of codes as the one or two rows of a tile that it makes.
   static KVQ_HD void spread(const uint8_t* line, uint8_t* to) {
     const Ints codes = load<Ints>(line);
-    unroll<kParts>([&](auto part) KVQ_UNROLLED {
-      save(to + part * kTileRowBytes, Base::template operand<part>(codes));
+    unroll<kOperands>([&](auto i) KVQ_UNROLLED {
+      save(to + i * kTileRowBytes, Base::template operand<i>(codes));
     });
   }
 
   static void score(const Query& s, Tiles& tiles, const Tile& tile, int rows, long d,
                     float* scores) {
-    if (rows <= kBlockRows) return Base::score(s, tiles, tile, rows, d, scores);
-    const long lines = d / kWord, blocks = (d + 63) / 64;
-    // Whole blocks of byte codes lie as tiles do.
-    const long whole = kParts == 1 ? d / 64 : 0;
+    if (rows <= kPassRows) return Base::score(s, tiles, tile, rows, d, scores);
+    const long lines = d / kWord, steps = (d + 63) / 64;
+    // Byte codes of 64 dims lie as tiles do.
+    const long whole = kOperands == 1 ? d / 64 : 0;
     for (int g = 0; g < kGroups; ++g) {
       for (long i = whole * kTileRows; i < lines; ++i) {
         spread(tile.now.key[g] + i * 64,
-               tiles.codes + g * blocks * kTileBytes + i * kParts * kTileRowBytes);
+               tiles.codes + g * steps * kTileBytes + i * kOperands * kTileRowBytes);
       }
     }
     for (int row = 0; row < rows; row += kTileRows) {
       for (int g = 0; g < kGroups; g += 2) {
         const auto column = [&](int j, long i) KVQ_UNROLLED {
           return i < whole ? tile.now.key[g + j] + i * kTileBytes
-                           : tiles.codes + ((g + j) * blocks + i) * kTileBytes;
+                           : tiles.codes + ((g + j) * steps + i) * kTileBytes;
         };
         const auto fetch = [&](long i) KVQ_UNROLLED {
           if (row > 0) return;
-          const long end = (i + 1) * kTileRows / kParts;
-          for (long at = i * kTileRows / kParts; at < (end < lines ? end : lines); ++at) {
+          const long end = (i + 1) * kTileRows / kOperands;
+          for (long at = i * kTileRows / kOperands; at < (end < lines ? end : lines); ++at) {
             prefetch(tile.next.key[g] + at * 64);
             prefetch(tile.next.key[g + 1] + at * 64);
           }
         };
-        multiply(s.tiles + row / kTileRows * (kBlocks * kLimbs), blocks, kTileRowBytes, column,
+        multiply(s.tiles + row / kTileRows * (kSteps * kLimbs), steps, kTileRowBytes, column,
                  tiles.sums, fetch);
         for (int r = 0; r < kTileRows && row + r < rows; ++r) {
-          const int32_t start = -Base::kOffset * s.total[row + r];
+          const int32_t start = Base::offset(s, row + r);
           float* out = scores + (row + r) * kTile + g * kLanes;
           save16(out, product(tiles.sums, 0, r, start) * s.step[row + r]);
           save16(out + kLanes, product(tiles.sums, 1, r, start) * s.step[row + r]);
@@ -149,10 +149,10 @@ struct AmxDot : VnniDot<C> {
 
   static void accumulate(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
                          const float* alpha, const float* gamma, float* acc) {
-    if (rows <= kBlockRows) return Base::accumulate(s, tiles, tile, rows, d, alpha, gamma, acc);
+    if (rows <= kPassRows) return Base::accumulate(s, tiles, tile, rows, d, alpha, gamma, acc);
     arrange(s, rows, tiles.weights);
     // Byte codes of 64 tokens in a row lie d * 4 bytes from line to line.
-    bool even = kParts == 1;
+    bool even = kOperands == 1;
     for (int g = 1; g < kGroups; ++g) {
       even &= tile.now.value[g] == tile.now.value[0] + g * (kLanes / kWord) * d * 4;
     }
@@ -161,7 +161,7 @@ struct AmxDot : VnniDot<C> {
         const int g = i / (kLanes / kWord), w = i % (kLanes / kWord);
         for (long j = 0; j < d / kLanes; ++j) {
           spread(tile.now.value[g] + (w * d + j * kLanes) * 4,
-                 tiles.codes + j * kTileBytes + i * kParts * kTileRowBytes);
+                 tiles.codes + j * kTileBytes + i * kOperands * kTileRowBytes);
         }
       }
     }

@@ -113,11 +113,11 @@ struct Bf16Dot {
 
   static void set_query(Query& s, int row, long d, const float* q, float uniform) {
     __mmask16 inexact = 0;
-    uint32_t* to = s.limbs + row / kBlockRows * (kBlockRows * kMaxHead) + row % kBlockRows * 4;
+    uint32_t* to = s.limbs + row / kPassRows * (kPassRows * kMaxHead) + row % kPassRows * 4;
     for (long i = 0; i < d; i += kLanes) {
       alignas(64) uint32_t words[kLanes];
       _mm512_store_si512(words, bf16_limbs(reinterpret_cast<__m512>(load16(q + i)), inexact));
-      for (int j = 0; j < 4; ++j) memcpy(to + (i / 4 + j) * (kBlockRows * 4), words + j * 4, 16);
+      for (int j = 0; j < 4; ++j) memcpy(to + (i / 4 + j) * (kPassRows * 4), words + j * 4, 16);
     }
     s.exact[row] = inexact == 0;
     s.step[row] = uniform;
@@ -165,7 +165,7 @@ struct Bf16Dot {
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          const uint32_t* at = q + w * (kBlockRows * 4) + r * 4;
+          const uint32_t* at = q + w * (kPassRows * 4) + r * 4;
           dpbf16(acc[r][g], even, broadcast(at));
           dpbf16(acc[r][g], odd, broadcast(at + 1));
           if constexpr (!kExact) {
@@ -186,8 +186,8 @@ struct Bf16Dot {
   }
 
   template <int R, bool kDecoded>
-  static void score_block(const Query& s, const Tiles& tiles, const Tile& tile, int row, long d,
-                          float* scores) {
+  static void score_pass(const Query& s, const Tiles& tiles, const Tile& tile, int row, long d,
+                         float* scores) {
     bool exact = true;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) exact &= s.exact[row + r];
@@ -198,11 +198,11 @@ struct Bf16Dot {
 
   static void score(const Query& s, Tiles& tiles, const Tile& tile, int rows, long d,
                     float* scores) {
-    if (rows > kBlockRows) decode_key(tile, d, tiles.decoded);
-    for_row_blocks(rows, [&](auto n, int row) {
+    if (rows > kPassRows) decode_key(tile, d, tiles.decoded);
+    for_each_pass(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value;
-      if (rows > kBlockRows) return score_block<R, true>(s, tiles, tile, row, d, scores);
-      score_block<R, false>(s, tiles, tile, row, d, scores);
+      if (rows > kPassRows) return score_pass<R, true>(s, tiles, tile, row, d, scores);
+      score_pass<R, false>(s, tiles, tile, row, d, scores);
     });
   }
 
@@ -293,8 +293,8 @@ struct Bf16Dot {
   }
 
   template <int R, bool kDecoded, bool kEdge, bool kSingle>
-  static void accumulate_block(const Weights& s, const Tiles& tiles, const Tile& tile, int row,
-                               long d, const float* alpha, const float* gamma, float* acc) {
+  static void accumulate_pass(const Weights& s, const Tiles& tiles, const Tile& tile, int row,
+                              long d, const float* alpha, const float* gamma, float* acc) {
     long i = 0;
     for (; i + 64 <= d; i += 64) {
       accumulate_rows<R, 4, kDecoded, kEdge, kSingle>(s, tiles, tile, row, d, i, alpha, gamma, acc);
@@ -307,12 +307,12 @@ struct Bf16Dot {
   template <bool kSingle>
   static void accumulate_all(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
                              const float* alpha, const float* gamma, float* acc) {
-    const bool decoded = rows > kBlockRows, edge = tile.begin > 0 || tile.end < kTile;
+    const bool decoded = rows > kPassRows, edge = tile.begin > 0 || tile.end < kTile;
     if (decoded) decode_value(tile, d, tiles.decoded);
-    for_row_blocks(rows, [&](auto n, int row) {
+    for_each_pass(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value;
       const auto run = [&](auto decoded, auto edge) {
-        accumulate_block<R, decoded, edge, kSingle>(s, tiles, tile, row, d, alpha, gamma, acc);
+        accumulate_pass<R, decoded, edge, kSingle>(s, tiles, tile, row, d, alpha, gamma, acc);
       };
       if (decoded) return run(Int<true>{}, Int<false>{});
       edge ? run(Int<false>{}, Int<true>{}) : run(Int<false>{}, Int<false>{});

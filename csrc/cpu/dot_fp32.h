@@ -11,13 +11,13 @@ namespace {
 // Rows of a pass over the decoded tile, and the F16 of it that a pass of so many rows takes.
 #if defined(__AVX512F__)
 constexpr int kFp32Rows = 4;
-constexpr int fp32_span(int /*rows*/) { return 4; }  // 16 zmm accumulators
+constexpr int fp32_vectors(int /*rows*/) { return 4; }  // 16 zmm accumulators
 #elif defined(__AVX2__)
 constexpr int kFp32Rows = 2;
-constexpr int fp32_span(int rows) { return rows == 1 ? 4 : 2; }  // 8 ymm accumulators
+constexpr int fp32_vectors(int rows) { return rows == 1 ? 4 : 2; }  // 8 ymm accumulators
 #else
 constexpr int kFp32Rows = 2;
-constexpr int fp32_span(int rows) { return rows == 1 ? 2 : 1; }  // 8 xmm accumulators
+constexpr int fp32_vectors(int rows) { return rows == 1 ? 2 : 1; }  // 8 xmm accumulators
 #endif
 
 // A field of sixteen 32-bit words as fp32 values of code C.
@@ -74,21 +74,21 @@ struct Fp32Dot {
 
   template <int R>
   static void score_rows(const Query& s, const Tiles& tiles, int row, long d, float* scores) {
-    constexpr int kSpan = fp32_span(R);
-    for (int g = 0; g < kGroups; g += kSpan) {
-      F16 sum[R][kSpan] = {};
+    constexpr int kVectors = fp32_vectors(R);
+    for (int g = 0; g < kGroups; g += kVectors) {
+      F16 sum[R][kVectors] = {};
       for (long i = 0; i < d; ++i) {
-        F16 k[kSpan];
+        F16 k[kVectors];
         const float* at = tiles.decoded + i * kTile + g * kLanes;
-        unroll<kSpan>([&](auto j) KVQ_UNROLLED { k[j] = load16(at + j * kLanes); });
+        unroll<kVectors>([&](auto j) KVQ_UNROLLED { k[j] = load16(at + j * kLanes); });
         unroll<R>([&](auto r) KVQ_UNROLLED {
           const F16 q = splat(s.q[(row + r) * d + i]);
-          unroll<kSpan>([&](auto j) KVQ_UNROLLED { sum[r][j] = fma(k[j], q, sum[r][j]); });
+          unroll<kVectors>([&](auto j) KVQ_UNROLLED { sum[r][j] = fma(k[j], q, sum[r][j]); });
         });
       }
       unroll<R>([&](auto r) KVQ_UNROLLED {
         float* out = scores + (row + r) * kTile + g * kLanes;
-        unroll<kSpan>([&](auto j) KVQ_UNROLLED { save16(out + j * kLanes, sum[r][j]); });
+        unroll<kVectors>([&](auto j) KVQ_UNROLLED { save16(out + j * kLanes, sum[r][j]); });
       });
     }
   }
@@ -105,7 +105,7 @@ struct Fp32Dot {
         });
       }
     }
-    for_row_blocks<kFp32Rows>(
+    for_each_pass<kFp32Rows>(
         rows, [&](auto n, int row) { score_rows<decltype(n)::value>(s, tiles, row, d, scores); });
   }
 
@@ -118,24 +118,24 @@ struct Fp32Dot {
     }
   }
 
-  // 16 * kSpan channels from `dim` on.
-  template <int R, int kSpan>
+  // 16 * kVectors channels from `dim` on.
+  template <int R, int kVectors>
   static void accumulate_rows(const Weights& s, const Tiles& tiles, int row, long d, long dim,
                               const float* alpha, const float* gamma, float* acc) {
-    F16 sum[R][kSpan] = {};
+    F16 sum[R][kVectors] = {};
     for (int n = 0; n < kTile; ++n) {
-      F16 v[kSpan];
+      F16 v[kVectors];
       const float* at = tiles.decoded + n * d + dim;
-      unroll<kSpan>([&](auto j) KVQ_UNROLLED { v[j] = load16(at + j * kLanes); });
+      unroll<kVectors>([&](auto j) KVQ_UNROLLED { v[j] = load16(at + j * kLanes); });
       unroll<R>([&](auto r) KVQ_UNROLLED {
         const F16 p = splat(s.p[(row + r) * kTile + n]);
-        unroll<kSpan>([&](auto j) KVQ_UNROLLED { sum[r][j] = fma(v[j], p, sum[r][j]); });
+        unroll<kVectors>([&](auto j) KVQ_UNROLLED { sum[r][j] = fma(v[j], p, sum[r][j]); });
       });
     }
     unroll<R>([&](auto r) KVQ_UNROLLED {
       float* a = acc + (row + r) * d + dim;
       const F16 shrink = splat(alpha[row + r]), unit = splat(gamma[row + r]);
-      unroll<kSpan>([&](auto j) KVQ_UNROLLED {
+      unroll<kVectors>([&](auto j) KVQ_UNROLLED {
         save16(a + j * kLanes, fma(load16(a + j * kLanes), shrink, sum[r][j] * unit));
       });
     });
@@ -159,11 +159,11 @@ struct Fp32Dot {
         }
       }
     }
-    for_row_blocks<kFp32Rows>(rows, [&](auto n, int row) {
-      constexpr int R = decltype(n)::value, kSpan = fp32_span(R);
+    for_each_pass<kFp32Rows>(rows, [&](auto n, int row) {
+      constexpr int R = decltype(n)::value, kVectors = fp32_vectors(R);
       long i = 0;
-      for (; i + kSpan * kLanes <= d; i += kSpan * kLanes) {
-        accumulate_rows<R, kSpan>(s, tiles, row, d, i, alpha, gamma, acc);
+      for (; i + kVectors * kLanes <= d; i += kVectors * kLanes) {
+        accumulate_rows<R, kVectors>(s, tiles, row, d, i, alpha, gamma, acc);
       }
       for (; i < d; i += kLanes) accumulate_rows<R, 1>(s, tiles, row, d, i, alpha, gamma, acc);
     });

@@ -14,10 +14,10 @@ namespace {
 template <Code C>
 struct VnniDot {
   static constexpr int kWord = 32 / code_bits(C);
-  static constexpr int kParts = kWord / 4;  // byte operands in one line
+  static constexpr int kOperands = kWord / 4;  // byte operands in one line
   static constexpr int kOffset = C == Code::kInt8 ? 128 : 0;
 
-  // Limbs as the loops read them: blocks of four rows side by side.
+  // Limbs as the loops read them: four rows side by side.
   struct Query {
     alignas(64) int8_t limbs[kMaxRows * kMaxHead * 2];  // [row/4][dim/4][row%4][limb][4 dims]
     int32_t total[kMaxRows];                            // sum of the limbs' integers
@@ -31,8 +31,8 @@ struct VnniDot {
   struct Tiles {};  // codes are multiplied as they lie
 
   static KVQ_HD long query_at(int row, long dim) {
-    return row / kBlockRows * (kBlockRows * kMaxHead * 2) + dim / 4 * (kBlockRows * 8) +
-           row % kBlockRows * 8;
+    return row / kPassRows * (kPassRows * kMaxHead * 2) + dim / 4 * (kPassRows * 8) +
+           row % kPassRows * 8;
   }
   static KVQ_HD const int8_t* weights_at(const Weights& s, int row, int token) {
     return s.limbs + row / 2 * (kTile * 4) + token / 4 * 16 + row % 2 * 8;
@@ -70,7 +70,7 @@ struct VnniDot {
       alignas(kVector) int8_t pair[kVector];
       save(pair, limbs(load<Floats>(q + i), inverse, zero, zero, total, unused));
       for (int j = 0; j < kVectorLanes / 4; ++j) {
-        memcpy(out + (i / 4 + j) * (kBlockRows * 8), pair + j * 16, 8);
+        memcpy(out + (i / 4 + j) * (kPassRows * 8), pair + j * 16, 8);
       }
     }
     const uint32_t raised = static_cast<uint32_t>(kRaised) * static_cast<uint32_t>(d);
@@ -79,9 +79,15 @@ struct VnniDot {
     s.sum[row] = static_cast<float>(s.total[row]) * s.step[row];
   }
 
+  // What a row's sums over codes start from. Modulo 2^32: a NaN row's total is anything.
+  static KVQ_HD int32_t offset(const Query& s, int row) {
+    return static_cast<int32_t>(0u - static_cast<uint32_t>(kOffset) *
+                                         static_cast<uint32_t>(s.total[row]));
+  }
+
   template <int P>
   static KVQ_HD Ints operand(Ints line) {
-    if constexpr (kParts == 1) return line;
+    if constexpr (kOperands == 1) return line;
     return (P == 0 ? line : line >> 4) & 0x0F0F0F0F;
   }
 
@@ -91,33 +97,33 @@ struct VnniDot {
   // Rows' sums over the tokens, or channels, of a pass: a pair per limb.
   template <int R>
   struct Sums {
-    Ints high[R][span(R)], low[R][span(R)];
+    Ints high[R][vectors(R)], low[R][vectors(R)];
   };
 
-  // One part of a pass's lines against R rows. `at`: the first row's limbs; `next(r)` bytes further
-  // on are row r's.
+  // One operand of a pass's lines against R rows. `at`: the first row's limbs; `next(r)` bytes
+  // further on are row r's.
   template <int P, int R, class Next>
-  static KVQ_HD void multiply(Sums<R>& sums, const Ints (&line)[span(R)], const int8_t* at,
+  static KVQ_HD void multiply(Sums<R>& sums, const Ints (&line)[vectors(R)], const int8_t* at,
                               const Next& next) {
-    Ints codes[span(R)];
-    unroll<span(R)>([&](auto v) KVQ_UNROLLED { codes[v] = operand<P>(line[v]); });
+    Ints codes[vectors(R)];
+    unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { codes[v] = operand<P>(line[v]); });
     unroll<R>([&](auto r) KVQ_UNROLLED {
       const Ints high = broadcast(at + next(r)), low = broadcast(at + next(r) + 4);
-      unroll<span(R)>([&](auto v) KVQ_UNROLLED { dpbusd(sums.high[r][v], codes[v], high); });
-      unroll<span(R)>([&](auto v) KVQ_UNROLLED { dpbusd(sums.low[r][v], codes[v], low); });
+      unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { dpbusd(sums.high[r][v], codes[v], high); });
+      unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { dpbusd(sums.low[r][v], codes[v], low); });
     });
   }
 
   template <int R, bool kFetch>
   static void score_rows(const Query& s, const Tile& tile, int row, long d, float* scores) {
-    constexpr int kSpan = span(R), kStep = kSpan / kPerLine;
+    constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
     const auto next = [](int r) KVQ_UNROLLED { return r * 8; };
     for (int g = 0; g < kGroups; g += kStep) {
       Sums<R> sums;
       unroll<R>([&](auto r) KVQ_UNROLLED {
-        unroll<kSpan>([&](auto v) KVQ_UNROLLED {
+        unroll<kVectors>([&](auto v) KVQ_UNROLLED {
           sums.high[r][v] = Ints{};
-          sums.low[r][v] = Ints{} - kOffset * s.total[row + r];
+          sums.low[r][v] = Ints{} + offset(s, row + r);
         });
       });
       const uint8_t *now[kStep], *later[kStep];
@@ -130,18 +136,18 @@ struct VnniDot {
         if constexpr (kFetch) {
           unroll<kStep>([&](auto i) KVQ_UNROLLED { prefetch(later[i] + at); });
         }
-        Ints line[kSpan];
-        unroll<kSpan>([&](auto v) KVQ_UNROLLED {
+        Ints line[kVectors];
+        unroll<kVectors>([&](auto v) KVQ_UNROLLED {
           line[v] = load<Ints>(now[v / kPerLine] + at + v % kPerLine * kVector);
         });
-        unroll<kParts>([&](auto part) KVQ_UNROLLED {
-          multiply<part>(sums, line, q, next);
-          q += kBlockRows * 8;
+        unroll<kOperands>([&](auto i) KVQ_UNROLLED {
+          multiply<i>(sums, line, q, next);
+          q += kPassRows * 8;
         });
       }
       unroll<R>([&](auto r) KVQ_UNROLLED {
         float* out = scores + (row + r) * kTile + g * kLanes;
-        unroll<kSpan>([&](auto v) KVQ_UNROLLED {
+        unroll<kVectors>([&](auto v) KVQ_UNROLLED {
           const Floats sum = combine(sums.high[r][v], sums.low[r][v]);
           save(out + v * kVectorLanes, sum * s.step[row + r]);
         });
@@ -150,7 +156,7 @@ struct VnniDot {
   }
 
   static void score(const Query& s, Tiles&, const Tile& tile, int rows, long d, float* scores) {
-    for_row_blocks<kVnniRows>(rows, [&](auto n, int row) {
+    for_each_pass<kVnniRows>(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value;
       if (row == 0) return score_rows<R, true>(s, tile, row, d, scores);
       score_rows<R, false>(s, tile, row, d, scores);
@@ -173,13 +179,13 @@ struct VnniDot {
         unroll<kGroups>([&](auto g) KVQ_UNROLLED { most = max16(most, w[r][g]); });
         most = peak16(most);
       }
-      factor[r] = part(select(most > 0.0f, kLimbMax / most, F16{}), 0);
+      factor[r] = vector_of(select(most > 0.0f, kLimbMax / most, F16{}), 0);
       unit[r] = most * (1.0f / kLimbMax);
     });
     int8_t* out = s.limbs + row / 2 * (kTile * 4);
     unroll<kGroups>([&](auto g) KVQ_UNROLLED {
       unroll<kPerLine>([&](auto i) KVQ_UNROLLED {
-        const Floats a = part(w[0][g], i), b = part(w[N - 1][g], i);
+        const Floats a = vector_of(w[0][g], i), b = vector_of(w[N - 1][g], i);
         save(out + g * 64 + i * kVector, limbs(a, factor[0], b, factor[1], total[0], total[1]));
       });
     });
@@ -195,7 +201,7 @@ struct VnniDot {
   template <int R, bool kFetch>
   static void accumulate_rows(const Weights& s, const Tile& tile, int row, long d, long dim,
                               const float* alpha, const float* gamma, float* acc) {
-    constexpr int kSpan = span(R), kStep = kSpan / kPerLine;
+    constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
     const auto next = [](int r) KVQ_UNROLLED { return r / 2 * (kTile * 4) + r % 2 * 8; };
     const long second = kStep == 2 && dim + kLanes < d ? 64 : 0;
     Sums<R> sums = {};
@@ -207,13 +213,13 @@ struct VnniDot {
           unroll<kStep>([&](auto i)
                             KVQ_UNROLLED { prefetch(tile.next.value[g] + at + i * second); });
         }
-        Ints line[kSpan];
-        unroll<kSpan>([&](auto v) KVQ_UNROLLED {
+        Ints line[kVectors];
+        unroll<kVectors>([&](auto v) KVQ_UNROLLED {
           line[v] =
               load<Ints>(tile.now.value[g] + at + v / kPerLine * second + v % kPerLine * kVector);
         });
-        unroll<kParts>([&](auto part) KVQ_UNROLLED {
-          multiply<part>(sums, line, p, next);
+        unroll<kOperands>([&](auto i) KVQ_UNROLLED {
+          multiply<i>(sums, line, p, next);
           p += 16;
         });
       });
@@ -221,7 +227,7 @@ struct VnniDot {
     unroll<R>([&](auto r) KVQ_UNROLLED {
       float* a = acc + (row + r) * d + dim;
       const Floats shrink = Floats{} + alpha[row + r], unit = Floats{} + gamma[row + r];
-      unroll<kSpan>([&](auto v) KVQ_UNROLLED {
+      unroll<kVectors>([&](auto v) KVQ_UNROLLED {
         if (v >= kPerLine && second == 0) return;
         const Floats sum = combine(sums.high[r][v], sums.low[r][v]);
         save(a, fma(load<Floats>(a), shrink, sum * unit));
@@ -233,14 +239,14 @@ struct VnniDot {
   template <int R, bool kFetch>
   static void accumulate_dims(const Weights& s, const Tile& tile, int row, long d,
                               const float* alpha, const float* gamma, float* acc) {
-    for (long i = 0; i < d; i += span(R) * kVectorLanes) {
+    for (long i = 0; i < d; i += vectors(R) * kVectorLanes) {
       accumulate_rows<R, kFetch>(s, tile, row, d, i, alpha, gamma, acc);
     }
   }
 
   static void accumulate(const Weights& s, Tiles&, const Tile& tile, int rows, long d,
                          const float* alpha, const float* gamma, float* acc) {
-    for_row_blocks<kVnniRows>(rows, [&](auto n, int row) {
+    for_each_pass<kVnniRows>(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value;
       if (row == 0) return accumulate_dims<R, true>(s, tile, row, d, alpha, gamma, acc);
       accumulate_dims<R, false>(s, tile, row, d, alpha, gamma, acc);

@@ -1,48 +1,17 @@
-// Tensors to plain pointers: the CPU side of the torch operators. Shapes, dtypes and strides were
-// checked by kvq_plugin/ops.py, which also words the errors; what only the data tells is checked
-// here, where it costs nothing. No kernel logic lives here.
+// Tensors to plain pointers: the CPU side of the torch operators. checks.h looks at shapes, dtypes
+// and strides; what only the data tells is checked here, where it costs nothing. No kernel logic
+// lives here.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
-#include <optional>
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace kvq {
 namespace {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-Activation activation(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case torch::headeronly::ScalarType::BFloat16:
-      return Activation::kBFloat16;
-    case torch::headeronly::ScalarType::Half:
-      return Activation::kHalf;
-    case torch::headeronly::ScalarType::Float:
-      return Activation::kFloat;
-    default:
-      STD_TORCH_CHECK(false, "kvq: activations must be bfloat16, float16 or float32");
-  }
-}
-
-Rows rows(const Tensor& t) { return {t.data_ptr(), activation(t), t.stride(0), t.stride(1)}; }
-
-const float* floats(const OptionalTensor& t) {
-  return t ? static_cast<const float*>(t->data_ptr()) : nullptr;
-}
-
-Cache cache_of(const Tensor& cache, long head_size) {
-  return {static_cast<uint8_t*>(cache.data_ptr()),
-          cache.stride(0),
-          cache.stride(1),
-          cache.size(2),
-          cache.size(1),
-          head_size};
-}
 
 // torch's pool, with indices handed out one at a time: units differ in cost.
 void parallel_for(long n, int num_threads, Runtime::Body body, void* context) {
@@ -66,18 +35,23 @@ Runtime runtime() {
 void store(const Tensor& key, const Tensor& value, const Tensor& cache, const Tensor& slots,
            int64_t format, const OptionalTensor& key_inverse, const OptionalTensor& key_zero,
            const OptionalTensor& value_inverse, const OptionalTensor& value_zero) {
+  const Format& f = format_of(format);
   StoreParams p{};
-  p.key = rows(key);
-  p.value = rows(value);
-  p.cache = cache_of(cache, key.size(2));
-  p.slots = static_cast<const int64_t*>(slots.data_ptr());
-  p.num_tokens = slots.size(0);
   p.format = static_cast<int>(format);
+  p.key = rows_of(key);
+  p.value = rows_of(value);
+  check_same(key, value);
+  p.cache = cache_of(cache, f, key.size(2));
+  KVQ_CHECK(key.size(1) == p.cache.num_kv_heads, "rows and cache differ in kv heads");
+  p.slots = vector_of<int64_t>(slots, ScalarType::Long);
+  p.num_tokens = slots.size(0);
+  KVQ_CHECK(p.num_tokens <= key.size(0) && p.num_tokens <= kMaxInt, "more slots than rows");
+  p.key_scale = static_scale(f.key, key_inverse, key_zero, p.cache);
+  p.value_scale = static_scale(f.value, value_inverse, value_zero, p.cache);
+  const int64_t num_slots = cache.size(0) * p.cache.block_size;
   for (long t = 0; t < p.num_tokens; ++t) {
-    STD_TORCH_CHECK(p.slots[t] < cache.size(0) * cache.size(2), "kvq: slot outside the cache");
+    KVQ_CHECK(p.slots[t] < num_slots, "slot outside the cache");
   }
-  p.key_scale = {floats(key_inverse), floats(key_zero)};
-  p.value_scale = {floats(value_inverse), floats(value_zero)};
   current_kernels().store(p, runtime());
 }
 
@@ -87,38 +61,54 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& cache, const T
             const OptionalTensor& value_scale, const OptionalTensor& value_zero, bool causal,
             int64_t window, double softcap, const OptionalTensor& alibi_slopes,
             const OptionalTensor& sinks) {
+  const Format& f = format_of(format);
   AttendParams p{};
-  p.query = rows(query);
+  p.format = static_cast<int>(format);
+  p.query = rows_of(query);
+  const Rows to = rows_of(out);
+  check_same(query, out);
   p.out = out.data_ptr();
-  p.out_token_stride = out.stride(0);
-  p.out_head_stride = out.stride(1);
-  p.cache = cache_of(cache, query.size(2));
+  p.out_token_stride = to.token_stride;
+  p.out_head_stride = to.head_stride;
+  p.cache = cache_of(cache, f, query.size(2));
+  p.num_heads = query.size(1);
+  KVQ_CHECK(p.num_heads % p.cache.num_kv_heads == 0, "query heads must divide into kv heads");
+  KVQ_CHECK(query.size(0) <= kMaxInt && p.num_heads <= kMaxInt &&
+                query.size(0) * (p.num_heads / p.cache.num_kv_heads) <= kMaxInt,
+            "too many rows of query");
+  KVQ_CHECK(block_table.dim() == 2 && block_table.scalar_type() == ScalarType::Int &&
+                block_table.stride(1) == 1,
+            "block table must be int32 [sequences, blocks]");
   p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
   p.block_table_stride = block_table.stride(0);
-  p.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
-  p.query_start = static_cast<const int32_t*>(query_start.data_ptr());
+  p.seq_lens = vector_of<int32_t>(seq_lens, ScalarType::Int);
+  p.query_start = vector_of<int32_t>(query_start, ScalarType::Int);
   p.num_seqs = seq_lens.size(0);
-  for (long i = 0; i < p.num_seqs; ++i) {
-    STD_TORCH_CHECK(p.seq_lens[i] <= block_table.size(1) * cache.size(2),
-                    "kvq: sequence longer than its row of the block table");
-    STD_TORCH_CHECK(0 <= p.query_start[i] && p.query_start[i] <= p.query_start[i + 1] &&
-                        p.query_start[i + 1] <= query.size(0),
-                    "kvq: query_start_loc does not describe rows of query");
-  }
-  p.num_heads = query.size(1);
-  p.format = static_cast<int>(format);
+  KVQ_CHECK(p.num_seqs < query_start.size(0) && p.num_seqs <= block_table.size(0),
+            "fewer query starts or rows of the block table than sequences need");
+  p.key_scale = static_scale(f.key, key_scale, key_zero, p.cache);
+  p.value_scale = static_scale(f.value, value_scale, value_zero, p.cache);
+  p.alibi_slopes = per_head(alibi_slopes, p.num_heads);
+  p.sinks = per_head(sinks, p.num_heads);
+  KVQ_CHECK(softcap >= 0.0 && std::isfinite(softcap), "softcap must be a number, 0 or more");
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
-  p.window = window;
+  p.window = window < kMaxInt ? window : kMaxInt;  // longer than any sequence
   p.causal = causal;
-  p.alibi_slopes = floats(alibi_slopes);
-  p.sinks = floats(sinks);
-  p.key_scale = {floats(key_scale), floats(key_zero)};
-  p.value_scale = {floats(value_scale), floats(value_zero)};
+  for (long i = 0; i < p.num_seqs; ++i) {
+    KVQ_CHECK(0 <= p.seq_lens[i] && p.seq_lens[i] <= block_table.size(1) * p.cache.block_size,
+              "sequence longer than its row of the block table");
+    KVQ_CHECK(0 <= p.query_start[i] && p.query_start[i] <= p.query_start[i + 1] &&
+                  p.query_start[i + 1] <= query.size(0),
+              "query_start_loc does not describe rows of query");
+    check_blocks(p, i, cache.size(0));
+  }
   current_kernels().attend(p, runtime());
 }
 
 int64_t read_probe(const Tensor& data) {
+  KVQ_CHECK(data.is_contiguous() && data.scalar_type() == ScalarType::Byte,
+            "read_probe reads contiguous uint8");
   return current_kernels().read(static_cast<const uint8_t*>(data.data_ptr()), data.numel(),
                                 runtime());
 }

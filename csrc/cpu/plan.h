@@ -1,49 +1,37 @@
-// How one call's work is cut up: items of (sequence, kv heads, up to 32 query rows), and each
-// item's context into chunks of 512 tokens at fixed positions.
+// How one call's work is cut up, and how what it leaves is merged.
+//
+// Items are (sequence, kv heads, up to 32 query rows). Their context lies in chunks of 512 tokens
+// at fixed positions, which merge along a binary tree over these positions: node i of level l is
+// what chunks [i << l, (i + 1) << l) give, its left half first. Halves outside the context are left
+// out. So however the work is cut, the same results meet in the same order, and a thread that
+// attends a node's chunks leaves one result, however many they are.
 #pragma once
 
 #include "kernels.h"
 #include "state.h"
 #include "tile.h"
-#include "workspace.h"
 
 namespace kvq {
 namespace {
 
 constexpr long kChunk = 512;
 
-// Rows of the (token, query head of the group) plane of one sequence, for kv heads side by side
+// Rows of the (token, query head of a kv head) plane of one sequence, for kv heads side by side
 // whose rows are kMaxRows at most together. A block's pages of neighbouring heads are neighbours
 // in memory: read head by head, DRAM gave 15 % less.
 struct Item {
   int seq, head, heads;  // kv heads [head, head + heads)
   int first, rows;       // of each
   int begin, end;        // context that any of the rows sees
-  int first_chunk, num_chunks;
-  long partial;  // where its chunks' partial results start, in floats
-  int pending;   // units not yet done
+  int first_chunk,
+      last_chunk;            // at least one, so that rows which see nothing are written: as zeros
+  long first_unit, partial;  // where its units, and its partial results in floats, start
 };
 
-// One thread's share: some chunks of an item. If not all, each leaves a partial result.
+// One thread's share: those of an item's chunks that lie in one node.
 struct Unit {
-  int item, begin, end;
-};
-
-thread_local Workspace plan_memory, partial_memory, scratch_memory;
-
-struct Plan {
-  const AttendParams* params;
-  PageLayout layout;
-  int group;  // query heads per kv head
-  Item* items;
-  Unit* units;
-  float* partials;
-
-  // Floats of one partial result, of one kv head and chunk.
-  long partial_size(const Item& i) const { return State::floats(i.rows, params->cache.head_size); }
-  float* partial(const Item& i, int chunk, int head) const {
-    return partials + i.partial + (static_cast<long>(chunk) * i.heads + head) * partial_size(i);
-  }
+  int item, begin, end;  // chunks
+  int arrived;           // halves that are done of the tree node whose right half starts here
 };
 
 // Context visible to the query token at `position` of a sequence of `length` tokens.
@@ -54,7 +42,7 @@ struct Span {
 Span visible(const AttendParams& p, int position, int length) {
   Span s{0, p.causal ? position + 1 : length};
   if (p.window > 0) {
-    const long first = position - p.window + 1, last = position + p.window;
+    const long first = position - (p.window - 1), last = position + p.window;
     s.begin = first > 0 ? static_cast<int>(first) : 0;
     if (last < s.end) s.end = static_cast<int>(last);
   }
@@ -62,70 +50,168 @@ Span visible(const AttendParams& p, int position, int length) {
 }
 
 template <class Visit>
-void for_each_item(const AttendParams& p, int group, int most_heads, const Visit& visit) {
+void for_each_item(const AttendParams& p, int heads_per_kv, int most_heads, const Visit& visit) {
   const int kv_heads = static_cast<int>(p.cache.num_kv_heads);
   for (int seq = 0; seq < p.num_seqs; ++seq) {
     const int length = p.seq_lens[seq];
     const int count = p.query_start[seq + 1] - p.query_start[seq];
-    const int rows = count * group;
+    const int rows = count * heads_per_kv;
     for (int first = 0; first < rows; first += kMaxRows) {
       const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
-      const Span low = visible(p, length - count + first / group, length);
-      const Span high = visible(p, length - count + (first + n - 1) / group, length);
+      const Span low = visible(p, length - count + first / heads_per_kv, length);
+      const Span high = visible(p, length - count + (first + n - 1) / heads_per_kv, length);
+      const int first_chunk = static_cast<int>(low.begin / kChunk);
+      const int last_chunk = high.end > low.begin ? static_cast<int>((high.end - 1) / kChunk) : 0;
       const int heads = kMaxRows / n < most_heads ? kMaxRows / n : most_heads;
       for (int head = 0; head < kv_heads; head += heads) {
         const int side = heads < kv_heads - head ? heads : kv_heads - head;
-        Item i{seq, head, side, first, n, low.begin, high.end, 0, 0, 0, 0};
-        i.first_chunk = static_cast<int>(i.begin / kChunk);
-        // At least one, so that rows which see nothing are written too: as zeros.
-        const int chunks = static_cast<int>((i.end + kChunk - 1) / kChunk) - i.first_chunk;
-        i.num_chunks = chunks > 1 ? chunks : 1;
-        visit(i);
+        visit(Item{seq, head, side, first, n, low.begin, high.end, first_chunk,
+                   last_chunk > first_chunk ? last_chunk : first_chunk, 0, 0});
       }
     }
   }
 }
 
-constexpr long kUnitsPerThread = 12;  // evens out ragged lengths to a few percent
+// Codes of K and V that a call reads, times the passes of four rows over them.
+long work_of(const AttendParams& p, int heads_per_kv) {
+  long work = 0;
+  for (int seq = 0; seq < p.num_seqs; ++seq) {
+    const int length = p.seq_lens[seq];
+    const int count = p.query_start[seq + 1] - p.query_start[seq];
+    const long rows = static_cast<long>(count) * heads_per_kv;
+    const int begin = visible(p, length - count, length).begin;
+    work += (rows + kPassRows - 1) / kPassRows * (length - begin);
+  }
+  return work * p.cache.num_kv_heads * p.cache.head_size * 2;
+}
 
-// Fills the plan's items and units; returns the number of units. How work is cut changes nothing
-// in the results.
-long make_plan(Plan& plan, int num_threads) {
+// Below it a call stays on its thread: waking the others takes as long as half of it (~5 us).
+#if defined(__AVX512F__)
+constexpr long kAlone = 256 << 10;
+#elif defined(__AVX2__)
+constexpr long kAlone = 64 << 10;
+#else
+constexpr long kAlone = 16 << 10;
+#endif
+
+constexpr long kUnitsPerThread = 12;  // evens out ragged lengths to a few percent
+constexpr int kNoSplit = 31;          // the level of a node that holds any context
+
+struct Plan {
+  const AttendParams* params;
+  PageLayout layout;
+  int heads_per_kv;  // query heads that share a kv head
+  int level;         // of the nodes that units are
+  long num_units;
+  Item* items;
+  Unit* units;
+  float* partials;
+  char* workers;  // each one's scratch
+  long worker_bytes;
+
+  long state_floats(const Item& i) const { return State::floats(i.rows, params->cache.head_size); }
+
+  // What unit n of an item leaves, of one of its kv heads.
+  float* partial(const Item& i, long n, int head) const {
+    return partials + i.partial + (n * i.heads + head) * state_floats(i);
+  }
+  bool is_split(const Item& i) const { return units_of(i) > 1; }
+  long units_of(const Item& i) const {
+    return (i.last_chunk >> level) - (i.first_chunk >> level) + 1;
+  }
+};
+
+// States that a thread holds while it attends chunks [begin, end) of one node, for each head: one
+// of every level, and the chunk's own.
+constexpr int stack_depth(long begin, long end) {
+  int depth = 1;
+  for (long apart = begin ^ (end - 1); apart > 0; apart >>= 1) ++depth;
+  return depth;
+}
+
+// What a worker needs beside the states: fixed, and for each kv head of an item.
+struct ScratchSize {
+  long fixed, head;
+};
+
+// Fills the plan for `num_threads`. How work is cut changes nothing in the results, and what is
+// reserved depends on the batch and the threads, not on the length of the context.
+void make_plan(Plan& plan, int num_threads, ScratchSize scratch, Workspace& memory) {
   const AttendParams& p = *plan.params;
   const long wanted = num_threads > 1 ? kUnitsPerThread * num_threads : 1;
-  long items, chunks, floats;
+  long items, chunks;
   int most_heads = kMaxRows;
   for (;; most_heads /= 2) {
-    items = chunks = floats = 0;
-    for_each_item(p, plan.group, most_heads, [&](const Item& i) {
+    items = chunks = 0;
+    for_each_item(p, plan.heads_per_kv, most_heads, [&](const Item& i) {
       ++items;
-      chunks += i.num_chunks;
-      floats += static_cast<long>(i.num_chunks) * i.heads * plan.partial_size(i);
+      chunks += i.last_chunk - i.first_chunk + 1;
     });
     if (chunks >= wanted || most_heads == 1) break;
   }
-  // Many items need no merging; few are cut into runs of chunks.
-  const int run = static_cast<int>(items >= wanted ? 1 << 30 : (chunks + wanted - 1) / wanted);
-  char* memory = static_cast<char*>(plan_memory.reserve(items * static_cast<long>(sizeof(Item)) +
-                                                        chunks * static_cast<long>(sizeof(Unit))));
-  plan.items = reinterpret_cast<Item*>(memory);
-  plan.units = reinterpret_cast<Unit*>(memory + items * sizeof(Item));
-  plan.partials =
-      items < wanted ? static_cast<float*>(partial_memory.reserve(floats * 4)) : nullptr;
+  // Many items need no merging; few are cut into `wanted` units, up to twice as many.
+  plan.level = 0;
+  if (items >= wanted) plan.level = kNoSplit;
+  while (plan.level < kNoSplit && chunks >> (plan.level + 1) >= wanted) ++plan.level;
+
+  long units = 0, floats = 0, worker = 0;
+  for_each_item(p, plan.heads_per_kv, most_heads, [&](const Item& i) {
+    const long n = plan.units_of(i), state = plan.state_floats(i);
+    units += n;
+    if (n > 1) floats += n * i.heads * state;
+    const int most = 1 << (plan.level < 30 ? plan.level : 30);
+    const int depth = n > 1 ? stack_depth(0, most) : stack_depth(i.first_chunk, i.last_chunk + 1L);
+    const long bytes = i.heads * (scratch.head + depth * state * 4);
+    worker = bytes > worker ? bytes : worker;
+  });
+  plan.num_units = units;
+  const auto aligned = [](long bytes) { return (bytes + 63) / 64 * 64; };
+  const long item_bytes = aligned(items * static_cast<long>(sizeof(Item)));
+  const long unit_bytes = aligned(units * static_cast<long>(sizeof(Unit)));
+  plan.worker_bytes = aligned(scratch.fixed + worker);
+  const long workers = units < num_threads ? units : num_threads;
+  char* at = static_cast<char*>(
+      memory.reserve(item_bytes + unit_bytes + floats * 4 + workers * plan.worker_bytes));
+  plan.items = reinterpret_cast<Item*>(at);
+  plan.units = reinterpret_cast<Unit*>(at + item_bytes);
+  plan.partials = reinterpret_cast<float*>(at + item_bytes + unit_bytes);
+  plan.workers = at + item_bytes + unit_bytes + floats * 4;
+
   long unit = 0, partial = 0;
   int item = 0;
-  for_each_item(p, plan.group, most_heads, [&](Item i) {
+  for_each_item(p, plan.heads_per_kv, most_heads, [&](Item i) {
+    i.first_unit = unit;
     i.partial = partial;
-    for (int c = 0; c < i.num_chunks; c += run) {
-      const int end = run < i.num_chunks - c ? c + run : i.num_chunks;
-      plan.units[unit++] = {item, c, end};
-      ++i.pending;
-      if (end == i.num_chunks) break;
+    long begin = i.first_chunk;
+    for (long node = begin >> plan.level; begin <= i.last_chunk; ++node) {
+      const long next = (node + 1) << plan.level;
+      const long end = next <= i.last_chunk ? next : i.last_chunk + 1L;
+      plan.units[unit++] = {item, static_cast<int>(begin), static_cast<int>(end), 0};
+      begin = end;
     }
-    partial += static_cast<long>(i.num_chunks) * i.heads * plan.partial_size(i);
+    if (plan.is_split(i)) partial += plan.units_of(i) * i.heads * plan.state_floats(i);
     plan.items[item++] = i;
   });
-  return unit;
+}
+
+// One of an item's units is done. Where its sibling in the tree is done too, merges the two and
+// goes on to their parent; else leaves that to the sibling. merge(left, right): units of the item
+// where the two nodes' results are, the merged one's to be the left. Returns whether the item is
+// done: its result is its first unit's then.
+template <class Merge>
+bool join(const Plan& plan, const Item& item, long unit, const Merge& merge) {
+  const long origin = item.first_chunk >> plan.level;
+  long first = origin, last = item.last_chunk >> plan.level;  // nodes of a level
+  long node = first + unit - item.first_unit;
+  for (int up = 0; first < last; ++up, first >>= 1, last >>= 1, node >>= 1) {
+    const long left = node & ~1L, right = node | 1L;
+    if (left < first || right > last) continue;  // no sibling
+    const long at = (right << up) - origin, start = left << up;
+    int& arrived = plan.units[item.first_unit + at].arrived;
+    if (__atomic_fetch_add(&arrived, 1, __ATOMIC_ACQ_REL) == 0) return false;
+    merge(start > origin ? start - origin : 0, at);
+  }
+  return true;
 }
 
 }  // namespace

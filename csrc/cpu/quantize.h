@@ -9,7 +9,6 @@
 namespace kvq {
 namespace {
 
-constexpr int kGroup = kLanes;  // tokens whose K shares cache lines
 constexpr float kAmaxFloor = 0x1p-100f;
 constexpr float kHalfMax = 65504.0f;
 constexpr float kFloatMax = 0x1.fffffep127f;
@@ -75,7 +74,7 @@ KVQ_HD F16 load_lanes(const void* data, long at) {
 // Thirty-two channels at a time, in two registers. A register of bf16 is widened by a shift and a
 // mask, which leaves the even channels in one and the odd ones in the other.
 template <Activation A>
-struct Twice {
+struct Channels32 {
 #if defined(__AVX512F__)
   static constexpr bool kEvenOdd = A == Activation::kBFloat16;
 #else
@@ -83,7 +82,7 @@ struct Twice {
 #endif
   F16 first, second;
 
-  static KVQ_HD Twice load(const void* data, long at) {
+  static KVQ_HD Channels32 load(const void* data, long at) {
     if constexpr (kEvenOdd) {
       const U16 raw = kvq::load<U16>(static_cast<const uint16_t*>(data) + at);
       return {bits_as<F16>(raw << 16), bits_as<F16>(raw & 0xFFFF0000u)};
@@ -91,7 +90,7 @@ struct Twice {
     return {load_lanes<A>(data, at), load_lanes<A>(data, at + kLanes)};
   }
   // What belongs to the same channels, fp32.
-  static KVQ_HD Twice of_channels(const float* from) {
+  static KVQ_HD Channels32 of_channels(const float* from) {
     const F16 low = load16(from), high = load16(from + kLanes);
 #if defined(__AVX512F__)
     if constexpr (kEvenOdd) {
@@ -116,15 +115,15 @@ struct Twice {
 template <Code C>
 constexpr bool kAffine = C == Code::kInt4;
 
-// What a row spans: the bits of its largest magnitude, where a NaN is larger than any number, and
+// A row's extremes: the bits of its largest magnitude, where a NaN is larger than any number, and
 // for affine codes its smallest and largest value.
-struct Span {
+struct Extremes {
   uint32_t peak;
   float low, high;
 };
 
 template <Activation A, Code C>
-KVQ_HD Span span_of_lanes(const void* data, long at, long d) {
+KVQ_HD Extremes extremes_of_lanes(const void* data, long at, long d) {
   const F16 first = load_lanes<A>(data, at);
   F16 low = first, high = first;
   I16 peak{};
@@ -137,7 +136,7 @@ KVQ_HD Span span_of_lanes(const void* data, long at, long d) {
       high = max16(high, v);
     }
   }
-  Span s{static_cast<uint32_t>(largest(peak)), 0.0f, 0.0f};
+  Extremes s{static_cast<uint32_t>(largest(peak)), 0.0f, 0.0f};
   if constexpr (kAffine<C>) {
     s.low = -peak16(-low)[0];
     s.high = peak16(high)[0];
@@ -156,7 +155,7 @@ KVQ_HD uint32_t smallest_u16(__m512i v) {
 // bf16 is ordered as its bits are, once negative numbers' are turned round; 32 at a time. With
 // offset binary (^ 0x8000) the order is that of unsigned integers.
 template <Code C>
-KVQ_HD Span span_of_bf16(const uint16_t* row, long d) {
+KVQ_HD Extremes extremes_of_bf16(const uint16_t* row, long d) {
   const __m512i all = _mm512_set1_epi16(-1), magnitude = _mm512_set1_epi16(0x7FFF);
   __m512i low = all, inverted_high = all;
   for (long i = 0; i < d; i += 2 * kLanes) {
@@ -189,13 +188,13 @@ KVQ_HD Span span_of_bf16(const uint16_t* row, long d) {
 #endif
 
 template <Activation A, Code C>
-KVQ_HD Span span_of(const void* data, long at, long d) {
+KVQ_HD Extremes extremes_of(const void* data, long at, long d) {
 #if defined(__AVX512BW__)
   if constexpr (A == Activation::kBFloat16) {
-    return span_of_bf16<C>(static_cast<const uint16_t*>(data) + at, d);
+    return extremes_of_bf16<C>(static_cast<const uint16_t*>(data) + at, d);
   }
 #endif
-  return span_of_lanes<A, C>(data, at, d);
+  return extremes_of_lanes<A, C>(data, at, d);
 }
 
 // What the codes of one row need: value = (x - base) * inverse.
@@ -203,7 +202,8 @@ struct RowScale {
   float inverse, base;
 };
 
-// The same for up to sixteen rows, one a lane, with their spans before and the page's words after.
+// The same for up to sixteen rows, one a lane, with their extremes before and the page's words
+// after.
 struct RowScales {
   alignas(64) uint32_t peak[kLanes], metadata[kLanes];
   alignas(64) float low[kLanes], high[kLanes], inverse[kLanes], base[kLanes];
@@ -211,7 +211,7 @@ struct RowScales {
   RowScale operator[](int row) const { return {inverse[row], base[row]}; }
 };
 
-// Scales of rows from what they span. Rows at a time, because one row's is a chain of a reduction,
+// Scales of rows from their extremes. Rows at a time, because one row's is a chain of a reduction,
 // a division and a broadcast that takes longer than encoding it.
 template <Code C>
 KVQ_HD void find_scales(RowScales& s) {
@@ -256,7 +256,7 @@ KVQ_HD void encode_values(const void* data, long at, long d, const RowScale& row
   const bool moved = !kPerToken && channels.zero_point != nullptr;
   long i = 0;
   for (; i + 2 * kLanes <= d; i += 2 * kLanes) {
-    using T = Twice<A>;
+    using T = Channels32<A>;
     const T x = T::load(data, at + i);
     T factor{}, zero{};
     if constexpr (!kPerToken) factor = T::of_channels(channels.factor + i);
@@ -286,14 +286,14 @@ constexpr float kRowLimit = kAffine<C> ? kHalfMax : kFloatMax;
 // Rows whose largest magnitude is above are encoded with care. An element that is not finite, or
 // beyond kRotationLimit, leaves its rotated row at least one beyond kRotationLimit / 32.
 template <Code C, bool kRotated>
-constexpr float kTameLimit =
+constexpr float kInRangeLimit =
     kRotated && kRotationLimit / 32 < kRowLimit<C> ? kRotationLimit / 32 : kRowLimit<C>;
 
 // A row with a NaN, which becomes 0 and poisons the scale, or beyond the format's range, which
 // becomes its largest value. Returns the metadata word.
 template <Activation A, Code C, bool kRotated>
-__attribute__((noinline, cold)) uint32_t encode_wild_row(const void* data, long at, long d,
-                                                         uint8_t* codes) {
+__attribute__((noinline, cold)) uint32_t encode_out_of_range_row(const void* data, long at, long d,
+                                                                 uint8_t* codes) {
   alignas(64) float x[kMaxHead];
   for (long i = 0; i < d; i += kLanes) save16(x + i, load_lanes<A>(data, at + i));
   if constexpr (kRotated) {
@@ -311,11 +311,11 @@ __attribute__((noinline, cold)) uint32_t encode_wild_row(const void* data, long 
     v = v < -kLimit ? -kLimit : v;
     x[i] = v > kLimit ? kLimit : v;
   }
-  const Span span = span_of<Activation::kFloat, C>(x, 0, d);
+  const Extremes extremes = extremes_of<Activation::kFloat, C>(x, 0, d);
   RowScales s{};
-  s.peak[0] = span.peak;
-  s.low[0] = span.low;
-  s.high[0] = span.high;
+  s.peak[0] = extremes.peak;
+  s.low[0] = extremes.low;
+  s.high[0] = extremes.high;
   find_scales<C>(s);
   encode_values<Activation::kFloat, C, true>(x, 0, d, s[0], {}, codes);
   return !poison ? s.metadata[0] : kAffine<C> ? 0x7E007E00u : 0x7FC00000u;

@@ -340,19 +340,33 @@ KVQ_HD U16 half_bits(F16 x) {
 #endif
 }
 
+// p * 2^n for integers n of [-125, 0] and p near 1, exact; NaN where p is. (Adding n to p's
+// exponent made numbers of NaNs: n is garbage then.)
+template <class F, class I>
+KVQ_HD F times_power(F p, F n) {
+  const I bits = cast<I>(n + 12582912.0f);  // 1.5 * 2^23: the integer sits in the low bits
+  return p * cast<F>((bits << 23) + 0x3F800000);
+}
+#if defined(__AVX512F__)
+template <>
+KVQ_HD F16 times_power<F16, I16>(F16 p, F16 n) {
+  return reinterpret_cast<F16>(
+      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+}
+#endif
+
 // 2^x for x <= 0 with a relative error below 3e-7. Below -125 it stays at 2^-125; NaN stays NaN.
 template <class F, class I>
 KVQ_HD F exp2_bounded(F bounded) {
-  const F shifted = bounded + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
-  const F f = bounded - (shifted - 12582912.0f);
+  const F nearest = (bounded + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 rounds to an integer
+  const F f = bounded - nearest;
   // Minimax on [-0.5, 0.5].
   F p = fma(f, F{} + 1.3398874e-3f, F{} + 9.6184373e-3f);
   p = fma(p, f, F{} + 5.5503324e-2f);
   p = fma(p, f, F{} + 2.4022651e-1f);
   p = fma(p, f, F{} + 6.9314718e-1f);
   p = fma(p, f, F{} + 1.0f);
-  // The integer sits in the low bits of `shifted`: add it to the exponent.
-  return cast<F>(cast<I>(p) + (cast<I>(shifted) << 23));
+  return times_power<F, I>(p, nearest);
 }
 
 KVQ_HD F16 exp2(F16 x) { return exp2_bounded<F16, I16>(max16(splat(-125.0f), x)); }

@@ -35,6 +35,7 @@ struct RowFacts {
   float key_bias[kMaxRows];  // score of a zero code: -q . (scale * zero point)
   float slope[kMaxRows];     // ALiBi, in log2 units
   Span span[kMaxRows];
+  Span common;  // what all rows see
   int position[kMaxRows];
   float softcap;
   bool shaped;  // softcap or ALiBi: scores go through shape() first
@@ -133,7 +134,7 @@ struct TileSoftmax {
 
   // Up to four rows, two at a time (what fits the registers), then their running state together.
   template <int R, bool kMasked, bool kShaped>
-  void block(State state, int row, long t0) {
+  void pass(State state, int row, long t0) {
     F4 peaks{}, units{};
     F16 sum[R], bias[R];
     unroll<(R + 1) / 2>([&](auto pair) KVQ_UNROLLED {
@@ -163,16 +164,16 @@ struct TileSoftmax {
 
   void run(State state, int rows, long t0) {
     if (facts.shaped) shape(rows, t0);
-    for_row_blocks(rows, [&](auto n, int row) {
+    for_each_pass(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value;
       bool masked = false;
       for (int r = row; r < row + R; ++r) {
         masked |= facts.span[r].begin > t0 || facts.span[r].end < t0 + kTile;
       }
       if (facts.shaped) {
-        masked ? block<R, true, true>(state, row, t0) : block<R, false, true>(state, row, t0);
+        masked ? pass<R, true, true>(state, row, t0) : pass<R, false, true>(state, row, t0);
       } else {
-        masked ? block<R, true, false>(state, row, t0) : block<R, false, false>(state, row, t0);
+        masked ? pass<R, true, false>(state, row, t0) : pass<R, false, false>(state, row, t0);
       }
     });
   }

@@ -5,6 +5,7 @@
 // come from one transposition, and V words that a run fills are written without being read.
 #include "kernels.h"
 #include "quantize.h"
+#include "split.h"
 #include "transpose.h"
 
 namespace kvq {
@@ -12,17 +13,10 @@ namespace {
 
 constexpr long kStreamedTokens = 256;
 
-// `count` tokens from `token` on go to consecutive slots of one group: positions of `block`.
-struct Run {
-  int64_t slot, block;
-  int token, count, position, part;
-};
-
 struct StoreTask {
   const StoreParams* params;
   PageLayout layout;
-  const Run* runs;
-  long num_runs;
+  Split split;
   bool stream;
 };
 
@@ -153,10 +147,10 @@ struct Writer {
         for (long h = begin; h < end; ++h, ++lane, at += rows.head_stride) {
           float* rotated = b.rotated + lane * d;
           if constexpr (kRotated) rotate_row<A>(rows.data, at, d, rotated);
-          const Span span =
-              kRotated ? span_of<kHeld, C>(rotated, 0, d) : span_of<kHeld, C>(rows.data, at, d);
-          s.peak[lane] = span.peak;
-          if constexpr (kAffine<C>) s.low[lane] = span.low, s.high[lane] = span.high;
+          const Extremes extremes = kRotated ? extremes_of<kHeld, C>(rotated, 0, d)
+                                             : extremes_of<kHeld, C>(rows.data, at, d);
+          s.peak[lane] = extremes.peak;
+          if constexpr (kAffine<C>) s.low[lane] = extremes.low, s.high[lane] = extremes.high;
         }
       }
       find_scales<C>(s);
@@ -171,8 +165,8 @@ struct Writer {
           encode_values<A, C, false>(rows.data, at, d, {}, of_head(scale, h, d), codes);
           continue;
         }
-        if (__builtin_expect(s.peak[lane] > float_bits(kTameLimit<C, kRotated>), 0)) {
-          s.metadata[lane] = encode_wild_row<A, C, kRotated>(rows.data, at, d, codes);
+        if (__builtin_expect(s.peak[lane] > float_bits(kInRangeLimit<C, kRotated>), 0)) {
+          s.metadata[lane] = encode_out_of_range_row<A, C, kRotated>(rows.data, at, d, codes);
         } else if constexpr (kRotated) {
           encode_values<kHeld, C, true>(b.rotated + lane * d, 0, d, s[lane], {}, codes);
         } else {
@@ -231,15 +225,10 @@ struct Writer {
     const Writer w{task, p, p.cache.head_size};
     Batch batch;
     const long heads = p.cache.num_kv_heads, step = Batch::heads(w.d);
-    const Run* const last = task.runs + task.num_runs;
-    const auto mine = [&](const Run* run) {
-      while (run < last && run->part != part) ++run;
-      return run;
-    };
-    for (const Run *run = mine(task.runs), *next; run < last; run = next) {
-      next = mine(run + 1);
-      const auto streamed = [&](const Run& r) { return task.stream && r.count == kGroup; };
-      const Run* ahead = next < last && !streamed(*next) ? next : nullptr;
+    const Run* const last = task.split.runs + task.split.begin[part + 1];
+    const auto streamed = [&](const Run& r) { return task.stream && r.count == kGroup; };
+    for (const Run* run = task.split.runs + task.split.begin[part]; run < last; ++run) {
+      const Run* ahead = run + 1 < last && !streamed(run[1]) ? run + 1 : nullptr;
       for (long h = 0; h < heads; h += step) {
         const long end = h + step < heads ? h + step : heads;
         if (streamed(*run)) {
@@ -276,36 +265,17 @@ Runtime::Body pick(Activation type, int format) {
 namespace KVQ_ISA {
 
 void store(const StoreParams& p, const Runtime& runtime) {
-  Run* runs =
-      static_cast<Run*>(runtime.memory.reserve(p.num_tokens * static_cast<long>(sizeof(Run))));
-  long n = 0;
-  for (long t = 0; t < p.num_tokens; ++t) {
-    const int64_t slot = p.slots[t];
-    if (slot < 0) continue;
-    const bool joins = n > 0 && slot % kGroup != 0 &&
-                       runs[n - 1].slot + runs[n - 1].count == slot &&
-                       runs[n - 1].token + runs[n - 1].count == t;
-    if (joins) {
-      ++runs[n - 1].count;
-      continue;
-    }
-    const int64_t block = slot / p.cache.block_size;
-    const int position = static_cast<int>(slot - block * p.cache.block_size);
-    runs[n++] = {slot, block, static_cast<int>(t), 1, position, 0};
-  }
   // A decode step of a few rows costs less than waking the other threads does (~5 us). Threads
-  // take parts as they get free; four each even them out. A part writes `share` neighbouring slots
-  // in turn, whole groups: tokens that share a word of V must not race.
+  // take parts as they get free; four each even them out.
   const bool alone = p.num_tokens * p.cache.num_kv_heads * p.cache.head_size < 4096;
   const int parts = alone || runtime.num_threads == 1 ? 1 : runtime.num_threads * 4;
-  long share = kGroup;
-  while (share < 256 && share * parts * 2 <= p.num_tokens) share *= 2;
-  for (long i = 0; i < n; ++i) runs[i].part = static_cast<int>(runs[i].slot / share % parts);
+  void* memory = runtime.memory.reserve(split_bytes(p.num_tokens, parts));
   const PageLayout layout = page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size);
   // A long prompt's pages do not fit the caches anyway; lines written whole need not be read.
   const long place = static_cast<long>(reinterpret_cast<uintptr_t>(p.cache.data)) |
                      p.cache.block_stride | p.cache.head_stride;
-  StoreTask task{&p, layout, runs, n, p.num_tokens >= kStreamedTokens && place % 64 == 0};
+  StoreTask task{&p, layout, split(p.slots, p.num_tokens, p.cache.block_size, parts, memory),
+                 p.num_tokens >= kStreamedTokens && place % 64 == 0};
   runtime.parallel_for(parts, runtime.num_threads, pick(p.key.type, p.format), &task);
 }
 

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kTile = 64;                // tokens attended at once: K and V of it fit L1
 constexpr int kGroups = kTile / kLanes;  // 16-token groups; each lies in one page
-constexpr int kMaxRows = 32;             // query rows (tokens x heads of the group) of one item
+constexpr int kMaxRows = 32;  // query rows (tokens x heads that share a kv head) of an item
 
 // Where four groups of one kv head lie.
 struct Lines {
@@ -28,7 +28,7 @@ struct Tile {
   int begin, end;  // tokens of the tile that any row may see, within [0, 64]
 };
 
-constexpr int kBlockRows = 4;  // rows that share each load of a line
+constexpr int kPassRows = 4;  // rows that share each load of a line
 
 template <int N>
 struct Int {
@@ -48,15 +48,20 @@ KVQ_HD void unroll(const F& body) {
   unroll_list(body, typename MakeIndices<N>::type{});
 }
 
-// visit(Int<R>, first row) for every block of N rows and for what is left of them.
-template <int N = kBlockRows, class Visit>
-KVQ_HD void for_row_blocks(int rows, const Visit& visit) {
+// visit(Int<R>, first row) for every N rows and for what is left of them.
+template <int N = kPassRows, class Visit>
+KVQ_HD void for_each_pass(int rows, const Visit& visit) {
   int r = 0;
   for (; r + N <= rows; r += N) visit(Int<N>{}, r);
   unroll<N - 1>([&](auto i) KVQ_UNROLLED {
     constexpr int left = N - 1 - decltype(i)::value;
     if (rows - r == left) visit(Int<left>{}, r);
   });
+}
+
+// Whether some code stands for no finite number.
+constexpr bool has_nan(Code c) {
+  return c == Code::kFp8E4M3 || c == Code::kFp8E5M2 || c == Code::kFp8E4M3Fnuz;
 }
 
 // Largest integer whose two 8-bit limbs, 256 * high + low with both in [-128, 127], stay in range.

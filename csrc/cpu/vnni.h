@@ -12,16 +12,16 @@
 namespace kvq {
 namespace {
 
-// One pass over lines serves kVnniRows rows and takes span(rows) vectors at once: 16 accumulators
-// of 32 registers, or 8 of 16.
+// One pass over lines serves kVnniRows rows and takes vectors(rows) vectors at once: 16
+// accumulators of 32 registers, or 8 of 16.
 #if defined(__AVX512VNNI__)
 typedef __m512i Native;
 constexpr int kVnniRows = 4;
-constexpr int span(int /*rows*/) { return 2; }
+constexpr int vectors(int /*rows*/) { return 2; }
 #else
 typedef __m256i Native;
 constexpr int kVnniRows = 2;
-constexpr int span(int rows) { return rows == 1 ? 4 : 2; }
+constexpr int vectors(int rows) { return rows == 1 ? 4 : 2; }
 #endif
 constexpr int kVector = sizeof(Native);
 constexpr int kPerLine = 64 / kVector;
@@ -33,10 +33,10 @@ typedef float Floats __attribute__((vector_size(kVector)));
 
 // Vector i of sixteen lanes; and sixteen lanes, zeros behind a vector's own.
 #if defined(__AVX512VNNI__)
-KVQ_HD Floats part(F16 x, int /*i*/) { return x; }
+KVQ_HD Floats vector_of(F16 x, int /*i*/) { return x; }
 KVQ_HD F16 widened(Floats x) { return x; }
 #else
-KVQ_HD Floats part(F16 x, int i) { return i == 0 ? x.low : x.high; }
+KVQ_HD Floats vector_of(F16 x, int i) { return i == 0 ? x.low : x.high; }
 KVQ_HD F16 widened(Floats x) { return {x, Floats{}}; }
 #endif
 
@@ -88,7 +88,13 @@ KVQ_HD Ints shuffle_bytes(Ints x, Ints order) {
 // Modulo 2^32.
 KVQ_HD uint32_t total_of(Words x) {
 #if defined(__AVX512VNNI__)
-  return static_cast<uint32_t>(_mm512_reduce_add_epi32(reinterpret_cast<Native>(x)));
+  // gcc's own reduction adds signed integers, whose overflow is undefined.
+  const Native v = reinterpret_cast<Native>(x);
+  const U8 half = reinterpret_cast<U8>(_mm512_castsi512_si256(v)) +
+                  reinterpret_cast<U8>(_mm512_extracti64x4_epi64(v, 1));
+  const U4 sum = reinterpret_cast<U4>(_mm256_castsi256_si128(reinterpret_cast<__m256i>(half))) +
+                 reinterpret_cast<U4>(_mm256_extracti128_si256(reinterpret_cast<__m256i>(half), 1));
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 #else
   uint32_t sum = 0;
   for (int i = 0; i < kVectorLanes; ++i) sum += x[i];

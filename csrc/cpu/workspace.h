@@ -14,6 +14,7 @@ class Workspace {
   ~Workspace();
   // Uninitialised, 64-byte aligned, what it held before is lost. Throws std::bad_alloc.
   void* reserve(long bytes);
+  long size() const { return size_; }
 
  private:
   void* data_ = nullptr;

@@ -16,6 +16,7 @@ from rich.table import Table
 from kvq_plugin.bench import engine, kernels
 from kvq_plugin.bench.kernels import Row
 from kvq_plugin.report import progress
+from kvq_plugin.tables import print_table
 
 
 @contextmanager
@@ -113,7 +114,7 @@ def run_kernels(
             stage=lambda text: bars.update(bar, stage=text),
             tick=lambda: bars.advance(bar),
         )
-    console.print(kernel_table(kind, rows, repeats))
+    print_table(console, kernel_table(kind, rows, repeats))
     if out is not None:
         write_csv(out / f"{kind}.csv", rows)
         write_plot(out / f"{kind}.png", kind, rows)
@@ -144,5 +145,5 @@ def run_engines(load: engine.Load, engines: Sequence[engine.Engine]) -> dict[str
         table.add_column(name, no_wrap=True)
     for name, milliseconds in medians.items():
         table.add_row(name, f"{milliseconds:.1f} ms", f"{baseline / milliseconds:.2f}x")
-    console.print(table)
+    print_table(console, table)
     return medians

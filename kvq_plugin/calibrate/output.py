@@ -75,24 +75,23 @@ class Target:
     def being_written(self) -> Iterator[Path]:
         """A scratch directory that becomes the output when the block ends without an error."""
         parent = self.folder.resolve().parent
-        scratch = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=parent))
+        # A temporary directory is its owner's alone; one made within it follows the umask.
+        private = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=parent))
+        scratch, old = private / "new", private / "old"
         try:
+            scratch.mkdir()
             yield scratch
-            scratch.chmod(0o755)
-            old = None
             if self.folder.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-old-", dir=parent))
-                self.folder.rename(old / "model")
+                self.folder.rename(old)
             try:
                 scratch.rename(self.folder)
             except BaseException:
-                if old is not None:
-                    (old / "model").rename(self.folder)
+                if old.exists():
+                    old.rename(self.folder)
                 raise
-            if old is not None:
-                shutil.rmtree(old)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if self.folder.exists() or not old.exists():  # never the only copy
+                shutil.rmtree(private, ignore_errors=True)
 
 
 def _can_link(folder: Path, parent: Path) -> bool:
@@ -156,6 +155,8 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # a full disk, for one, is no OSError there
         raise OSError(f"cannot write {path.name}: {error}") from None
+    # safetensors makes its files 0600, whatever the umask that made the folder.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _copy_rest(source: Source, folder: Path) -> None:

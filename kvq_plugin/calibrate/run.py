@@ -21,6 +21,7 @@ from kvq_plugin.calibrate.table import scale_table
 from kvq_plugin.evaluate import BUILTIN_TEXT, load_tokenizer
 from kvq_plugin.report import progress
 from kvq_plugin.serving.scales.keys import layer_number
+from kvq_plugin.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run(job: Job, console: Console | None = None) -> list[LayerScales]:
 
         layers = calibrate(source, job.target, job.settings, windows, job.load, job.driver, tick)
         bars.update(bar, stage="")
-    console.print(scale_table(job.settings, layers))
+    print_table(console, scale_table(job.settings, layers))
     for line in _how_to_serve(job):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     return layers

@@ -1,124 +1,89 @@
-"""``python -m kvq_plugin.gpu_check``: all steps, within a time limit, a table last."""
+"""``python -m kvq_plugin.gpu_check``: all steps, within a time limit, a summary last."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.table import Table
+from kvq_plugin.gpu_check import evidence
+from kvq_plugin.gpu_check.run import Runner, phases
 
-from kvq_plugin.gpu_check import build, candidates, correctness, sanitize, timing, worker
-from kvq_plugin.gpu_check.report import Clock, Outcome, Report
+CANDIDATES = "cuda,triton,auto,torch"
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="make gpu-check",
-        description="Build, verify and time kvq_plugin's GPU kernels on this machine's CUDA GPU.",
+        description="Verify and time kvq_plugin's GPU kernels on this machine's CUDA GPU.",
     )
-    p.add_argument("--out", type=Path, default=Path("build/gpu-check"), help="where the CSV goes")
-    p.add_argument("--minutes", type=float, default=7.5, help="time limit of the whole run")
-    p.add_argument("--no-timing", action="store_true", help="verify only")
-    return p
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/gpu-check"),
+        help="output folder: cases.jsonl, summary.txt, gpu.csv; a new or empty one",
+    )
+    p.add_argument("--bundle", type=Path, help="what make gpu-bundle made; else build here")
+    p.add_argument("--minutes", type=float, default=7, help="time limit of the whole run")
+    p.add_argument("--steps", help="bytes, batches, graphs, grid, timing...; default: all")
+    p.add_argument("--candidates", default=CANDIDATES, help=f"default: {CANDIDATES}")
+    p.add_argument("--formats", help="names with commas; default: all")
+    p.add_argument(
+        "--summarize",
+        type=Path,
+        metavar="DIR",
+        help="only say what the lines of a run, finished or not, come to",
+    )
+    p.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: a dry run, with --candidates reference",
+    )
+    p.add_argument("--quick", action="store_true", help="few and small cases")
+    return p  # fmt: skip
 
 
-def table(rows: Sequence[timing.Row]) -> Table:
-    """Attention alone, short enough for a terminal."""
-    made = Table(box=None, header_style="bold")
-    for name in ("kernel", "cache", "batch", "context", "us", "GB/s", "of copy"):
-        made.add_column(name, justify="left" if name in ("kernel", "cache") else "right")
-    for row in rows:
-        if row.what != "store":
-            shape = (str(row.batch), str(row.context)) if row.batch else ("", "")
-            time = f"{row.microseconds:.0f}" if row.microseconds else ""
-            rate, share = f"{row.gb_per_s:.0f}", f"{row.of_copy:.0%}"
-            made.add_row(row.kernel, row.format or row.what, *shape, time, rate, share)
-    return made
-
-
-def _kernels(report: Report) -> list[candidates.Candidate]:
-    """What is there to check: CUDA C++ if it was built, Triton's if it is installed."""
-    made = [candidates.triton()]
-    if build.ROOT.joinpath("kvq_plugin", "_kvq_cuda.so").exists():
-        made.append(candidates.cuda())
-    return [c for c in made if c is not None]
-
-
-def _gather(outcomes: dict, processes: list, clock: Clock, limit: float) -> Outcome:
-    outcomes.update(worker.finish(processes, clock, limit))
-    return Outcome(passed=len(processes))
-
-
-def check(report: Report, device: torch.device, arguments: argparse.Namespace) -> list[timing.Row]:
-    """Every step on *device*; the rows of the timing."""
-    clock = report.clock
-    capability = "".join(map(str, torch.cuda.get_device_capability(device)))
-    report.run("build", lambda: build.build(capability, timeout=clock.left()))
-    made = _kernels(report)
-    if not made:
-        raise ValueError(
-            "there is nothing to check: no nvcc to build the CUDA C++ kernels and no Triton; "
-            "install either"
-        )
-    names = [c.name for c in made]
-    report.console.print(f"checking {' and '.join(names)}", highlight=False)
-    # What is not timed runs at the same time: correctness, sanitizers, graphs.
-    limit = 0.6 * clock.left()
-    watched = {tool: sanitize.start(tool, names) for tool in sanitize.TOOLS}
-    shards = worker.count(torch.cuda.mem_get_info(device)[0])
-    processes = worker.start(names, shards, limit - 30)
-    report.run("CUDA graphs", lambda: correctness.check_graphs(made, device))
-    outcomes: dict[str, Outcome] = {}
-    report.run("correctness", lambda: _gather(outcomes, processes, clock, limit))
-    for step, outcome in outcomes.items():
-        report.run(step, lambda outcome=outcome: outcome)
-    report.run("compute-sanitizer", lambda: sanitize.finish(watched, clock.left() - 110))
-    rows: list[timing.Row] = []
-    if not arguments.no_timing:
-
-        def time():
-            found, outcome = timing.run(made, device, clock, clock.left() - 10)
-            rows.extend(found)
-            return outcome
-
-        report.run("timing", time)
-    return rows
+def conclude(folder: Path) -> int:
+    """Print and write the summary. Returns the exit status: 0 if all is good, else 1."""
+    summary = evidence.summarize(folder)
+    summary.write(folder)
+    print(summary.text(), flush=True)
+    return 0 if summary.good else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 if every check passed, 1 if one failed, 2 if nothing could be checked."""
-    arguments = parser().parse_args(argv)
-    console = Console()
-    if not torch.cuda.is_available() or torch.version.hip is not None:
-        console.print(
-            f"no CUDA GPU for PyTorch {torch.__version__}: gpu-check needs one, and a CUDA build "
-            f"of PyTorch (set GPU_PYTHON to its Python); make test checks what needs no GPU"
-        )
-        return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    console.print(
-        f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}, "
-        f"Python {sys.version.split()[0]}",
-        highlight=False,
-    )
-    report = Report(console, Clock(60 * arguments.minutes))
+    """Exit status: 0 if every check passed, 1 if not, 2 if nothing could be checked."""
+    a = parser().parse_args(argv)
     try:
-        rows = check(report, device, arguments)
+        if a.summarize:
+            return conclude(a.summarize)
+        if (a.out / evidence.NAME).exists():
+            raise ValueError(f"{a.out} holds a run already: give another --out, or remove it")
+        if a.bundle and not a.bundle.is_dir():
+            raise ValueError(f"--bundle {a.bundle} is no folder: make gpu-bundle makes one")
     except ValueError as e:
-        console.print(str(e), highlight=False)
+        print(e, file=sys.stderr)
         return 2
-    if rows:
-        path = arguments.out / "gpu.csv"
-        timing.write_csv(path, rows)
-        console.print(f"wrote {path}", highlight=False)
-        console.print(table(rows))
-    verdict = "every check passed" if report.good else "CHECKS FAILED (above)"
-    console.print(verdict, highlight=False)
-    return 0 if report.good else 1
+    formats = a.formats.split(",") if a.formats else _formats()
+    options = ["--device", a.device, *(["--quick"] if a.quick else [])]
+    options += ["--bundle", str(a.bundle.resolve())] if a.bundle else []
+    runner = Runner(a.out, 60 * a.minutes, options, lambda text: print(text, flush=True))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what follows is done
+    steps = a.steps.split(",") if a.steps else ()
+    try:
+        runner.run(phases(a.candidates.split(","), formats, steps))
+    finally:
+        status = conclude(a.out)
+    return 2 if ("-", "machine") in runner.failed else status
+
+
+def _formats() -> list[str]:
+    from kvq_plugin.gpu_check.candidates import ROWS
+
+    return [f.name for f in ROWS]
 
 
 if __name__ == "__main__":

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 
-import torch
-
-from kvq_plugin.gpu_check.build import ROOT
 from kvq_plugin.gpu_check.candidates import Candidate
-from kvq_plugin.gpu_check.report import Outcome
+from kvq_plugin.gpu_check.context import Case, Context, Refused
+from kvq_plugin.gpu_check.library import ROOT
 from kvq_plugin.layout import GPU_V1
 
 
-def cases_module() -> ModuleType:
-    """tests/golden_cases.py of this checkout: the inputs, and the hashes."""
+def cases_module(bundle: Path | None = None) -> ModuleType:
+    """golden_cases.py, the inputs and the hashes: of *bundle*, else of this checkout's tests."""
     name = "golden_cases"
     if name not in sys.modules:
-        path = ROOT / "tests" / f"{name}.py"
+        path = (bundle or ROOT / "tests") / f"{name}.py"
         if not path.exists():
-            raise ValueError(f"{path} is missing: run gpu-check in a checkout of the project")
+            raise ValueError(f"{path} is missing: run gpu-check in a checkout, or with --bundle")
         spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
@@ -29,21 +29,19 @@ def cases_module() -> ModuleType:
     return sys.modules[name]
 
 
-def check(
-    candidates: Sequence[Candidate],
-    device: torch.device,
-    only: Callable[[object], bool] = lambda case: True,
-    shard: tuple[int, int] = (0, 1),
-) -> Outcome:
-    """Every golden case that *only* lets through, with each candidate that serves it; of those,
-    with *shard* (index, count), each count-th from index on."""
-    golden = cases_module()
-    hashes, outcome = golden.golden(), Outcome()
-    for case in list(filter(only, golden.cases()))[shard[0] :: shard[1]]:
-        cache = golden.empty(case).to(device)
-        for candidate in candidates:
-            if candidate.refusal(case.format, case.head_size, cache) is None:
-                pages = golden.stored(case, candidate.store, GPU_V1, device)
-                same = golden.digest(pages) == hashes[case.name]
-                outcome.check(f"{candidate.name} {case.name}", same, "other bytes than the CPU's")
-    return outcome
+def _check(case, candidate: Candidate, context: Context, golden: ModuleType, expected: str):
+    cache = golden.empty(case).to(context.device)
+    reason = candidate.refusal(case.format, case.head_size, cache)
+    if reason:
+        raise Refused(reason)
+    pages = golden.stored(case, candidate.store, GPU_V1, context.device)
+    assert golden.digest(pages) == expected, "other bytes than the CPU's"
+
+
+def cases(candidate: Candidate, context: Context) -> Iterator[Case]:
+    golden = cases_module(context.bundle)
+    hashes, ids = golden.golden(), {f.id for f in context.formats}
+    for case in golden.cases():
+        few = (case.head_size, case.dtype) == (64, "bfloat16")
+        if case.format.id in ids and (few or not context.quick):
+            yield case.name, partial(_check, case, candidate, context, golden, hashes[case.name])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -128,10 +130,11 @@ class Decode:
         return (self.query, pool.cache, self.table, self.lengths, self.starts, pool.format, scale,
                 *pool.statics)  # fmt: skip
 
-    def run(self, candidate: Candidate, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The output; *out*, if given."""
+    def run(self, candidate: Candidate, scratch: torch.Tensor, out=None) -> torch.Tensor:
+        """The output; *out*, if given. *scratch* is the workspace."""
         out = torch.full_like(self.query, float("nan")) if out is None else out
-        candidate.attend(out, *self.arguments(), max_query_len=1, max_seq_len=self.longest)
+        candidate.attend(out, *self.arguments(), max_query_len=1, max_seq_len=self.longest,
+                         workspace=scratch)  # fmt: skip
         return out
 
     def expected(self, sequence: int) -> torch.Tensor:
@@ -179,3 +182,109 @@ def decode(
         starts.to(device),
         context,
     )
+
+
+def _moved(static: StaticScale | None, device) -> StaticScale | None:
+    if static is None:
+        return None
+    zero = static.zero_point
+    zero = None if zero is None else zero.to(device)
+    return StaticScale(static.scale.to(device), static.inverse.to(device), zero)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step of a server: new rows of K and V to store, then attention of their queries.
+
+    Tensors are padded as vLLM pads them for a captured graph: sequences past the last have no
+    tokens and no queries, rows past the last query no slot.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    slots: torch.Tensor
+    table: torch.Tensor
+    lengths: torch.Tensor
+    starts: torch.Tensor
+
+    @classmethod
+    def make(
+        cls,
+        pool: Pool,
+        requests: Sequence[tuple[int, int]],
+        group: int,
+        dtype: torch.dtype,
+        seed: int,
+        sequences: int | None = None,
+        rows: int | None = None,
+    ) -> Batch:
+        """*requests* are (tokens in the cache after this step, new ones of them), each in blocks
+        of its own; *sequences* and *rows* to pad to."""
+        g = torch.Generator().manual_seed(seed)
+        blocks, heads, size, _ = pool.cache.shape
+        sequences, new = sequences or len(requests), [n for _, n in requests]
+        rows = rows or sum(new)
+        order, at = torch.randperm(blocks, generator=g), 0
+        spare = int(order[-1])  # stands in rows of the table past a sequence's end
+        table = torch.full((sequences, blocks), spare, dtype=torch.int32)
+        slots = torch.full((rows,), -1)
+        for s, (length, count) in enumerate(requests):
+            mine = order[at : at + -(-length // size)]
+            at += len(mine)
+            assert at < blocks, "the pool is too small for these requests"
+            table[s, : len(mine)] = mine
+            tokens = torch.arange(length - count, length)
+            first = sum(new[:s])
+            slots[first : first + count] = mine[tokens // size] * size + tokens % size
+        starts = [0, *itertools.accumulate(new)]
+        starts += [starts[-1]] * (sequences - len(requests))
+        lengths = [n for n, _ in requests] + [0] * (sequences - len(requests))
+        shape = (rows, heads, pool.head_size)
+        activations = (
+            torch.randn(rows, heads * group, pool.head_size, generator=g),
+            torch.randn(shape, generator=g),
+            torch.randn(shape, generator=g),
+        )
+        integers = (torch.tensor(x, dtype=torch.int32) for x in (lengths, starts))
+        tensors = (*(x.to(dtype) for x in activations), slots, table, *integers)
+        return cls(*(x.to(pool.cache.device) for x in tensors))
+
+    def copy_(self, other: Batch) -> None:
+        """Take over the values of a batch of the same shapes, in place, as a replay needs."""
+        for f in fields(self):
+            getattr(self, f.name).copy_(getattr(other, f.name))
+
+    def run(self, pool: Pool, candidate: Candidate, out, scratch, parts, longest, options) -> None:
+        """Store, then attend once per part (first sequence, end, bound on queries), each with the
+        views of the batch's tensors that ``serving/gpu.py`` takes."""
+        statics = pool.statics
+        candidate.store(self.key, self.value, pool.cache, self.slots, pool.format, *statics)
+        for begin, end, most in parts:
+            candidate.attend(
+                out, self.query, pool.cache, self.table[begin:end], self.lengths[begin:end],
+                self.starts[begin : end + 1], pool.format, pool.head_size**-0.5, *statics,
+                **options, max_query_len=most, max_seq_len=longest, workspace=scratch,
+            )  # fmt: skip
+
+    def check(self, pool: Pool, before: torch.Tensor, out: torch.Tensor, options: dict) -> None:
+        """The pages' bytes against the reference's on *before* (pages before the step, on the
+        CPU), then *out*, full of NaN before, against float64 over those pages; rows past the last
+        query must still be NaN. Raises AssertionError."""
+        here = Batch(*(getattr(self, f.name).cpu() for f in fields(self)))
+        statics = [_moved(s, "cpu") for s in pool.statics]
+        options = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        stored = (here.key, here.value, before, here.slots, pool.format, *statics)
+        reference.store(*stored, layout=GPU_V1)
+        pages, out = pool.cache.cpu(), out.cpu()
+        wrong = int((pages != before).sum())
+        assert not wrong, f"{wrong} bytes of the pages differ from the reference's"
+        count = int(here.starts[-1])
+        assert bool(out[count:].isnan().all()), "rows of no sequence were written"
+        expected = reference.attend(
+            here.query[:count], pages, here.table, here.lengths, here.starts, pool.format,
+            pool.head_size**-0.5, *statics, **options, dtype=torch.float64, layout=GPU_V1,
+        )  # fmt: skip
+        got, bound = out[:count], tolerance(out.dtype)
+        error = relative_error(got, expected) if expected.any() else float(got.abs().max())
+        assert error <= bound, f"relative RMS error {error:.2g}, allowed {bound:.2g}"

@@ -1,25 +1,20 @@
-"""memcheck and racecheck: every kernel on small shapes under NVIDIA's compute-sanitizer.
-
-Run as a module, this is the program that the sanitizer watches.
-"""
+"""Small steps of every kernel under NVIDIA's compute-sanitizer."""
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
-import torch
-
-from kvq_plugin.gpu_check import candidates, correctness
-from kvq_plugin.gpu_check.report import Clock, Outcome
-
-TOOLS = ("memcheck", "racecheck")
+#: Those that each candidate is run under. The last two look for what CUDA C++ does by hand:
+#: barriers, and partial results in a workspace.
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 #: What compute-sanitizer exits with if it found something.
 FOUND = 86
+#: With torch's own caching of memory, neighbours would hide what lies past the end.
+ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+KERNELS = ("attend_kernel", "merge_kernel", "store_kernel", "rotate_kernel")
 
 
 def find() -> str | None:
@@ -27,48 +22,24 @@ def find() -> str | None:
     return shutil.which("compute-sanitizer") or (str(beside) if beside.exists() else None)
 
 
-def start(tool: str, names: list[str]) -> subprocess.Popen | None:
-    """The small program under *tool*, in the background; None where there is no sanitizer."""
-    sanitizer = find()
-    if sanitizer is None:
-        return None
-    # With torch's own caching of memory, neighbours would hide what lies past the end.
-    env = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    program = [sys.executable, "-m", "kvq_plugin.gpu_check.sanitize", *names]
-    command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *program]
-    return subprocess.Popen(
-        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def command(sanitizer: str, tool: str) -> list[str]:
+    """What to put before a program. torch asks the driver for things it may lack, which is no
+    error of a kernel's; nor are torch's own kernels of interest, but initcheck must see all writes,
+    theirs too."""
+    made = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--report-api-errors", "no",
+            "--target-processes", "application-only", "--print-limit", "20"]  # fmt: skip
+    help = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, timeout=20).stdout
+    if tool != "initcheck" and "--kernel-name " in help:
+        made += [word for name in KERNELS for word in ("--kernel-name", f"kns={name}")]
+    return made
 
 
-def finish(processes: dict[str, subprocess.Popen | None], limit: float) -> Outcome:
-    """What the sanitizers found, waiting up to *limit* seconds for all."""
-    outcome, end = Outcome(), time.monotonic() + limit
-    for tool, process in processes.items():
-        if process is None:
-            outcome.skipped = "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
-            continue
-        try:
-            text, _ = process.communicate(timeout=max(1.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            outcome.skipped = f"{tool}, which took more than {limit:.0f} s"
-            continue
-        if "Device not supported" in text:
-            outcome.skipped = f"{tool}: the sanitizer does not support this machine's GPU"
-        else:
-            outcome.check(tool, process.returncode == 0, text[-2000:])
-    return outcome
-
-
-def main(names: list[str]) -> int:
-    """A few ragged batches with every format. Returns an exit status."""
-    made = [c for c in (candidates.cuda(), candidates.triton()) if c and c.name in names]
-    outcome = correctness.check_ragged(made, torch.device("cuda"), Clock(3600), 3600, cases=12)
-    print("\n".join(outcome.failures))
-    return bool(outcome.failures)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def verdict(tool: str, text: str) -> tuple[str, str]:
+    """("absent" or "fail" or "pass", why) for a tool that ended with FOUND or said it cannot run
+    here; *text* is all it printed. initcheck counts where it names a kernel of ours."""
+    said = [line for line in text.splitlines() if line.startswith("=========")]
+    if "Device not supported" in text:
+        return "absent", f"{tool} does not support this machine's GPU"
+    if tool == "initcheck" and not re.search("|".join(KERNELS), "\n".join(said)):
+        return "pass", "reports of torch's kernels alone"
+    return "fail", "\n".join(said[:30])

@@ -7,51 +7,38 @@ divided by the copy's is what it reaches of the memory's speed.
 
 from __future__ import annotations
 
-import csv
-import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+import time
+from collections.abc import Callable, Iterator
+from functools import cache as memoize
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import KVFormat
 from kvq_plugin.gpu_check import stock
 from kvq_plugin.gpu_check.candidates import Candidate
+from kvq_plugin.gpu_check.context import Case, Context, Refused
+from kvq_plugin.gpu_check.evidence import COLUMNS
 from kvq_plugin.gpu_check.problems import decode, fill
-from kvq_plugin.gpu_check.report import Clock, Outcome
 
-#: (sequences, context): one long one, an awkward number, many.
-SHAPES = ((1, 131072), (17, 16384), (64, 8192))
+#: Contexts of the sequences of a batch: one long one, an awkward number, many, and a long one among
+#: short ones.
+SHAPES = ([131072], [16384] * 17, [8192] * 64, [131072] + [1024] * 63)
 KV_HEADS, GROUP, HEAD_SIZE, PAGE = 8, 4, 128, 16
 FORMATS_TIMED = ("fp8_e4m3", "int8_per_token_head", "int4_per_token_head")
 #: Tokens of a store: a step of decoding, and a chunk of prefill.
 STORES = (64, 8192)
+QUICK_SHAPES, QUICK_STORES = ([64], [64, 16]), (16,)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement. ``gb_per_s`` counts the bytes of the cache (both ways for a copy);
-    ``of_copy`` is that over the copy's."""
-
-    what: str
-    kernel: str
-    format: str
-    batch: int
-    context: int
-    kv_heads: int
-    group: int
-    head_size: int
-    page: int
-    microseconds: float
-    gb_per_s: float
-    of_copy: float
-
-
-def microseconds(call: Callable[[], None], calls: int = 5, repeats: int = 15) -> float:
-    """Median time of one *call* among *repeats* replays of a graph of *calls* of them."""
+def microseconds(call: Callable[[], None], device, calls: int = 5, repeats: int = 15) -> float:
+    """Median time of one *call* among *repeats* replays of a graph of *calls* of them; on a CPU,
+    of one call."""
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        call()
+        return (time.perf_counter() - begin) * 1e6
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -74,127 +61,98 @@ def microseconds(call: Callable[[], None], calls: int = 5, repeats: int = 15) ->
     return statistics.median(times)
 
 
+@memoize
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s of a device-to-device copy of 2 GB, read and written bytes together."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device=device)
+    size = 1 << (31 if device.type == "cuda" else 20)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / microseconds(lambda: target.copy_(source)) / 1e3
+    return 2 * source.numel() / microseconds(lambda: target.copy_(source), device) / 1e3
 
 
-@dataclass
-class Bench:
-    """Collects rows; ``copy`` is the copy's GB/s."""
-
-    copy: float
-    rows: list[Row]
-    outcome: Outcome
-
-    def add(self, what, kernel, format, batch, context, size: int, call) -> None:
-        """Time *call*, which moves *size* bytes of cache. A failure is noted and ends nothing."""
-        try:
-            time = microseconds(call)
-        except Exception as e:
-            name = f"{what} {kernel} {format} B={batch} context {context}"
-            self.outcome.failures.append(f"{name}: {type(e).__name__}: {e}")
-            return
-        rate = size / time / 1e3
-        shape = (batch, context, KV_HEADS, GROUP, HEAD_SIZE, PAGE)
-        self.rows.append(Row(what, kernel, format, *shape, time, rate, rate / self.copy))
-        self.outcome.passed += 1
+def _context(lengths: list[int]) -> str:
+    """``8192``, or ``131072+63x1024``."""
+    rest = lengths[1:]
+    return str(lengths[0]) if len(set(lengths)) == 1 else f"{lengths[0]}+{len(rest)}x{rest[0]}"
 
 
-def _ours(bench: Bench, candidates: Sequence[Candidate], device) -> Iterator[None]:
-    for (batch, context), name in ((s, f) for s in SHAPES for f in FORMATS_TIMED):
-        format = FORMATS[name]
-        blocks = batch * context // PAGE
-        pool = fill(candidates[0], format, HEAD_SIZE, PAGE, blocks, KV_HEADS, device)
-        problem = decode(pool, batch, context, GROUP, torch.bfloat16, ragged=False)
-        # Every sequence has pages of its own, in shuffled order.
-        order = torch.randperm(blocks, device=device).int().view(batch, -1)
-        problem.table.copy_(order)
-        out = torch.empty_like(problem.query)
-        for candidate in candidates:
-            call = partial(problem.run, candidate, out)
-            bench.add("attend", candidate.name, name, batch, context, pool.cache.numel(), call)
-        yield
+def _row(device, what, kernel, format, batch, context, size: int, call) -> dict:
+    """*call*, which moves *size* bytes of cache, timed."""
+    time = microseconds(call, device)
+    rate = size / time / 1e3
+    shape = (batch, context, KV_HEADS, GROUP, HEAD_SIZE, PAGE)
+    values = (what, kernel, format, *shape, time, rate, rate / copy_bandwidth(device))
+    return dict(zip(COLUMNS, values, strict=True))
 
 
-def _stores(bench: Bench, candidates: Sequence[Candidate], device) -> Iterator[None]:
-    for tokens, name in ((t, f) for t in STORES for f in FORMATS_TIMED):
-        format = FORMATS[name]
-        pool = fill(candidates[0], format, HEAD_SIZE, PAGE, tokens // PAGE, KV_HEADS, device)
-        shape = (tokens, KV_HEADS, HEAD_SIZE)
-        rows = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in "kv"]
-        slots = torch.randperm(tokens, device=device)
-        size = pool.cache.numel() + sum(x.numel() * 2 for x in rows)
-        for candidate in candidates:
-            call = partial(candidate.store, *rows, pool.cache, slots, format, *pool.statics)
-            bench.add("store", candidate.name, name, tokens, 0, size, call)
-        yield
+def _attend(candidate: Candidate, context: Context, format: KVFormat, lengths: list[int]) -> dict:
+    device, batch = context.device, len(lengths)
+    blocks = sum(lengths) // PAGE
+    pool = fill(candidate, format, HEAD_SIZE, PAGE, blocks, KV_HEADS, device)
+    problem = decode(pool, batch, max(lengths), GROUP, torch.bfloat16, ragged=False)
+    # Every sequence has pages of its own, in shuffled order.
+    order = torch.randperm(blocks).int().split([n // PAGE for n in lengths])
+    for s, mine in enumerate(order):
+        problem.table[s, : len(mine)] = mine.to(device)
+    problem.lengths.copy_(torch.tensor(lengths))
+    out, scratch = torch.empty_like(problem.query), context.scratch()
+    call = partial(problem.run, candidate, scratch, out)
+    size, text = pool.cache.numel(), _context(lengths)
+    return _row(device, "attend", candidate.name, format.name, batch, text, size, call)
 
 
-def _others(bench: Bench, device) -> Iterator[None]:
-    for batch, context in SHAPES:
-        shape = (batch, KV_HEADS, context, HEAD_SIZE)
-        keys, values = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in "kv")
-        query = torch.randn(
-            batch, KV_HEADS * GROUP, 1, HEAD_SIZE, device=device, dtype=torch.bfloat16
-        )
-        call = partial(
-            torch.nn.functional.scaled_dot_product_attention, query, keys, values, enable_gqa=True
-        )
-        bench.add("attend", "torch sdpa", "bf16", batch, context, 4 * keys.numel(), call)
-        del keys, values, call
-        yield
-        for mode in stock.MODES if stock.missing() == "" else ():
-            call, size = stock.decode(
-                mode, batch, context, KV_HEADS, GROUP, HEAD_SIZE, PAGE, device
-            )
-            bench.add("attend", "vllm triton", mode, batch, context, size, call)
-            yield
+def _store(candidate: Candidate, context: Context, format: KVFormat, tokens: int) -> dict:
+    device = context.device
+    pool = fill(candidate, format, HEAD_SIZE, PAGE, tokens // PAGE, KV_HEADS, device)
+    shape = (tokens, KV_HEADS, HEAD_SIZE)
+    rows = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in "kv"]
+    slots = torch.randperm(tokens, device=device)
+    size = pool.cache.numel() + sum(x.numel() * 2 for x in rows)
+    call = partial(candidate.store, *rows, pool.cache, slots, format, *pool.statics)
+    return _row(device, "store", candidate.name, format.name, tokens, "", size, call)
 
 
-def run(
-    candidates: Sequence[Candidate], device: torch.device, clock: Clock, share: float
-) -> tuple[list[Row], Outcome]:
-    """All rows, as far as *share* seconds reach; ours first."""
-    outcome = Outcome()
-    copy = copy_bandwidth(device)
-    shape = (0, 0, 0, 0, 0, 0)
-    bench = Bench(copy, [Row("copy", "torch", "", *shape, 0.0, copy, 1.0)], outcome)
-    parts = (
-        part
-        for make in (
-            lambda: _ours(bench, candidates, device),
-            lambda: _others(bench, device),
-            lambda: _stores(bench, candidates, device),
-        )
-        for part in make()
-    )
-    done = object()
-    work = clock.within(iter(lambda: next(parts, done), done), share)
-    for _ in work:
-        torch.cuda.empty_cache()
-    if next(parts, done) is not done:
-        outcome.skipped = "the last measurements, for time"
-    elif stock.missing():
-        outcome.skipped = f"vLLM's own kernels: {stock.missing()}"
-    return bench.rows, outcome
+def _sdpa(context: Context, batch: int, length: int) -> dict:
+    like = {"device": context.device, "dtype": torch.bfloat16}
+    keys, values = (torch.randn(batch, KV_HEADS, length, HEAD_SIZE, **like) for _ in "kv")
+    query = torch.randn(batch, KV_HEADS * GROUP, 1, HEAD_SIZE, **like)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    call = partial(attention, query, keys, values, enable_gqa=True)
+    size, text = 4 * keys.numel(), str(length)
+    return _row(context.device, "attend", "torch sdpa", "bf16", batch, text, size, call)
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """All rows, a column per field of :class:`Row`; complete, or not there at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            for row in rows:
-                values = asdict(row)
-                writer.writerow(
-                    {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
-                )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _vllm(context: Context, mode: str, batch: int, length: int) -> dict:
+    missing = "they need a GPU" if context.device.type == "cpu" else stock.missing()
+    if missing:
+        raise Refused(f"vLLM's own kernels: {missing}")
+    shape = (batch, length, KV_HEADS, GROUP, HEAD_SIZE, PAGE)
+    call, size = stock.decode(mode, *shape, context.device)
+    return _row(context.device, "attend", "vllm triton", mode, batch, str(length), size, call)
+
+
+def cases(candidate: Candidate | None, context: Context) -> Iterator[Case]:
+    """All of *candidate*'s; for None, the others it is compared with."""
+    shapes, stores = (QUICK_SHAPES, QUICK_STORES) if context.quick else (SHAPES, STORES)
+
+    def copy() -> dict:
+        rate = copy_bandwidth(context.device)
+        return dict(zip(COLUMNS, ("copy", "torch", *[""] * 7, 0.0, rate, 1.0), strict=True))
+
+    yield "copy", copy
+    if candidate is None:
+        for lengths in (s for s in shapes if len(set(s)) == 1):
+            shape = len(lengths), lengths[0]
+            yield f"torch sdpa {shape}", partial(_sdpa, context, *shape)
+            for mode in stock.MODES:
+                yield f"vllm {mode} {shape}", partial(_vllm, context, mode, *shape)
+        return
+    formats = [f for f in context.formats if f.name in FORMATS_TIMED]
+    for lengths in shapes:
+        for format in formats:
+            name = f"{format.name} B={len(lengths)} context {_context(lengths)}"
+            yield name, partial(_attend, candidate, context, format, lengths)
+    for tokens in stores:
+        for format in formats:
+            name = f"{format.name} store of {tokens}"
+            yield name, partial(_store, candidate, context, format, tokens)

@@ -202,7 +202,10 @@ _E4M3_SM80_PTX = tl.constexpr("""{
 @triton.jit
 def _packed(c, PTX: tl.constexpr, IN_PLACE: tl.constexpr):
     # Triton moves a pure operation behind a change of layout, an impure one stays in place.
-    return tl.inline_asm_elementwise(PTX, "=r,=r,r", [c], tl.float16, is_pure=not IN_PLACE, pack=4)
+    # "&": the first result is written before the codes are read for the last time.
+    return tl.inline_asm_elementwise(
+        PTX, "=&r,=&r,r", [c], tl.float16, is_pure=not IN_PLACE, pack=4
+    )
 
 
 @triton.jit

@@ -41,9 +41,10 @@ class StoreChoice:
 # Not yet measured on a GPU. To stream 4.3 TB/s at about 0.8 us of latency, each of an H200's 132
 # SMs needs some 26 KiB under way; two tiles of 8 KiB of K and as much of V give 32 KiB per program,
 # and shared memory holds four programs per SM. Stages: the address of a tile comes out of the block
-# table, so Triton 3.9 spends half the stages on that load; with fewer than five, tiles are loaded
-# one at a time (read in the PTX: cp.async.wait_group 0). Eight warps where four spill registers
-# (ptxas). tests/test_triton_compile.py holds these limits.
+# table, so Triton spends half the stages on that load; with fewer than five, tiles are loaded one
+# at a time (read in the PTX: cp.async.wait_group 0). Eight warps, or tiles of half the tokens,
+# where registers are spilled otherwise (ptxas; Triton 3.6 spills for sm_80 what 3.9 does not).
+# tests/test_triton_compile.py holds these limits.
 #: (long queries, bits of the wider code, head size rounded up) -> choice
 ATTEND = {
     (False, 8, 64): AttendChoice(block_n=128, warps=4, stages=5),
@@ -52,11 +53,11 @@ ATTEND = {
     (False, 4, 64): AttendChoice(block_n=128, warps=4, stages=5),
     (False, 4, 128): AttendChoice(block_n=128, warps=4, stages=5),
     (False, 4, 256): AttendChoice(block_n=64, warps=4, stages=5),
-    (True, 8, 64): AttendChoice(block_n=64, warps=4, stages=5),
+    (True, 8, 64): AttendChoice(block_n=32, warps=4, stages=5),
     (True, 8, 128): AttendChoice(block_n=64, warps=8, stages=5),
     (True, 8, 256): AttendChoice(block_n=16, warps=8, stages=5),
     (True, 4, 64): AttendChoice(block_n=32, warps=4, stages=5),
-    (True, 4, 128): AttendChoice(block_n=32, warps=8, stages=5),
+    (True, 4, 128): AttendChoice(block_n=16, warps=8, stages=5),
     (True, 4, 256): AttendChoice(block_n=16, warps=8, stages=5),
 }
 #: Programs per multiprocessor that splitting the context aims for, by (long queries).

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from contextlib import ExitStack
 
 _registered = False
 
@@ -10,46 +12,81 @@ _registered = False
 def register() -> None:
     """Entry point ``vllm.general_plugins: kvq``; vLLM calls it in each of its processes.
 
-    Adds our KV-cache dtypes, our attention backend and the loading of their scales. Does
-    nothing when called again, and nothing on a platform the plugin has no kernels for.
+    Adds our KV-cache dtypes, our attention backend and the loading of their scales, or, when this
+    vLLM is not as expected, nothing: an exception from here would stop every ``vllm serve``. Then
+    one warning says why. Does nothing when called again.
     """
     global _registered
     if _registered:
         return
-    _registered = True
-    from kvq_plugin.formats import FORMATS
-    from kvq_plugin.serving import compat
+    try:
+        _registered = _register()
+    except Exception as error:
+        _registered = True
+        _step_aside(error)
 
-    if not (compat.is_cpu() or compat.is_gpu()):
+
+def _register() -> bool:
+    """True when all is done, False when a later call has to go on. Changes nothing if it raises."""
+    from kvq_plugin.formats import FORMATS
+    from kvq_plugin.serving import compat, selection
+    from kvq_plugin.serving.compat import patches
+
+    on_cpu, on_gpu, undecided = compat.is_cpu(), compat.is_gpu(), compat.is_unspecified()
+    if not (on_cpu or on_gpu or undecided):
         compat.get_logger(__name__).info(
             "kvq_plugin has kernels for vLLM's CPU, CUDA and ROCm platforms only; KV caches here "
             "stay vLLM's own"
         )
-        return
+        return True
+    if lacking := compat.missing():
+        raise AttributeError(f"it lacks {', '.join(lacking)}")
     import torch
 
-    for name in FORMATS:
-        compat.register_dtype(name, torch.uint8)
-    # Registers the quantization method, which vLLM looks up before any config exists.
-    config = importlib.import_module(f"{__name__}.scales.config")
-    _register_backends()
-    compat.on_config(_on_config)
-    compat.on_draft_quant_config(config.wrap_draft_config)
-    compat.on_model_created(_on_model_created)
+    with ExitStack() as undo:
+        patches.add_dtypes(undo, FORMATS, torch.uint8)
+        if not on_cpu:
+            patches.add_backend(
+                selection.BACKEND_NAME, f"{__name__}.stock_triton.StockTritonBackend", undo
+            )
+        if not undecided:
+            choose = selection.choose_on_cpu if on_cpu else selection.choose_on_gpu
+            patches.on_backend_selection(undo, choose)
+            patches.on_config(undo, _on_config)
+            patches.on_draft_quant_config(undo, _on_draft_quant_config)
+            patches.on_model_created(undo, _on_model_created)
+            if on_cpu:
+                patches.on_kv_cache_allocation(undo, _cache_memory)
+            # Registers the quantization method, which vLLM looks up before any config exists;
+            # last, since that cannot be taken back.
+            importlib.import_module(f"{__name__}.scales.config")
+        undo.pop_all()
+    return not undecided
 
 
-def _register_backends() -> None:
-    from kvq_plugin.serving import compat, selection
+def _step_aside(error: Exception) -> None:
+    """Say that the plugin could not register, and refuse what vLLM alone would do wrong."""
+    reason, found = f"{type(error).__name__}: {error}", "this version"
+    try:
+        from kvq_plugin.serving import compat
+        from kvq_plugin.serving.compat import patches
 
-    if compat.is_cpu():
-        compat.override_backend("CPU_ATTN", f"{__name__}.stock.StockCPUBackend")
-        compat.on_backend_selection(selection.choose_on_cpu)
-        compat.on_kv_cache_allocation(_cache_memory)
-        return
-    stock = f"{__name__}.stock_triton.StockTritonBackend"
-    compat.override_backend("TRITON_ATTN", stock)
-    compat.add_backend(selection.BACKEND_NAME, stock)
-    compat.on_backend_selection(selection.choose_on_gpu)
+        found = f"{compat.vllm_version()}, supported are {compat.SUPPORTED}"
+        patches.refuse_on_cpu(reason)
+    except Exception as another:
+        reason += f"; then {type(another).__name__}: {another}"
+    logging.getLogger(f"vllm.{__name__}").warning(
+        "kvq_plugin does not fit vLLM (%s) and steps aside: %s. vLLM works as without the plugin; "
+        "KV caches of the plugin's are refused.",
+        found,
+        reason,
+    )
+
+
+def _on_draft_quant_config(quant_config, model_config):
+    from kvq_plugin.serving.scales.config import wrap_draft_config
+
+    return wrap_draft_config(quant_config, model_config)
 
 
 def _cache_memory(specs):
@@ -60,16 +97,20 @@ def _cache_memory(specs):
 
 def _on_model_created(model, vllm_config, model_config) -> None:
     from kvq_plugin.serving.scales.method import begin_load
+    from kvq_plugin.serving.selection import require_own_backends
 
+    require_own_backends(model, vllm_config)
     begin_load(model, vllm_config, model_config)
 
 
 def _on_config(vllm_config) -> None:
     from kvq_plugin.serving.checks import check
+    from kvq_plugin.serving.compat import patches
     from kvq_plugin.serving.scales.config import wrap_quant_config
     from kvq_plugin.serving.selection import serves
 
     cache = vllm_config.cache_config
+    patches.forget_selected_backends()
     check(vllm_config)
     if not serves(vllm_config):
         return

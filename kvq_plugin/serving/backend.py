@@ -23,15 +23,6 @@ from kvq_plugin.serving.compat import (
 )
 
 
-def backend_path(kv_cache_dtype: str | None, attn_type: str) -> str | None:
-    """Import path of the backend class for a layer, or None where vLLM's choice stands.
-
-    Raises ValueError for cross attention.
-    """
-    format = base.layer_format(kv_cache_dtype, attn_type)
-    return None if format is None else base.class_path(BACKENDS[format])
-
-
 def cache_memory(specs: Iterable[Any]) -> AbstractContextManager:
     """What a KV cache for layers of *specs* is allocated within: on huge pages if one is ours."""
     if any(map(base.is_our_spec, specs)):
@@ -89,11 +80,23 @@ class CPUBackend(KVQBackend):
         return CPUBuilder
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True  # tests/test_invariance.py
+
+    @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         stock = CPUAttentionBackend.get_supported_head_sizes()
         return [d for d in stock if d % LANES == 0 and d <= MAX_HEAD_SIZE]
 
 
+#: What the backends take, for messages.
+_HEAD_SIZES = ", ".join(map(str, CPUBackend.get_supported_head_sizes()))
+LIMITS = (
+    "decoder layers with softmax attention, without multimodal prefixes, R-SWA, context "
+    f"parallelism or KV connectors, head sizes {_HEAD_SIZES}, "
+    f"blocks in multiples of {CPUBackend.block_multiple} tokens, models in bfloat16, float16 or "
+    "float32"
+)
 KVQ_fp8_e4m3 = CPUBackend.of("fp8_e4m3")
 KVQ_fp8_e5m2 = CPUBackend.of("fp8_e5m2")
 KVQ_int8 = CPUBackend.of("int8")

@@ -307,14 +307,12 @@ class KVQBackend(AttentionBackend):
         format: one row of the table; impl_cls: its implementation, or the base of them all.
         block_multiple: blocks hold a multiple of so many tokens; default_block_size: what a
             message about them suggests.
-        elsewhere: what a message suggests beside ``--kv-cache-dtype auto``, or "".
     """
 
     format: ClassVar[KVFormat]
     impl_cls: ClassVar[type[KVQImpl]]
     block_multiple: ClassVar[int]
     default_block_size: ClassVar[int]
-    elsewhere: ClassVar[str] = ""
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.float16,
@@ -340,13 +338,18 @@ class KVQBackend(AttentionBackend):
         return [MultipleOf(cls.block_multiple)]
 
     @classmethod
+    def elsewhere(cls, kv_cache_dtype: str) -> str:
+        """What a message suggests beside ``--kv-cache-dtype auto``, if anything."""
+        return ""
+
+    @classmethod
     def require_head_size(cls, kv_cache_dtype: str, head_size: int) -> None:
         """Raise ValueError when there are no kernels for *head_size* on this platform."""
         if not cls.supports_head_size(head_size):
             sizes = ", ".join(map(str, cls.get_supported_head_sizes()))
             raise ValueError(
                 f"--kv-cache-dtype {kv_cache_dtype} was asked for head size {head_size}: supported "
-                f"are {sizes}; use --kv-cache-dtype auto{cls.elsewhere}"
+                f"are {sizes}; use --kv-cache-dtype auto{cls.elsewhere(kv_cache_dtype)}"
             )
 
     @classmethod

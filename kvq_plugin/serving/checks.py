@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,30 @@ _WITHOUT_ATTENTION = ("medusa", "mlp_speculator")  # methods whose draft model h
 
 
 def check(vllm_config: Any) -> None:
-    """Raise ValueError when *vllm_config* asks for a KV cache that cannot be served."""
+    """Raise ValueError when *vllm_config* asks for a KV cache that cannot be served.
+
+    A KV cache that is vLLM's own (:func:`~kvq_plugin.serving.selection.serves`) is its business,
+    but for dtypes that its CPU platform takes and has no kernels for.
+    """
     _check_options(vllm_config.additional_config)
     model = vllm_config.model_config
-    if model is None or not serves(vllm_config):
+    if model is None:
         return
     asked = vllm_config.cache_config.cache_dtype
     _check_dtype(asked, "--kv-cache-dtype", model.dtype)
-    _check_speculation(asked, vllm_config.speculative_config, model)
+    ours = serves(vllm_config)
+    if ours or compat.is_cpu():
+        _check_speculation(asked, vllm_config.speculative_config, model)
     format = FORMATS.get(asked)
     if format is None:
         return
+    if not ours:
+        _say_who_serves(asked, vllm_config)
+        return
     hugepages.enabled()  # raises for a bad value, here rather than in a worker
     _check_device(asked)
-    _check_model(asked, model)
+    _check_served(asked, vllm_config)
+    _check_attention(asked, model)
     _check_engine(asked, vllm_config)
     _check_skip_layers(vllm_config)
     _check_static_scales(asked, format, vllm_config)
@@ -50,7 +61,7 @@ def check(vllm_config: Any) -> None:
 def _refuse(asked: str, what: str, supported: str, instead: str) -> None:
     raise ValueError(
         f"--kv-cache-dtype {asked} was asked for {what}: supported are {supported}; {instead}"
-        f"{platform_backend().elsewhere}"
+        f"{platform_backend().elsewhere(asked)}"
     )
 
 
@@ -123,46 +134,103 @@ def _check_device(asked: str) -> None:
     )
 
 
-def _check_model(asked: str, model: Any) -> None:
+@dataclass(frozen=True)
+class Unserved:
+    """A kind of model or engine that the plugin has no kernels for.
+
+    Attributes:
+        what, supported, instead: for a message.
+        vllm_serves: whether vLLM has kernels for it, for the KV caches it has kernels for at all.
+    """
+
+    what: str
+    supported: str
+    instead: str = "use --kv-cache-dtype auto"
+    vllm_serves: bool = True
+
+
+def unserved(vllm_config: Any) -> Unserved | None:
+    """Why the model or the engine as such is not the plugin's; None when it is."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     decoder_only = "decoder-only models with softmax attention"
-    instead = "use --kv-cache-dtype auto"
     if model.use_mla:
-        _refuse(asked, "a model with multi-head latent attention (MLA)", decoder_only, instead)
-    if model.is_encoder_decoder:
-        _refuse(asked, "an encoder-decoder model (cross attention)", decoder_only, instead)
-    if model.is_hybrid:
-        _refuse(asked, "a hybrid of attention and state-space layers", decoder_only, instead)
-    if model.is_attention_free:
-        _refuse(asked, "a model without attention", decoder_only, instead)
-    platform_backend().require_head_size(asked, model.get_head_size())
-
-
-def _check_engine(asked: str, vllm_config: Any) -> None:
-    if vllm_config.kv_transfer_config is not None:
-        _refuse(
-            asked,
+        # vLLM 0.32 takes fp8 with it on CPUs, and fails when it is to write the cache.
+        mla = "a model with multi-head latent attention (MLA)"
+        return Unserved(mla, decoder_only, vllm_serves=not compat.is_cpu())
+    for is_so, what in (
+        (model.is_encoder_decoder, "an encoder-decoder model (cross attention)"),
+        (model.is_hybrid, "a hybrid of attention and state-space layers"),
+        (model.is_attention_free, "a model without attention"),
+    ):
+        if is_so:
+            return Unserved(what, decoder_only)
+    if vllm_config.diffusion_config is not None:
+        what = "a diffusion model, whose batches mix causal and bidirectional requests"
+        return Unserved(what, decoder_only)
+    offloading = vllm_config.cache_config.kv_offloading_size
+    # vLLM makes a connector of the offloading size after it has called the plugin.
+    if vllm_config.kv_transfer_config is not None or offloading is not None:
+        return Unserved(
             "an engine with a KV connector or KV offloading",
             "engines that keep their KV cache to themselves",
             "drop --kv-transfer-config and --kv-offloading-size, or use --kv-cache-dtype auto",
         )
-    parallel = vllm_config.parallel_config
-    for field, flag in (
-        ("decode_context_parallel_size", "--decode-context-parallel-size"),
-        ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
-    ):
-        size = getattr(parallel, field, 1)
+    for field in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size, flag = getattr(parallel, field, 1), f"--{field.replace('_', '-')}"
         if size > 1:
-            _refuse(
-                asked,
-                f"context parallelism ({flag} {size})",
-                "tensor, pipeline and data parallelism",
-                f"use {flag} 1",
-            )
-    backend, block_size = platform_backend(), vllm_config.cache_config.block_size
-    if block_size and block_size % backend.block_multiple:
+            what = f"context parallelism ({flag} {size})"
+            return Unserved(what, "tensor, pipeline and data parallelism", f"use {flag} 1")
+    backend, head_size = platform_backend(), model.get_head_size()
+    if not backend.supports_head_size(head_size):
+        sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
+        return Unserved(f"head size {head_size}", sizes)
+    return None
+
+
+def _check_served(asked: str, vllm_config: Any) -> None:
+    why = unserved(vllm_config)
+    if why is not None:
+        _refuse(asked, why.what, why.supported, why.instead)
+
+
+def _say_who_serves(asked: str, vllm_config: Any) -> None:
+    """On CPUs, where the name alone does not tell. On GPUs it does."""
+    if compat.is_cpu():
+        why = unserved(vllm_config)
+        compat.init_logger(f"vllm.{__name__}").warning_once(
+            "The KV cache of dtype %s is vLLM's own here, not kvq_plugin's, because %s.",
+            asked,
+            "CPU_ATTN was chosen" if why is None else f"this is {why.what}",
+        )
+
+
+def _check_attention(asked: str, model: Any) -> None:
+    """What vLLM's CPU platform never asks its backends: they would attend causally, silently."""
+    if model.is_mm_prefix_lm:
         _refuse(
             asked,
-            f"blocks of {block_size} tokens",
+            "a model that attends to images in both directions",
+            "causal attention",
+            'serve text alone (--limit-mm-per-prompt \'{"image": 0, "video": 0}\'), or use '
+            "--kv-cache-dtype auto",
+        )
+    if model.rswa_window is not None:
+        _refuse(
+            asked,
+            "a model with a window over generated tokens alone (R-SWA)",
+            "full attention and sliding windows",
+            "use --kv-cache-dtype auto",
+        )
+
+
+def _check_engine(asked: str, vllm_config: Any) -> None:
+    # Only what the user chose is final here. vLLM chooses later (0.33: once the model has its
+    # backends) out of get_supported_kernel_block_sizes, and refuses there what does not fit.
+    backend, cache = platform_backend(), vllm_config.cache_config
+    if cache.user_specified_block_size and cache.block_size % backend.block_multiple:
+        _refuse(
+            asked,
+            f"blocks of {cache.block_size} tokens",
             f"multiples of {backend.block_multiple}",
             f"use --block-size {backend.default_block_size}",
         )

@@ -1,7 +1,7 @@
 """The attention backend for CUDA and ROCm: the kernels of :mod:`kvq_plugin.kernels`.
 
-It runs under the name ``TRITON_ATTN``, which vLLM needs to find in its enum of backends. Layers
-that stay unquantized keep whichever of vLLM's backends it would choose without the plugin.
+vLLM needs to find the backend's name in its enum: that is ``TRITON_ATTN``, however it was selected.
+Layers that stay unquantized keep whichever of vLLM's backends it would choose without the plugin.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kvq_plugin.serving.compat import (
     current_platform,
     split_decodes_and_prefills,
 )
+from kvq_plugin.serving.compat.patches import is_own_dtype
 
 #: Compute capability of the oldest NVIDIA GPUs the kernels are compiled for.
 MIN_CAPABILITY = (8, 0)
@@ -176,14 +177,16 @@ class GPUBackend(KVQBackend):
     impl_cls = GPUImpl
     block_multiple = LANES
     default_block_size = LANES
-    elsewhere = (
-        ", or name one of vLLM's own backends with --attention-backend, which then keeps the "
-        "cache in vLLM's way where it knows this dtype"
-    )
 
     @staticmethod
     def get_name() -> str:
         return "TRITON_ATTN"  # vLLM looks this up in its enum of backends
+
+    @classmethod
+    def elsewhere(cls, kv_cache_dtype: str) -> str:
+        if is_own_dtype(kv_cache_dtype):
+            return ""
+        return ", or drop --attention-backend, which leaves this KV cache to vLLM's own backends"
 
     @staticmethod
     def get_builder_cls() -> type[GPUBuilder]:

@@ -1,9 +1,14 @@
-"""Which backend serves an attention layer, and whether a run is the plugin's to serve at all.
+"""Which runs and which attention layers are the plugin's, and which are vLLM's own.
 
-On GPUs vLLM has its own kernels for most of our dtype names (``fp8``, ``int8_per_token_head``
-and others), in byte layouts of its own. One rule decides: these names mean the plugin's cache,
-unless the user names one of vLLM's backends with ``--attention-backend``; then nothing of the
-plugin touches the run. ``TRITON_ATTN`` is the name under which the plugin runs, so it is ours.
+Names of KV caches that only the plugin has (``int8`` today) are the plugin's everywhere. The
+others are vLLM's too, and there the platforms differ:
+
+* GPUs: they stay vLLM's, whose kernels keep them in byte layouts of their own, unless the user
+  says ``--attention-backend KVQ``.
+* CPUs: vLLM has kernels for ``fp8`` and its kin alone. They are the plugin's, but for models and
+  engines that the plugin has no kernels for, and under ``--attention-backend CPU_ATTN``.
+
+What is vLLM's, the plugin does not touch.
 """
 
 from __future__ import annotations
@@ -12,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving import compat
+from kvq_plugin.serving.compat import patches
 
 if TYPE_CHECKING:
+    import torch
+
     from kvq_plugin.serving.base import KVQBackend
 
 #: What ``--attention-backend`` calls the plugin (vLLM 0.32 on; before, CUSTOM).
 BACKEND_NAME = "KVQ"
-_OURS = f"{BACKEND_NAME} (CUSTOM before vLLM 0.32) and TRITON_ATTN"
 
 
 def platform_backend() -> type[KVQBackend]:
@@ -32,59 +39,124 @@ def platform_backend() -> type[KVQBackend]:
     return GPUBackend
 
 
+# --- runs ------------------------------------------------------------------------------
+
+
 def serves(vllm_config: Any) -> bool:
-    """False when the user named backends of vLLM's for all layers; on CPUs there is no choice."""
+    """True when a quantized KV cache was asked for, or declared by the checkpoint, and is the
+    plugin's: to serve, or to refuse where nobody has kernels for it.
+
+    Raises ValueError for a scheme of the checkpoint that no format of ours serves.
+    """
+    given = vllm_config.cache_config.cache_dtype
+    name = given if given in FORMATS else _declared(vllm_config)
+    if name is None:
+        return False
+    if not compat.is_cpu():
+        backends = _chosen_backends(vllm_config)
+        return _is_named(backends) or (is_ours_alone(name) and None in backends)
+    if is_ours_alone(name):
+        return True
+    if vllm_config.attention_config.backend is compat.AttentionBackendEnum.CPU_ATTN:
+        return False
+    from kvq_plugin.serving.checks import unserved
+
+    why = unserved(vllm_config)
+    return why is None or (given in FORMATS and not why.vllm_serves)
+
+
+def is_ours_alone(kv_cache_dtype: str) -> bool:
+    """True for a format of ours that vLLM itself has no kernels for on this platform."""
     if compat.is_cpu():
-        return True
+        return not compat.cpu_backend_has(kv_cache_dtype)
+    return patches.is_own_dtype(kv_cache_dtype)
+
+
+def _chosen_backends(vllm_config: Any) -> tuple:
+    """What the user named, for all layers and by kind of layer; None for "auto"."""
     attention = vllm_config.attention_config
-    chosen = (attention.backend, *attention.backend_per_kind.values())
-    return any(_is_ours(backend) for backend in chosen)
+    return (attention.backend, *attention.backend_per_kind.values())
 
 
-def _is_ours(backend: Any) -> bool:
-    """True when *backend*, an entry of vLLM's enum or None for "auto", leads to the plugin."""
-    if backend is None or backend is compat.AttentionBackendEnum.TRITON_ATTN:
-        return True
-    return backend is compat.added_backend(BACKEND_NAME)
+def _is_named(backends: tuple) -> bool:
+    own = patches.added_backend(BACKEND_NAME)
+    return own is not None and own in backends
+
+
+def _declared(vllm_config: Any) -> str | None:
+    """Name of the format that the checkpoint's KV scheme stands for; None without a scheme."""
+    from kvq_plugin.serving.scales.config import declared_dtype
+
+    try:
+        return declared_dtype(vllm_config)
+    except ValueError:
+        if compat.is_cpu() or _is_named(_chosen_backends(vllm_config)):
+            raise
+        return None  # vLLM's own business
+
+
+# --- layers ----------------------------------------------------------------------------
 
 
 def choose_on_cpu(selected: Any, config: Any) -> str | None:
-    """Import path of the backend for a layer; None leaves it to vLLM."""
-    from kvq_plugin.serving.backend import backend_path
-
-    return backend_path(config.kv_cache_dtype, config.attn_type)
-
-
-def choose_on_gpu(selected: Any, config: Any) -> str | None:
-    """As :func:`choose_on_cpu`, of an ``AttentionSelectorConfig`` and the backend the user named.
+    """Import path of the backend for a layer, of vLLM's ``AttentionSelectorConfig`` and the
+    backend the user named; None leaves it to vLLM.
 
     Raises ValueError for a layer that the plugin should serve and cannot.
     """
-    if config.kv_cache_dtype not in FORMATS:
+    run = compat.get_current_vllm_config_or_none()
+    if config.kv_cache_dtype not in FORMATS and (
+        run is None or run.cache_config.cache_dtype not in FORMATS
+    ):
         return None
-    if not _is_ours(selected):
-        _leave_to_vllm(selected, config.kv_cache_dtype)
+    if run is not None and not serves(run):
         return None
+    from kvq_plugin.serving import backend, base, stock
+
+    format = base.layer_format(config.kv_cache_dtype, config.attn_type)
+    if format is None:
+        return base.class_path(stock.StockCPUBackend)
+    return _validated(backend.BACKENDS[format], config, backend.LIMITS)
+
+
+def choose_on_gpu(selected: Any, config: Any) -> str | None:
+    """As :func:`choose_on_cpu`."""
+    name = config.kv_cache_dtype
+    if name not in FORMATS:
+        return None
+    if not _is_named((selected,)):
+        if not is_ours_alone(name):
+            return None
+        if selected is not None:
+            _require_known(selected, name)
+            return None
     from kvq_plugin.serving import base, gpu
     from kvq_plugin.serving.stock_triton import StockTritonBackend
 
-    format = base.layer_format(config.kv_cache_dtype, config.attn_type)
+    format = base.layer_format(name, config.attn_type)
     backend = StockTritonBackend if format is None else gpu.BACKENDS[format]
+    return _validated(backend, config, gpu.LIMITS)
+
+
+def _validated(backend: Any, config: Any, limits: str) -> str:
+    """Import path of *backend*; ValueError when it does not take the layer *config*."""
+    from kvq_plugin.serving import base
+
     reasons = backend.validate_configuration(
-        device_capability=compat.current_platform.get_device_capability(),
-        **config._asdict(),
+        device_capability=compat.current_platform.get_device_capability(), **config._asdict()
     )
     if reasons:
+        name = config.kv_cache_dtype
         raise ValueError(
-            f"--kv-cache-dtype {config.kv_cache_dtype} was asked for an attention layer that "
-            f"kvq_plugin's GPU kernels do not serve: {', '.join(reasons)}. Supported are "
-            f"{gpu.LIMITS}; use --kv-cache-dtype auto{gpu.GPUBackend.elsewhere}"
+            f"--kv-cache-dtype {name} was asked for an attention layer that kvq_plugin does not "
+            f"serve: {', '.join(reasons)}. Supported are {limits}; use --kv-cache-dtype auto"
+            f"{platform_backend().elsewhere(name)}"
         )
     return base.class_path(backend)
 
 
-def _leave_to_vllm(selected: Any, kv_cache_dtype: str) -> None:
-    """Say that the layer is vLLM's own; ValueError when vLLM does not know the dtype."""
+def _require_known(selected: Any, kv_cache_dtype: str) -> None:
+    """ValueError when the backend that the user named does not know a dtype of ours alone."""
     try:
         known = selected.get_class().supports_kv_cache_dtype(kv_cache_dtype)
     except (ImportError, OSError):
@@ -93,11 +165,27 @@ def _leave_to_vllm(selected: Any, kv_cache_dtype: str) -> None:
         raise ValueError(
             f"--kv-cache-dtype {kv_cache_dtype} was asked together with --attention-backend "
             f"{selected.name}, which has no such KV cache: supported is {kv_cache_dtype} by "
-            f"{_OURS}; drop --attention-backend, or use --kv-cache-dtype auto"
+            f"{BACKEND_NAME} (CUSTOM before vLLM 0.32); drop --attention-backend, or use "
+            "--kv-cache-dtype auto"
         )
-    compat.init_logger(f"vllm.{__name__}").warning_once(
-        "KV caches of dtype %s are vLLM's own here, not kvq_plugin's, because the attention "
-        "backend %s was chosen.",
-        kv_cache_dtype,
-        selected.name,
-    )
+
+
+def require_own_backends(model: torch.nn.Module, vllm_config: Any) -> None:
+    """Raise ValueError when the model itself gave a layer, whose cache we should quantize, a
+    backend of vLLM's: it would write that cache in a layout of its own, if at all."""
+    if not serves(vllm_config):
+        return
+    from kvq_plugin.serving import base
+
+    for layer in (m for m in model.modules() if isinstance(m, compat.Attention)):
+        name = layer.kv_cache_dtype
+        if name not in FORMATS or not is_ours_alone(name):
+            continue
+        if base.layer_format(name, layer.attn_type) is None:
+            continue
+        if not issubclass(layer.attn_backend, base.KVQBackend):
+            raise ValueError(
+                f"--kv-cache-dtype {name} was asked for {layer.layer_name}, which the model itself "
+                f"gives vLLM's {layer.attn_backend.get_name()}: kvq_plugin does not serve it; use "
+                "--kv-cache-dtype auto"
+            )

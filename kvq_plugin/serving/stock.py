@@ -1,10 +1,9 @@
-"""Layers that stay unquantized in a run with the plugin: vLLM's own CPU backend, unchanged but
-for being told that its layers are ``auto`` when the rest of the run is not."""
+"""Layers that stay unquantized in a quantized run of ours: vLLM's own CPU backend, unchanged but
+for being told that its layers are ``auto``."""
 
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
 
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.serving.compat import (
@@ -61,17 +60,7 @@ class StockImpl(CPUAttentionBackendImpl):
 
 
 class StockCPUBackend(CPUAttentionBackend):
-    """What ``CPU_ATTN`` stands for once the plugin is loaded: vLLM's backend for the layers
-    it owns, and the class vLLM 0.33 asks which KV-cache dtypes the platform takes."""
-
-    supported_kv_cache_dtypes: ClassVar[list[str]] = [
-        *CPUAttentionBackend.supported_kv_cache_dtypes,
-        *(n for n in FORMATS if n not in CPUAttentionBackend.supported_kv_cache_dtypes),
-    ]
-
-    @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        return kv_cache_dtype in FORMATS or super().supports_kv_cache_dtype(kv_cache_dtype)
+    """vLLM's backend for skipped and for encoder layers."""
 
     @staticmethod
     def get_impl_cls() -> type[StockImpl]:

@@ -1,8 +1,8 @@
-"""What ``TRITON_ATTN`` stands for on GPUs once the plugin is loaded: vLLM's own backend for the
-layers without a quantized cache.
+"""Encoder layers of a quantized run on GPUs, which have no cache: vLLM's own Triton backend, told
+that they are ``auto``.
 
-Layers whose cache we quantize are given another (:mod:`kvq_plugin.serving.selection`); of a
-quantized run only encoder layers arrive here, which have no cache and run as if it were not.
+Layers whose cache we quantize are given another (:mod:`kvq_plugin.serving.selection`). ``KVQ`` in
+vLLM's enum of backends stands for the class here, which can be imported without knowing a format.
 """
 
 from __future__ import annotations

@@ -113,6 +113,17 @@ def _new_wrapped(base: type) -> Any:
 # --- wrapping --------------------------------------------------------------------------
 
 
+def declared_dtype(vllm_config: Any) -> str | None:
+    """The dtype that the checkpoint's KV scheme stands for; None without a scheme.
+
+    Raises ValueError for a scheme that no format serves.
+    """
+    if vllm_config.model_config is None:
+        return None
+    scheme = _scheme_of(vllm_config.quant_config, vllm_config.model_config)
+    return None if scheme is None else scheme.dtype()
+
+
 def resolve_cache_dtype(vllm_config: Any) -> None:
     """Under ``--kv-cache-dtype auto``, take the dtype the checkpoint's KV scheme stands for.
 
