@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -142,6 +143,16 @@ def test_new_sinks_are_followed_in_place(load):
         layer.process_weights_after_loading(config.model_config.dtype)  # as a reload ends
         assert layer.impl._options["sinks"].tolist() == [2.0, 3.0, 4.0, 5.0]
     assert places(layers) == where
+
+
+def test_a_model_that_is_given_up_is_freed(load):
+    """vLLM keeps placeholders in a dictionary weakly keyed by their layer, forever if they, or
+    what they refer to, hold it."""
+    model, layers, config = load("int8", both(CHANNEL))
+    layer = weakref.ref(layers[0])
+    del model, layers, config
+    gc.collect()
+    assert layer() is None
 
 
 def test_buffers_that_were_written_to_are_followed():
