@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvq_plugin.formats import get_format
-from kvq_plugin.kernels import launch, triton_paged, triton_store
+from kvq_plugin.kernels import launch, triton_paged, triton_rotate, triton_store
 from kvq_plugin.kernels.triton_attend import attend_kernel, merge_kernel
 from kvq_plugin.kernels.triton_store import store_kernel
 
@@ -32,8 +32,8 @@ POINTERS = {
     "seq_lens": "*i32",
     "query_start": "*i32",
     "slots": "*i64",
-    **dict.fromkeys(("out", "query", "key", "value"), "*bf16"),
-    **dict.fromkeys(("partial", "partial_lse", "alibi", "sinks"), "*fp32"),
+    **dict.fromkeys(("out", "query", "key", "value", "source"), "*bf16"),
+    **dict.fromkeys(("target", "partial", "partial_lse", "alibi", "sinks"), "*fp32"),
     **dict.fromkeys((f"{s}_{x}" for s in ("key", "value") for x in ("scale", "zero", "inverse")),
                     "*fp32"),
 }  # fmt: skip
@@ -181,3 +181,15 @@ def test_merge(capability, tmp_path):
     }
     kernel = compiled(merge_kernel, capability, constants, launch.MERGE_WARPS, 2)
     check_resources(kernel, capability, tmp_path)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_rotate_keeps_to_ieee_arithmetic(capability, tmp_path):
+    """int4's bytes depend on it: sums of the reference's order, nothing fused."""
+    for head_size in (80, 128, 256):
+        constants = {"query_start": None, "INTERPRETED": False}
+        constants |= triton_rotate.constants(head_size, inverse=False)
+        kernel = compiled(triton_rotate.rotate_kernel, capability, constants, triton_rotate.WARPS,
+                          3, enable_fp_fusion=False)  # fmt: skip
+        check_resources(kernel, capability, tmp_path)
+        assert ".ftz" not in kernel.asm["ptx"] and not re.search(r"\bfma\.", kernel.asm["ptx"])
