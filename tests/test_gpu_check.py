@@ -229,7 +229,7 @@ def faulty(tmp_path_factory):
     bundle, tools = folder / "bundle", folder / "bin"
     for path in (bundle, tools):
         path.mkdir()
-    (bundle / library.NAME).write_bytes(b"no library at all")
+    (bundle / library.NAME).write_bytes(b"no library at all" * 100)
     (bundle / "manifest.json").write_text(json.dumps({"sources": library.digest()}))
     for name in ("cmake", "nvcc"):
         (tools / name).write_text("#!/bin/sh\necho 'attend.h(7): error: expected a ;'; exit 2\n")

@@ -40,7 +40,7 @@ SERVED = {
 def _step(candidate, context, pool, requests, parts, longest, options, group, dtype, seed) -> None:
     """One eager step, checked."""
     batch = Batch.make(pool, requests, group, dtype, seed)
-    before, out = pool.cache.cpu(), torch.full_like(batch.query, float("nan"))
+    before, out = pool.cache.to("cpu", copy=True), torch.full_like(batch.query, float("nan"))
     options = {
         k: v.to(context.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()
     }
@@ -116,7 +116,7 @@ def sanitized(candidate: Candidate, context: Context) -> Iterator[Case]:
     """Every kernel once or twice, on small shapes: sanitizers are slow."""
     for format in context.formats:
         for name in ("decodes beside prefills", "a long decode"):
-            requests = _short(SERVED[name], 400)
+            requests = _short(SERVED[name], 60 if context.quick else 400)
             call = partial(_served, candidate, context, format, requests)
             yield f"{format.name} {name}", call
 
@@ -161,7 +161,7 @@ def _replays(candidate: Candidate, context: Context, format: KVFormat, kind, row
     )
     for seed, requests in enumerate(kind, 1):
         live.copy_(Batch.make(pool, requests, seed=seed, **shape))
-        before = pool.cache.cpu()
+        before = pool.cache.to("cpu", copy=True)
         out.fill_(float("nan"))
         context.scratch()
         replay()
