@@ -96,7 +96,8 @@ $(STAMPS)/triton: $(STAMPS)/python
 
 # The vLLM versions beside the installed one, 2 GB, for tests/test_versions.py. One that cannot be
 # had skips there with the reason, and is tried again by the next run: then there is no stamp.
-$(STAMPS)/vllm-versions: $(STAMPS)/plugin scripts/vllm_versions.py kvq_plugin/serving/compat.py
+$(STAMPS)/vllm-versions: $(STAMPS)/plugin scripts/vllm_versions.py \
+  kvq_plugin/serving/compat/__init__.py
 	-$(VENV)/bin/python scripts/vllm_versions.py $(VENV)/vllm-versions && touch $@
 
 .PHONY: help install demo test sanitize bench cuda gpu-check gpu-bundle lint format clean

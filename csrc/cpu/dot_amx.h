@@ -79,7 +79,8 @@ struct AmxDot : VnniDot<C> {
   // Row r's sums over column tile j; `start` is what they start from.
   static KVQ_HD F16 product(const int32_t* sums, int j, int r, int32_t start) {
     const int32_t* high = sums + (2 * j * kTileRows + r) * kLanes;
-    return Base::combine(load<Ints>(high), load<Ints>(high + kTileRows * kLanes) + start);
+    const Words low = load<Words>(high + kTileRows * kLanes) + static_cast<uint32_t>(start);
+    return Base::combine(load<Ints>(high), reinterpret_cast<Ints>(low));
   }
 
   // A line of codes as the one or two rows of a tile that it makes.

@@ -91,8 +91,11 @@ struct VnniDot {
     return (P == 0 ? line : line >> 4) & 0x0F0F0F0F;
   }
 
-  // Exact: |limbs| * |codes| * 512 stays below 2^31.
-  static KVQ_HD Floats combine(Ints high, Ints low) { return convert<Floats>((high << 8) + low); }
+  // Exact: |limbs| * |codes| * 512 stays below 2^31. On the way, and for NaN rows, modulo 2^32.
+  static KVQ_HD Floats combine(Ints high, Ints low) {
+    const Words sum = (reinterpret_cast<Words>(high) << 8) + reinterpret_cast<Words>(low);
+    return convert<Floats>(reinterpret_cast<Ints>(sum));
+  }
 
   // Rows' sums over the tokens, or channels, of a pass: a pair per limb.
   template <int R>

@@ -342,21 +342,21 @@ KVQ_HD U16 half_bits(F16 x) {
 
 // p * 2^n for integers n of [-125, 0] and p near 1, exact; NaN where p is. (Adding n to p's
 // exponent made numbers of NaNs: n is garbage then.)
-template <class F, class I>
+template <class F, class U>
 KVQ_HD F times_power(F p, F n) {
-  const I bits = cast<I>(n + 12582912.0f);  // 1.5 * 2^23: the integer sits in the low bits
-  return p * cast<F>((bits << 23) + 0x3F800000);
+  const U bits = cast<U>(n + 12582912.0f);  // 1.5 * 2^23: the integer sits in the low bits
+  return p * cast<F>((bits << 23) + 0x3F800000u);
 }
 #if defined(__AVX512F__)
 template <>
-KVQ_HD F16 times_power<F16, I16>(F16 p, F16 n) {
+KVQ_HD F16 times_power<F16, U16>(F16 p, F16 n) {
   return reinterpret_cast<F16>(
       _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 }
 #endif
 
 // 2^x for x <= 0 with a relative error below 3e-7. Below -125 it stays at 2^-125; NaN stays NaN.
-template <class F, class I>
+template <class F, class U>
 KVQ_HD F exp2_bounded(F bounded) {
   const F nearest = (bounded + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 rounds to an integer
   const F f = bounded - nearest;
@@ -366,11 +366,11 @@ KVQ_HD F exp2_bounded(F bounded) {
   p = fma(p, f, F{} + 2.4022651e-1f);
   p = fma(p, f, F{} + 6.9314718e-1f);
   p = fma(p, f, F{} + 1.0f);
-  return times_power<F, I>(p, nearest);
+  return times_power<F, U>(p, nearest);
 }
 
-KVQ_HD F16 exp2(F16 x) { return exp2_bounded<F16, I16>(max16(splat(-125.0f), x)); }
-KVQ_HD F4 exp2(F4 x) { return exp2_bounded<F4, I4>(x < -125.0f ? F4{} - 125.0f : x); }
+KVQ_HD F16 exp2(F16 x) { return exp2_bounded<F16, U16>(max16(splat(-125.0f), x)); }
+KVQ_HD F4 exp2(F4 x) { return exp2_bounded<F4, U4>(x < -125.0f ? F4{} - 125.0f : x); }
 
 // Cephes-style tanh through exp2 of a non-positive argument.
 KVQ_HD F16 tanh16(F16 x) {

@@ -68,7 +68,8 @@ KVQ_HD Ints quads(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 
 // The low halves of x's words, with those of y above them.
 KVQ_HD Ints low_halves(Ints x, Ints y) {
-  const Native a = reinterpret_cast<Native>(x), b = reinterpret_cast<Native>(y << 16);
+  const Native a = reinterpret_cast<Native>(x);
+  const Native b = reinterpret_cast<Native>(reinterpret_cast<Words>(y) << 16);
 #if defined(__AVX512VNNI__)
   return reinterpret_cast<Ints>(_mm512_mask_blend_epi16(0xAAAAAAAAu, a, b));
 #else

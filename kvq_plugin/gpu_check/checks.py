@@ -14,7 +14,7 @@ import torch
 
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.gpu_check.candidates import ROWS, Candidate
-from kvq_plugin.gpu_check.context import Case, Context, Refused
+from kvq_plugin.gpu_check.context import Case, Context
 from kvq_plugin.gpu_check.problems import (
     Batch,
     Pool,
@@ -37,17 +37,10 @@ SERVED = {
 }
 
 
-def _need(candidate: Candidate, pool: Pool) -> None:
-    reason = candidate.refusal(pool.format, pool.head_size, pool.cache)
-    if reason:
-        raise Refused(reason)
-
-
 def _step(candidate, context, pool, requests, parts, longest, options, group, dtype, seed) -> None:
     """One eager step, checked."""
-    _need(candidate, pool)
     batch = Batch.make(pool, requests, group, dtype, seed)
-    before, out = pool.cache.cpu(), torch.full_like(batch.query, float("nan"))
+    before, out = pool.cache.to("cpu", copy=True), torch.full_like(batch.query, float("nan"))
     options = {
         k: v.to(context.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()
     }
@@ -123,7 +116,7 @@ def sanitized(candidate: Candidate, context: Context) -> Iterator[Case]:
     """Every kernel once or twice, on small shapes: sanitizers are slow."""
     for format in context.formats:
         for name in ("decodes beside prefills", "a long decode"):
-            requests = _short(SERVED[name], 400)
+            requests = _short(SERVED[name], 60 if context.quick else 400)
             call = partial(_served, candidate, context, format, requests)
             yield f"{format.name} {name}", call
 
@@ -158,7 +151,6 @@ def _replays(candidate: Candidate, context: Context, format: KVFormat, kind, row
     """A step captured once, with bounds that hold for all replays, and replayed over new rows,
     lengths, pages and numbers of requests."""
     pool = fill(candidate, format, 128, 16, 80, 2, context.device)
-    _need(candidate, pool)
     shape = {"group": 4, "dtype": torch.bfloat16, "sequences": 4, "rows": rows}
     live = Batch.make(pool, kind[0], seed=0, **shape)
     out, scratch = torch.empty_like(live.query), context.scratch()
@@ -169,7 +161,7 @@ def _replays(candidate: Candidate, context: Context, format: KVFormat, kind, row
     )
     for seed, requests in enumerate(kind, 1):
         live.copy_(Batch.make(pool, requests, seed=seed, **shape))
-        before = pool.cache.cpu()
+        before = pool.cache.to("cpu", copy=True)
         out.fill_(float("nan"))
         context.scratch()
         replay()
@@ -233,7 +225,6 @@ SMALL = Grid((1, 4), (64,), (40, 70), (1, 3), (16,), compared=2)
 def _compare(candidate: Candidate, context: Context, pool_of, grid: Grid, shape, seed) -> None:
     d, page, group, length, count = shape
     pool = pool_of(d, page)
-    _need(candidate, pool)
     problem = decode(pool, count, length, group, seed=seed)
     out = problem.run(candidate, context.scratch())
     assert bool(out.isfinite().all()), "the output is not finite"

@@ -11,6 +11,7 @@ import torch
 from kvq_plugin import reference
 from kvq_plugin.formats import Kind, KVFormat
 from kvq_plugin.gpu_check.candidates import Candidate
+from kvq_plugin.gpu_check.context import Refused
 from kvq_plugin.layout import GPU_V1, PageLayout
 from kvq_plugin.reference import StaticScale
 
@@ -75,12 +76,16 @@ def fill(
     device: torch.device,
     seed: int = 0,
 ) -> Pool:
-    """A pool of *blocks* pages per head, written by *candidate* from N(0, 1) rows."""
+    """A pool of *blocks* pages per head, written by *candidate* from N(0, 1) rows. Raises Refused
+    where it does not serve such pages."""
     g = torch.Generator().manual_seed(seed)
     on_device = torch.Generator(device).manual_seed(seed)
     scales = statics(format, heads, head_size, g, device)
     content = format.bytes_per_token(head_size)
     cache = torch.empty(blocks, heads, block_size, content, dtype=torch.uint8, device=device)
+    reason = candidate.refusal(format, head_size, cache)
+    if reason:
+        raise Refused(reason)
     step = max(1, (1 << 26) // (heads * head_size))  # rows at a time: 128 MB of K
     for first in range(0, blocks * block_size, step):
         count = min(step, blocks * block_size - first)
