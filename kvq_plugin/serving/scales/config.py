@@ -125,15 +125,11 @@ def declared_dtype(vllm_config: Any) -> str | None:
 
 
 def resolve_cache_dtype(vllm_config: Any) -> None:
-    """Under ``--kv-cache-dtype auto``, take the dtype the checkpoint's KV scheme stands for.
-
-    Raises ValueError for a scheme that no format serves.
-    """
+    """Under ``--kv-cache-dtype auto``, take the dtype the checkpoint's KV scheme stands for."""
     cache = vllm_config.cache_config
-    scheme = _scheme_of(vllm_config.quant_config, vllm_config.model_config)
-    if cache.cache_dtype == AUTO and scheme is not None:
-        cache.cache_dtype = scheme.dtype()
-        logger.info("KV cache dtype %s, from the checkpoint (%s)", cache.cache_dtype, scheme)
+    if cache.cache_dtype == AUTO and (dtype := declared_dtype(vllm_config)) is not None:
+        cache.cache_dtype = dtype
+        logger.info("KV cache dtype %s, as the checkpoint declares", dtype)
 
 
 def wrap_quant_config(vllm_config: Any) -> None:

@@ -72,8 +72,6 @@ class ScaleLoad:
         self._lacking: dict[str, tuple[list[str], KVFormat]] = {}  # layer -> parameters, format
         self._some_given = False
 
-    # --- while the checkpoint is read --------------------------------------------------
-
     def rename(
         self, weights: Iterable[tuple[str, torch.Tensor]], required: bool = True
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -122,8 +120,6 @@ class ScaleLoad:
             self._keys.clear()
             self._by_tail.clear()
         return taken
-
-    # --- when all of it is read --------------------------------------------------------
 
     def has_both(self, layer: str, format: KVFormat, values: dict[str, torch.Tensor]) -> bool:
         """Whether *values* hold K's and V's scale for *layer*, stored as static *format*."""

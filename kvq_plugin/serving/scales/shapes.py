@@ -112,8 +112,7 @@ class ScaleReader:
             return None
         sound = value.isfinite() & (value > 0) & value.reciprocal().isfinite()
         if not bool(sound.all()):
-            found = f"expected finite scales > 0, got {_describe(value)}; "
-            self._refuse(parameter, loaded, found)
+            self._refuse(parameter, loaded, f"expected finite scales > 0, got {_describe(value)}; ")
         if parameter.startswith("q") and value.dim():
             value = value.reshape(self.shard.total, -1).amax(1)
         return self.shard.cut(value)
@@ -125,8 +124,7 @@ class ScaleReader:
         other conventions (a midpoint or a minimum in the tensor's own unit) are not guessed.
         """
         value = self._form(parameter, loaded)
-        is_code = (value == value.round()) & (value >= -128) & (value <= 127)
-        if not bool(is_code.all()):
+        if not bool(((value == value.round()) & (value >= -128) & (value <= 127)).all()):
             found = f"expected integer codes of zero, got {_describe(value)}; "
             self._refuse(parameter, loaded, found)
         return self.shard.cut(value)
@@ -158,13 +156,8 @@ class ScaleReader:
 
 
 def _describe(value: torch.Tensor) -> str:
-    bad = {
-        "NaN": value.isnan(),
-        "infinite": value.isinf(),
-        "zero": value == 0,
-        "negative": value < 0,
-    }
+    bad = {"NaN": value.isnan(), "infinite": value.isinf(), "zero": value == 0}
+    bad["negative"] = value < 0
     counts = ", ".join(f"{int(m.sum())} {name}" for name, m in bad.items() if m.any())
-    return f"values from {value.min().item():.4g} to {value.max().item():.4g}" + (
-        f" ({counts})" if counts else ""
-    )
+    span = f"values from {value.min().item():.4g} to {value.max().item():.4g}"
+    return f"{span} ({counts})" if counts else span
