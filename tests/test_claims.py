@@ -174,7 +174,11 @@ def test_two_pipeline_stages_with_static_scales(folder, gqa):
 
 
 def test_run_batch(smollm2, tmp_path):
-    questions = {"water": ("What is the boiling point of water?", "100"), "sum": ("2+2=?", "4")}
+    # Both answers lead by more than 2 nats, at every word up to the one asked for.
+    questions = {
+        "water": ("What is the boiling point of water?", "100"),
+        "capital": ("What is the capital of Japan?", "Tokyo"),
+    }
     requests = [
         {
             "custom_id": name,
