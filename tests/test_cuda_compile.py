@@ -118,11 +118,18 @@ def loops(cubin: Path) -> list[list[str]]:
                 labels[label.group(1)] = len(code)
             elif op := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z].*)", line):
                 code.append(op.group(1))
+        ranges = []
         for at, op in enumerate(code):
             target = re.search(r"\.L_x_\d+", op) if op.startswith("BRA") else None
             start = labels.get(target.group(0), at) if target else at
             if start < at and any("HMMA" in o for o in code[start:at]):
-                found.append(code[start:at])
+                ranges.append(range(start, at))
+        # Shuffles of the rotation, before the loop and after, lie behind the kernel's end and jump
+        # back: ranges around the loop that are none.
+        inner = (
+            r for r in ranges if not any(r != o and r[0] <= o[0] and o[-1] <= r[-1] for o in ranges)
+        )
+        found += [code[r.start : r.stop] for r in inner]
     return found
 
 
