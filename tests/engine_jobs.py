@@ -131,6 +131,11 @@ def only(results: list[Result]) -> list[Result]:
 
 
 def _main(source: str, target: str) -> None:
+    from kvq_plugin import _native
+
+    # On a processor with AMX vLLM's own attention uses tiles that nobody asked Linux for, and a
+    # tiny model without the plugin is an illegal instruction; with large ones oneDNN has asked.
+    _native.supported_isas()
     jobs = json.loads(Path(source).read_text())
     Path(target).write_text(json.dumps([_run_job(job) for job in jobs]))
 

@@ -1,18 +1,16 @@
 """Offline vLLM on the built-in model: every format answers sensibly, and how a request is
-scheduled (chunks, cache hits, preemption, speculation) does not change its answer.
+scheduled (chunks, cache hits, preemption, speculation) does not change a bit of its answer.
 
-Two runs of one request may still part ways: vLLM's matrix products round differently in
-batches of different shapes, and a value at a rounding boundary then becomes another code
-(``auto`` in bf16 parts ways as often). So answers must agree token for token except from a
-step on where the two best tokens were a near tie, and log-probabilities must agree up to
-there. Stores and attention themselves are exactly invariant: ``test_invariance.py``. The
-coarse codes of int4 amplify a matrix product's last bit too far for this test.
+For the latter engines run with products that do not depend on the batch (`exact_engine`);
+vLLM's own do, and ``auto`` in bf16 parts ways as often.
 """
 
 from __future__ import annotations
 
+import os
 from pydoc_data.topics import topics
 
+import exact_engine
 import pytest
 from engine_jobs import Batch, Job, Output, only, run
 
@@ -32,18 +30,20 @@ MAX_LOSS = {
     "fp8_per_token_head": 0.05,
     "int4_per_token_head": 0.35,
 }
+#: Formats run with every schedule.
+SCHEDULED = ("int8_per_token_head", "int4_per_token_head")
 ENGINE = {"max_model_len": 512, "kv_cache_memory_bytes": 256 << 20}
-LONG = {"max_tokens": 48}
+#: Schedules are run in small blocks, so that prompts can be short: float64 takes 30 ms a token.
+SMALL = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
+SMALL_LENGTHS = (28, 30, 31, 27, 100)
+#: vLLM keeps one core for itself otherwise, and products in float64 take a while.
+CORES = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}"}
+LONG = {"max_tokens": 32}
 SCORED = {"prompt_logprobs": 0, "max_tokens": 1}
-#: Nats between the best two tokens below which rounding may choose. bf16 logits of SmolLM2
-#: are near 20, where neighbouring values lie 0.125 apart. Seen: 0.125 and 0.009.
-TIE = {"bfloat16": 0.26, "float32": 0.05}
-MAX_DRIFT = {"bfloat16": 0.6, "float32": 0.2}
-
 #: How one engine may differ from the plain one without changing any answer.
 SCHEDULES = {
-    "chunks": {"max_num_batched_tokens": 64, "max_num_seqs": 8},
-    # 8 usable blocks of 128 tokens for 5 requests that need up to 2 and 4 of them.
+    "chunks": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
+    # 8 usable blocks of 32 tokens for 5 requests that need 2 and 5 of them.
     "preempted": {"num_gpu_blocks_override": 9, "enable_prefix_caching": False},
     "ngram": {
         "speculative_config": {
@@ -82,13 +82,8 @@ def question(tokenizer) -> list[int]:
 
 @pytest.fixture(scope="module")
 def by_format(smollm2, texts, question):
-    """Result of every format and of ``auto``: texts, texts again, texts scored, question."""
-    batches = [
-        Batch(texts, LONG),
-        Batch(texts, LONG),
-        Batch(texts, SCORED),
-        Batch([question], {"max_tokens": 2}),
-    ]
+    """Result of every format and of ``auto``: texts scored, question."""
+    batches = [Batch(texts, SCORED), Batch([question], {"max_tokens": 2})]
     names = ["auto", *READY]
     jobs = [Job({**ENGINE, "model": str(smollm2), "kv_cache_dtype": n}, batches) for n in names]
     return dict(zip(names, only(run(jobs)), strict=True))
@@ -101,68 +96,71 @@ def _mean_logprob(outputs: list[Output]) -> float:
 
 @pytest.mark.parametrize("name", READY)
 def test_format_scores_close_to_auto(by_format, name):
-    loss = _mean_logprob(by_format["auto"].batches[2]) - _mean_logprob(by_format[name].batches[2])
+    loss = _mean_logprob(by_format["auto"].batches[0]) - _mean_logprob(by_format[name].batches[0])
     print(f"{name}: {loss:+.4f} nats")
     assert abs(loss) < MAX_LOSS[name]
 
 
 @pytest.mark.parametrize("name", READY)
 def test_format_answers_the_question(by_format, tokenizer, name):
-    assert "Italy" in tokenizer.decode(by_format[name].batches[3][0].tokens)
-
-
-@pytest.mark.parametrize("name", READY)
-def test_cache_hit_equals_miss(by_format, name):
-    miss, hit = by_format[name].batches[:2]
-    assert not any(o.cached for o in miss)
-    assert any(o.cached for o in hit)
-    _assert_same(miss, hit, "bfloat16")
+    assert "Italy" in tokenizer.decode(by_format[name].batches[1][0].tokens)
 
 
 # --- schedules -------------------------------------------------------------------------
 
 
-def _assert_same(expected: list[Output], got: list[Output], dtype: str) -> None:
-    for a, b in zip(expected, got, strict=True):
-        pairs = list(zip(a.tokens, b.tokens, strict=True))
-        parted = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
-        if parted < len(pairs):
-            margin = a.margins[parted]
-            assert margin < TIE[dtype], f"token {parted} differs at a margin of {margin:.3f} nats"
-        drift = max(
-            (abs(x - y) for x, y in zip(a.logprobs[:parted], b.logprobs[:parted], strict=True)),
-            default=0.0,
-        )
-        assert drift < MAX_DRIFT[dtype], f"log-probabilities drifted by {drift:.3f} nats"
-
-
 @pytest.fixture(scope="module")
 def by_schedule(smollm2, texts):
-    """float32 activations, so that only codes at a rounding boundary can differ."""
-    base = {**ENGINE, "model": str(smollm2), "kv_cache_dtype": "int8_per_token_head"}
-    base["dtype"] = "float32"
-    jobs = [Job({**base, **change}, [Batch(texts, LONG)]) for change in ({}, *SCHEDULES.values())]
-    return dict(zip(["plain", *SCHEDULES], only(run(jobs)), strict=True))
+    """format -> schedule -> result: the texts, and for the plain schedule the texts again."""
+    base = {**SMALL, "model": str(smollm2)}
+    prompts = [text[:n] for text, n in zip(texts, SMALL_LENGTHS, strict=True)]
+    asked = [(name, schedule) for name in SCHEDULED for schedule in ("plain", *SCHEDULES)]
+    asked += [(name, "plain") for name in READY if name not in SCHEDULED]
+    jobs = [
+        Job(
+            {**base, "kv_cache_dtype": name, **SCHEDULES.get(schedule, {})},
+            [Batch(prompts, LONG)] * (2 if schedule == "plain" else 1),
+        )
+        for name, schedule in asked
+    ]
+    # An engine after one with n-gram drafts, in one process, ends in an error of vLLM's.
+    alone = [i for i, (_, schedule) in enumerate(asked) if schedule == "ngram"]
+    rest = [i for i in range(len(asked)) if i not in alone]
+    results: dict = {name: {} for name in READY}
+    order, found = [], []
+    for part in (rest, *([i] for i in alone)):
+        order += part
+        found += only(run([jobs[i] for i in part], script=exact_engine.__file__, env=CORES))
+    for i, result in zip(order, found, strict=True):
+        name, schedule = asked[i]
+        results[name][schedule] = result
+    return results
+
+
+def _assert_same(expected: list[Output], got: list[Output]) -> None:
+    for a, b in zip(expected, got, strict=True):
+        assert a.tokens == b.tokens
+        assert a.logprobs == b.logprobs
+
+
+@pytest.mark.parametrize("name", READY)
+def test_cache_hit_equals_miss(by_schedule, name):
+    miss, hit = by_schedule[name]["plain"].batches
+    assert not any(o.cached for o in miss)
+    assert any(o.cached for o in hit)
+    _assert_same(miss, hit)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedule_does_not_change_answers(by_schedule, schedule):
-    expected, result = by_schedule["plain"].batches[0], by_schedule[schedule]
-    _assert_same(expected, result.batches[0], "float32")
-    same = sum(a.tokens == b.tokens for a, b in zip(expected, result.batches[0], strict=True))
-    assert same >= len(expected) - 1  # near ties are rare; all five agreed when written
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_schedule_does_not_change_answers(by_schedule, name, schedule):
+    results = by_schedule[name]
+    _assert_same(results["plain"].batches[0], results[schedule].batches[0])
 
 
-def test_the_schedules_happened(by_schedule):
-    assert by_schedule["preempted"].counters["vllm:num_preemptions"] > 0
-    assert by_schedule["ngram"].counters["vllm:spec_decode_num_accepted_tokens"] > 0
-    assert by_schedule["plain"].counters["vllm:num_preemptions"] == 0
-
-
-def test_chunks_in_bfloat16(by_format, smollm2, texts):
-    job = Job(
-        {**ENGINE, **SCHEDULES["chunks"], "model": str(smollm2), "kv_cache_dtype": "fp8"},
-        [Batch(texts, LONG)],
-    )
-    result = only(run([job]))[0]
-    _assert_same(by_format["fp8_e4m3"].batches[0], result.batches[0], "bfloat16")
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_the_schedules_happened(by_schedule, name):
+    results = by_schedule[name]
+    assert results["preempted"].counters["vllm:num_preemptions"] > 0
+    assert results["ngram"].counters["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert results["plain"].counters["vllm:num_preemptions"] == 0
