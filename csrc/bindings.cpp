@@ -9,12 +9,14 @@
 STABLE_TORCH_LIBRARY(kvq, m) {
   m.def(
       "store(Tensor key, Tensor value, Tensor(a!) cache, Tensor slot_mapping, int format, "
-      "Tensor? key_inverse, Tensor? key_zero, Tensor? value_inverse, Tensor? value_zero) -> ()");
+      "Tensor? key_inverse, Tensor? key_zero, Tensor? value_inverse, Tensor? value_zero, "
+      "Tensor(b!)? recent_cache=None, Tensor? recent_slot_mapping=None) -> ()");
   m.def(
       "attend(Tensor(a!) out, Tensor query, Tensor cache, Tensor block_table, Tensor seq_lens, "
       "Tensor query_start_loc, int format, float scale, Tensor? key_scale, Tensor? key_zero, "
       "Tensor? value_scale, Tensor? value_zero, bool causal, int window, float softcap, "
-      "Tensor? alibi_slopes, Tensor? sinks) -> ()");
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? recent_cache=None, "
+      "Tensor? recent_block_table=None) -> ()");
   m.def("read_probe(Tensor data) -> int");
 }
 
@@ -32,8 +34,8 @@ KVQ_EXPORT const char* kvq_supported_isa(int i) {
   return nullptr;
 }
 
-// Row i of the format table: its name (null past the end), and code, per-token flag and rotated
-// flag of key and value in out.
+// Row i of the format table: its name (null past the end), and code, per-token flag, rotated flag
+// and grouping of key and value, and whether it has recent rows, in out.
 KVQ_EXPORT const char* kvq_format_row(int i, int* out) {
   if (i < 0 || i >= kvq::kNumFormats) return nullptr;
   const kvq::Format& f = kvq::kFormats[i];
@@ -41,7 +43,9 @@ KVQ_EXPORT const char* kvq_format_row(int i, int* out) {
     *out++ = static_cast<int>(s.code);
     *out++ = s.per_token;
     *out++ = s.rotated;
+    *out++ = static_cast<int>(s.grouping);
   }
+  *out = f.recent;
   return f.name;
 }
 
@@ -59,7 +63,8 @@ KVQ_EXPORT int kvq_page_layout(int format, long head_size, long block_size, long
   out[1] = l.value_codes;
   out[2] = l.key_metadata;
   out[3] = l.value_metadata;
-  out[4] = l.size;
+  out[4] = l.first;
+  out[5] = l.size;
   return true;
 }
 
@@ -92,5 +97,20 @@ KVQ_EXPORT void kvq_convert(int code, float* values, uint8_t* codes, long n, int
       return convert<kvq::Code::kFp8E5M2>(values, codes, n, encode);
     case kvq::Code::kFp8E4M3Fnuz:
       return convert<kvq::Code::kFp8E4M3Fnuz>(values, codes, n, encode);
+    case kvq::Code::kInt3:
+      return convert<kvq::Code::kInt3>(values, codes, n, encode);
+    case kvq::Code::kInt2:
+      return convert<kvq::Code::kInt2>(values, codes, n, encode);
+  }
+}
+
+// The same of lite scales: values of 0 and more -> bytes, and back.
+KVQ_EXPORT void kvq_convert_scales(float* values, uint8_t* bytes, long n, int encode) {
+  for (long i = 0; i < n; ++i) {
+    if (encode) {
+      bytes[i] = static_cast<uint8_t>(kvq::LiteScale::encode<float, uint32_t>(values[i]));
+    } else {
+      values[i] = kvq::LiteScale::decode(bytes[i]);
+    }
   }
 }

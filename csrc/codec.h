@@ -179,14 +179,37 @@ struct Codec<Code::kInt8> {
   }
 };
 
-template <>
-struct Codec<Code::kInt4> {
-  static constexpr float kMax = 15.0f;
+template <int kQmax>
+struct AffineCodec {
+  static constexpr float kMax = static_cast<float>(kQmax);
   template <class F, class U, bool kInRange = false>
   static KVQ_HD U encode(F y) {
-    return round_clamped<F, U, kInRange>(y, 0.0f, 15.0f);
+    return round_clamped<F, U, kInRange>(y, 0.0f, kMax);
   }
   static KVQ_HD float decode(uint8_t c) { return static_cast<float>(static_cast<int32_t>(c)); }
+};
+template <>
+struct Codec<Code::kInt4> : AffineCodec<15> {};
+template <>
+struct Codec<Code::kInt3> : AffineCodec<7> {};
+template <>
+struct Codec<Code::kInt2> : AffineCodec<3> {};
+
+// The scale byte of lite metadata: the top of a positive fp16, 5 bits of exponent and 3 of
+// mantissa.
+struct LiteScale {
+  static constexpr uint32_t kNan = 0xFFu;
+  // The nearest, ties to even, of lanes of 0 and more, below 63488.
+  template <class F, class U>
+  static KVQ_HD U encode(F x) {
+    const U u = bits_as<U>(x);
+    // Rebiased (127 to 15) and rounded in one addition; below 2^-14, adding 2^6 puts the smallest
+    // subnormal, 2^-17, into fp32's last place.
+    const U normal = (u + ((u >> 20) & 1u) + (0x7FFFFu - (112u << 23))) >> 20;
+    const U sub = bits_as<U>(x + 64.0f) - 0x42800000u;
+    return select(u < 0x38800000u, sub, normal);
+  }
+  static KVQ_HD float decode(uint8_t c) { return half_to_float(static_cast<uint16_t>(c << 7)); }
 };
 
 template <class F>

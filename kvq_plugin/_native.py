@@ -74,12 +74,13 @@ def use_isa(name: str) -> Iterator[None]:
         _switch(load(), before)
 
 
-def format_table() -> list[tuple[str, tuple[int, bool, bool], tuple[int, bool, bool]]]:
-    """The library's rows: name, then (code id, per token, rotated) of key and of value."""
-    rows, out = [], (ctypes.c_int * 6)()
+def format_table() -> list[tuple[str, tuple, tuple, bool]]:
+    """The library's rows: name, then (code id, per token, rotated, grouping) of key and of value,
+    and whether the format has recent rows."""
+    rows, out = [], (ctypes.c_int * 9)()
     while name := load().kvq_format_row(len(rows), out):
-        key, value = ((out[i], bool(out[i + 1]), bool(out[i + 2])) for i in (0, 3))
-        rows.append((name.decode(), key, value))
+        key, value = ((out[i], bool(out[i + 1]), bool(out[i + 2]), out[i + 3]) for i in (0, 4))
+        rows.append((name.decode(), key, value, bool(out[8])))
     return rows
 
 
@@ -91,8 +92,8 @@ def rotation(head_size: int) -> tuple[torch.Tensor, float]:
 
 
 def page_layout(format_id: int, head_size: int, block_size: int) -> tuple[int, ...]:
-    """Byte offsets of K codes, V codes, K metadata, V metadata, and the page's size."""
-    out = (ctypes.c_long * 5)()
+    """Byte offsets of K codes, V codes, K metadata, V metadata, first row, and the page's size."""
+    out = (ctypes.c_long * 6)()
     sizes = ctypes.c_long(head_size), ctypes.c_long(block_size)
     if not load().kvq_page_layout(format_id, *sizes, out):
         raise ValueError(f"no format {format_id}: expected a row of {format_table()}")
@@ -121,6 +122,16 @@ def decode(code_id: int, codes: torch.Tensor) -> torch.Tensor:
 def _convert(code_id: int, values: torch.Tensor, codes: torch.Tensor, encode: bool) -> None:
     load().kvq_convert(
         code_id,
+        ctypes.c_void_p(values.data_ptr()),
+        ctypes.c_void_p(codes.data_ptr()),
+        ctypes.c_long(values.numel()),
+        int(encode),
+    )
+
+
+def convert_scales(values: torch.Tensor, codes: torch.Tensor, encode: bool) -> None:
+    """Lite scales: contiguous fp32 *values* -> uint8 *codes*, or back, by ``csrc/codec.h``."""
+    load().kvq_convert_scales(
         ctypes.c_void_p(values.data_ptr()),
         ctypes.c_void_p(codes.data_ptr()),
         ctypes.c_long(values.numel()),

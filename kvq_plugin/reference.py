@@ -10,14 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq_plugin import rotation
-from kvq_plugin.formats import Code, Kind, KVFormat, Stream
+from kvq_plugin import rotation, sealed
+from kvq_plugin.codes import AMAX_FLOOR, decode, decode_affine, encode, encode_affine
+from kvq_plugin.formats import Kind, KVFormat, Stream
 from kvq_plugin.layout import CPU_V1, PageLayout, StreamLayout
 
-#: Floor of a row's amax (and so of its scale): zero rows need no special case, and the
-#: inverse stays finite. 2**-100 is far below any activation and far above fp32's subnormals.
-AMAX_FLOOR = 2.0**-100
-FP16_MAX = 65504.0
 FP32_MAX = torch.finfo(torch.float32).max
 
 
@@ -52,27 +49,6 @@ def _per_channel(t, heads: int, head_size: int) -> torch.Tensor:
     return t.expand(heads, head_size).contiguous()
 
 
-def encode(x: torch.Tensor, code: Code) -> torch.Tensor:
-    """fp32 values already divided by their scale -> codes (uint8, or int8 for SIGNED).
-
-    Float codes round to nearest even and saturate; NaN keeps its sign and becomes the NaN
-    byte, as torch does. Integer codes round to nearest even and saturate; NaN becomes 0.
-    """
-    if code.kind is Kind.FLOAT:
-        dtype = getattr(torch, code.torch_dtype)
-        return x.clamp(-code.qmax, code.qmax).to(dtype).view(torch.uint8)
-    low = -code.qmax if code.kind is Kind.SIGNED else 0.0
-    rounded = x.nan_to_num(nan=0.0).clamp(low, code.qmax).round()
-    return rounded.to(torch.int8 if code.kind is Kind.SIGNED else torch.uint8)
-
-
-def decode(codes: torch.Tensor, code: Code) -> torch.Tensor:
-    """Codes -> fp32 values before scale, zero point and min."""
-    if code.kind is Kind.FLOAT:
-        return codes.view(getattr(torch, code.torch_dtype)).float()
-    return codes.float()
-
-
 def quantize(
     x: torch.Tensor, stream: Stream, static: StaticScale | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -98,26 +74,14 @@ def quantize(
             limit = 4 * code.qmax  # round first, so that the zero point does not move ties
             y = y.nan_to_num(nan=0.0).clamp(-limit, limit).round() + static.zero_point
         return encode(y, code), None
+    if code.kind is Kind.AFFINE:
+        return encode_affine(x, -1, stream)
     poison = x.isnan().any(-1, keepdim=True)
     x = x.nan_to_num(nan=0.0)
-    nan = torch.tensor(float("nan"))
-    if code.kind is Kind.AFFINE:
-        x = x.clamp(-FP16_MAX, FP16_MAX)
-        # Adding 0.0 makes -0 into +0, which the order of a reduction would decide otherwise.
-        low, high = x.amin(-1, keepdim=True) + 0.0, x.amax(-1, keepdim=True) + 0.0
-        scale = ((high - low) * torch.tensor(1.0 / code.qmax)).half()
-        minimum = low.half()
-        wide = scale.float()
-        inverse = torch.where(wide > 0, 1.0 / wide, torch.zeros(()))
-        codes = encode((x - minimum.float()) * inverse, code)
-        scale = torch.where(poison, nan.half(), scale)
-        minimum = torch.where(poison, nan.half(), minimum)
-        words = torch.cat([scale, minimum], -1).contiguous().view(torch.int32)
-        return codes, words.squeeze(-1)
     amax = x.abs().clamp(max=FP32_MAX).amax(-1, keepdim=True).clamp(min=AMAX_FLOOR)
     scale = amax * torch.tensor(1.0 / code.qmax)
     codes = encode(x * (torch.tensor(code.qmax) / amax), code)
-    scale = torch.where(poison, nan, scale)
+    scale = torch.where(poison, torch.tensor(float("nan")), scale)
     return codes, scale.squeeze(-1).view(torch.int32)
 
 
@@ -133,14 +97,13 @@ def dequantize(
 
 
 def _scaled(codes, metadata, stream: Stream, static: StaticScale | None) -> torch.Tensor:
+    if stream.code.kind is Kind.AFFINE:
+        return decode_affine(codes, metadata, -1, stream)
     x = decode(codes, stream.code)
     if not stream.is_dynamic:
         if static.zero_point is not None:
             x = x - static.zero_point
         return x * static.scale
-    if stream.code.kind is Kind.AFFINE:
-        scale, minimum = metadata[..., None].contiguous().view(torch.float16).float().unbind(-1)
-        return x * scale[..., None] + minimum[..., None]
     return x * metadata.view(torch.float32)[..., None]
 
 
@@ -153,12 +116,22 @@ def store(
     key_static: StaticScale | None = None,
     value_static: StaticScale | None = None,
     *,
+    recent_cache: torch.Tensor | None = None,
+    recent_slot_mapping: torch.Tensor | None = None,
     layout: str = CPU_V1,
 ) -> None:
     """Write ``key``, ``value [T, H, D]`` into ``cache [B, H, N, C]`` uint8 (any strides between
     blocks and heads) at ``slot_mapping [T]``: block ``slot // N``, position ``slot % N``;
-    negative slots are skipped. Pages are laid out as *layout* says. See
-    :func:`kvq_plugin.ops.store`."""
+    negative slots are skipped. Pages are laid out as *layout* says. Formats with recent rows:
+    into *recent_cache* at *recent_slot_mapping*, and what is complete is sealed into *cache*
+    (:mod:`kvq_plugin.sealed`). See :func:`kvq_plugin.ops.store`."""
+    if format.recent is not None:
+        store(key, value, recent_cache, recent_slot_mapping, format.recent, layout=layout)
+        caches = ((cache, format), (recent_cache, format.recent))
+        both = [PageLayout(f, key.shape[-1], c.shape[2], layout) for c, f in caches]
+        pages, recent_pages = (_pages(c) for c, _ in caches)
+        sealed.seal(pages, slot_mapping, recent_pages, recent_slot_mapping, *both)
+        return
     layout = PageLayout(format, key.shape[-1], cache.shape[2], layout)
     keep = slot_mapping >= 0
     slots = slot_mapping[keep]
@@ -229,6 +202,17 @@ def load(
     return out[0], out[1]
 
 
+def load_sealed(
+    cache: torch.Tensor, format: KVFormat, head_size: int, *, layout: str = CPU_V1
+) -> tuple[torch.Tensor, ...]:
+    """All of a sealed ``cache [B, H, N, C]`` as fp32: K and V as their codes say, each
+    ``[B, N, H, D]``, and the first rows of K and of V, each ``[B, H, D]``."""
+    layout = PageLayout(format, head_size, cache.shape[2], layout)
+    pages = _pages(cache)
+    rows = (*sealed.load(pages, layout), *sealed.load_first(pages, layout))
+    return tuple(rotation.unrotate(x) for x in rows)
+
+
 def attend(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -245,6 +229,8 @@ def attend(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    recent_cache: torch.Tensor | None = None,
+    recent_block_table: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     layout: str = CPU_V1,
 ) -> torch.Tensor:
@@ -254,7 +240,11 @@ def attend(
     of the pages. Returns ``[T, heads, D]`` in *dtype*.
     """
     tokens, heads, head_size = query.shape
-    keys, values = load(cache, format, head_size, key_static, value_static, layout=layout)
+    if format.recent is None:
+        loaded = load(cache, format, head_size, key_static, value_static, layout=layout)
+    else:
+        sealed_rows = load_sealed(cache, format, head_size, layout=layout)
+        recent_rows = load(recent_cache, format.recent, head_size, layout=layout)
     group = heads // cache.shape[1]
     out = torch.zeros(tokens, heads, head_size, dtype=dtype)
     for s in range(seq_lens.numel()):
@@ -262,15 +252,8 @@ def attend(
         length, count = int(seq_lens[s]), end - begin
         if not count or not length:
             continue
-        blocks = block_table[s, : -(-length // cache.shape[2])].long()
-        k = keys[blocks].flatten(0, 1)[:length].to(dtype).repeat_interleave(group, 1)
-        v = values[blocks].flatten(0, 1)[:length].to(dtype).repeat_interleave(group, 1)
-        scores = torch.einsum("qhd,khd->hqk", query[begin:end].to(dtype), k) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        distance = (length - count + torch.arange(count))[:, None] - torch.arange(length)[None]
-        if alibi_slopes is not None:
-            scores = scores - alibi_slopes.to(dtype)[:, None, None] * distance.to(dtype)
+        position = length - count + torch.arange(count)
+        distance = position[:, None] - torch.arange(length)[None]
         visible = torch.ones_like(distance, dtype=torch.bool)
         if causal:
             visible &= distance >= 0
@@ -278,6 +261,29 @@ def attend(
             visible &= distance < window
             if not causal:
                 visible &= -distance < window
+        if format.recent is None:
+            k, v = (_gather(x, block_table[s], 0, length) for x in loaded)
+        else:
+            # The two ranges side by side, as if the context were twice as long.
+            limits = torch.tensor([format.sealed_before(int(p)) for p in position])
+            seals = torch.arange(length)[None] < limits[:, None]
+            lowest = int(visible.any(0).int().argmax()) if bool(visible.any()) else length
+            old = [_gather(x, block_table[s], lowest, int(limits[-1]), length)
+                   for x in sealed_rows[:2]]  # fmt: skip
+            if lowest == 0 and limits[-1] > 0:
+                for x, first in zip(old, sealed_rows[2:], strict=True):
+                    x[0] = first[int(block_table[s, 0])]
+            new = [_gather(x, recent_block_table[s], max(lowest, int(limits[0])), length)
+                   for x in recent_rows]  # fmt: skip
+            k, v = (torch.cat(pair) for pair in zip(old, new, strict=True))
+            visible = torch.cat([visible & seals, visible & ~seals], -1)
+            distance = torch.cat([distance, distance], -1)
+        k, v = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", query[begin:end].to(dtype), k) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if alibi_slopes is not None:
+            scores = scores - alibi_slopes.to(dtype)[:, None, None] * distance.to(dtype)
         scores = scores.masked_fill(~visible, float("-inf"))
         if sinks is not None:
             sink = sinks.to(dtype)[:, None, None].expand(-1, count, 1)
@@ -286,5 +292,27 @@ def attend(
         weights = torch.softmax(scores, -1)
         blind = ~visible.any(-1)[None, :, None] & (sinks is None)
         weights = weights.masked_fill(blind, 0.0)
-        out[begin:end] = torch.einsum("hqk,khd->qhd", weights[..., :length], v)
+        out[begin:end] = _mix(weights[..., : k.shape[0]], v, visible)
+    return out
+
+
+def _gather(rows, table, begin: int, end: int, length: int | None = None) -> torch.Tensor:
+    """Rows ``[B, N, H, D]`` of positions ``[begin, end)`` as ``[length, H, D]``, zeros elsewhere;
+    of *table* only the blocks that hold them are looked at."""
+    size = rows.shape[1]
+    out = torch.zeros(end if length is None else length, *rows.shape[2:])
+    if begin < end:
+        first = begin // size
+        blocks = table[first : -(-end // size)].long()
+        out[begin:end] = rows[blocks].flatten(0, 1)[begin - first * size : end - first * size]
+    return out
+
+
+def _mix(weights, v, visible) -> torch.Tensor:
+    """``weights [H, Q, K]`` times ``v [K, H, D]``; a NaN concerns the queries that see it."""
+    nan = v.isnan()
+    out = torch.einsum("hqk,khd->qhd", weights, v.masked_fill(nan, 0.0))
+    if nan.any():
+        touched = torch.einsum("qk,khd->qhd", visible.to(v.dtype), nan.to(v.dtype))
+        out = out.masked_fill(touched > 0, float("nan"))
     return out

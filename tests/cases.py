@@ -17,10 +17,15 @@ from contextlib import nullcontext
 
 import torch
 
-from kvq_plugin.formats import FORMATS, Granularity, Kind, KVFormat
+from kvq_plugin.formats import FORMATS, LOWBIT, Granularity, Kind, KVFormat
 
 #: One entry per row of the table, aliases dropped.
 ROWS = tuple({f.id: f for f in FORMATS.values()}.values())
+#: Rows that kernels know and vLLM is not offered yet: those that store like the rows above, and
+#: those with recent rows (``test_sealed.py``).
+PLAIN_ROWS = (*ROWS, *(f for f in LOWBIT.values() if f.recent is None))
+WINDOW_ROWS = tuple(f for f in LOWBIT.values() if f.recent is not None)
+ALL_ROWS = (*PLAIN_ROWS, *WINDOW_ROWS)
 STATIC_ROWS = tuple(f for f in ROWS if not f.is_dynamic)
 DYNAMIC_ROWS = tuple(f for f in ROWS if f.is_dynamic)
 SIGNED_STATIC_ROWS = tuple(f for f in STATIC_ROWS if f.key.code.kind is Kind.SIGNED)

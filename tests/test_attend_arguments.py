@@ -6,10 +6,10 @@ import oracle
 import pytest
 import torch
 from attending import every_isa
-from cases import ISAS, use_isa
+from cases import ALL_ROWS, ISAS, use_isa
 
 from kvq_plugin import ops, reference
-from kvq_plugin.formats import FORMATS, get_format
+from kvq_plugin.formats import get_format
 
 
 def arguments(**changes) -> dict:
@@ -270,7 +270,7 @@ STATIC_CACHE = cache_of(3, 2, 16, 128)
 ONES = torch.ones(2, 64)
 RAW = {
     "store format -1": (raw_store, {"format": -1}),
-    "store format 6": (raw_store, {"format": len({f.id for f in FORMATS.values()})}),
+    "unknown store format": (raw_store, {"format": len(ALL_ROWS)}),
     "store format huge": (raw_store, {"format": 2**40}),
     "store key rank": (raw_store, {"key": torch.zeros(4, 64)}),
     "store key dtype": (raw_store, {"key": torch.zeros(4, 2, 64).double()}),

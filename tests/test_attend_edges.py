@@ -198,7 +198,7 @@ def test_every_stale_byte_pattern_is_ignored(format, isa):
             words = (used * -1).to(torch.int32)[:, None].expand(-1, 2, -1)
             part = mine[blocks.long()]
             oracle.pack(part, which, ones)
-            if which.stream.metadata_bytes:
+            if which.stream.is_dynamic:
                 oracle.pack_metadata(part, which, words)
             mine[blocks.long()] = part
     pages = reference._pages(p.cache)

@@ -9,11 +9,11 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from cases import BLOCK_SIZES, HEAD_SIZES, ISAS, ROWS, name_of
+from cases import ALL_ROWS, BLOCK_SIZES, HEAD_SIZES, ISAS, name_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvq_plugin import _native, ops, rotation
-from kvq_plugin.formats import CODES, get_format
+from kvq_plugin.formats import CODES, Granularity, get_format
 from kvq_plugin.layout import CPU_V1, MAX_HEAD_SIZES, PageLayout
 
 ROOT = Path(__file__).parent.parent
@@ -27,9 +27,18 @@ pytestmark = pytest.mark.skipif(
 
 def test_format_tables_are_equal():
     def row(s):
-        return (s.code.id, s.is_dynamic, s.rotated)
+        per_token = s.granularities == (Granularity.TOKEN_HEAD,)
+        grouping = {
+            (Granularity.CHANNEL_GROUP, False): 1,
+            (Granularity.CHANNEL_GROUP, True): 2,
+            (Granularity.TOKEN_GROUP, True): 3,
+        }.get((s.granularities[0], s.lite), 0)
+        return (s.code.id, per_token, s.rotated, grouping)
 
-    python = [(f.name, row(f.key), row(f.value)) for f in sorted(ROWS, key=lambda f: f.id)]
+    python = [
+        (f.name, row(f.key), row(f.value), f.recent is not None)
+        for f in sorted(ALL_ROWS, key=lambda f: f.id)
+    ]
     assert _native.format_table() == python
 
 
@@ -42,23 +51,26 @@ def test_rotations_are_equal(head_size):
     assert gain == rotation.gain(head_size)
 
 
-@pytest.mark.parametrize("format", ROWS, ids=name_of)
+@pytest.mark.parametrize("format", ALL_ROWS, ids=name_of)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", (*BLOCK_SIZES, 96))
 def test_page_layouts_are_equal(format, head_size, block_size):
+    if head_size % format.head_size_step or block_size % format.block_size_step:
+        pytest.skip("cannot be laid out")
     layout = PageLayout(format, head_size, block_size)
     python = (
         layout.key.codes,
         layout.value.codes,
         layout.key.metadata,
         layout.value.metadata,
+        layout.first,
         layout.size,
     )
     assert tuple(_native.page_layout(format.id, head_size, block_size)) == python
 
 
 def test_unknown_formats_have_no_layout():
-    for format_id in (-1, len(ROWS), 2**20):
+    for format_id in (-1, len(ALL_ROWS), 2**20):
         with pytest.raises(ValueError, match=f"no format {format_id}"):
             _native.page_layout(format_id, 64, 16)
 

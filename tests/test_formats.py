@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import GRANULARITIES, HEAD_SIZES, ROWS, name_of
+from cases import ALL_ROWS, GRANULARITIES, HEAD_SIZES, ROWS, name_of
 
-from kvq_plugin.formats import CODES, FORMATS, Granularity, Kind, get_format
+from kvq_plugin.formats import CODES, FORMATS, LOWBIT, Granularity, Kind, get_format
 
 #: Bytes per token and kv head as a function of the head size: the table users are shown.
 BYTES_PER_TOKEN = {
@@ -31,13 +31,13 @@ def test_unknown_name_lists_the_known_ones():
 
 
 def test_rows_and_codes_have_distinct_consecutive_ids():
-    assert sorted(f.id for f in ROWS) == list(range(len(ROWS)))
+    assert sorted(f.id for f in ALL_ROWS) == list(range(len(ALL_ROWS)))
     assert sorted(c.id for c in CODES.values()) == list(range(len(CODES)))
 
 
 def test_names_and_aliases_are_unique():
-    names = [n for f in ROWS for n in (f.name, *f.aliases)]
-    assert len(names) == len(set(names)) == len(FORMATS)
+    names = [n for f in ALL_ROWS for n in (f.name, *f.aliases)]
+    assert len(names) == len(set(names)) == len(FORMATS) + len(LOWBIT)
 
 
 @pytest.mark.parametrize("format", ROWS, ids=name_of)
@@ -66,6 +66,6 @@ def test_static_formats_only_default_when_a_float_code_can(format):
 
 
 def test_scale_shapes():
-    shapes = [g.scale_shape(5, 3, 64) for g in (*GRANULARITIES, Granularity.TOKEN_HEAD)]
-    assert shapes == [(), (3,), (3, 64), (5, 3)]
-    assert [g.is_dynamic for g in Granularity] == [False, False, False, True]
+    shapes = [g.scale_shape(64, 3, 96) for g in Granularity]
+    assert shapes == [(), (3,), (3, 96), (64, 3), (2, 3, 96), (64, 3, 3)]
+    assert [g.is_dynamic for g in Granularity] == [g not in GRANULARITIES for g in Granularity]

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from cases import BLOCK_SIZES, HEAD_SIZES, ROWS, name_of
+from cases import BLOCK_SIZES, HEAD_SIZES, PLAIN_ROWS, name_of
 from oracle import pack, pack_metadata, static_scale, unsigned
 
 from kvq_plugin import reference
 from kvq_plugin.formats import Granularity, Kind, get_format
-from kvq_plugin.layout import CPU_V1, GPU_V1, MAX_HEAD_SIZES, PageLayout, code_word, repack
+from kvq_plugin.layout import CPU_V1, GPU_V1, MAX_HEAD_SIZES, PageLayout, repack
 
-every_format = pytest.mark.parametrize("format", ROWS, ids=name_of)
+every_format = pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 every_layout = pytest.mark.parametrize(
     ("kind", "head_size"),
     [(k, d) for k, largest in MAX_HEAD_SIZES.items() for d in HEAD_SIZES if d <= largest],
@@ -23,7 +23,7 @@ def regions(layout: PageLayout) -> list[tuple[int, int]]:
         codes = layout.block_size * layout.head_size * which.stream.code.bits // 8
         found.append((which.codes, which.codes + codes))
     for which in (layout.key, layout.value):
-        size = layout.block_size * which.stream.metadata_bytes
+        size = layout.block_size * which.stream.metadata_bytes(layout.head_size)
         if size:
             found.append((which.metadata, which.metadata + size))
     return found
@@ -60,14 +60,14 @@ def test_words_and_lines_are_as_the_docstring_says(format):
     head_size, block_size = 96, 32
     layout = PageLayout(format, head_size, block_size)
     for token, dim in ((0, 0), (1, 0), (0, 1), (17, 33), (31, 95), (16, 8), (5, 64)):
-        w = code_word(format.key.code)
+        w = 32 // format.key.code.bits
         line = (token // 16) * (head_size // w) + dim // w
         field = dim % w
         byte = layout.key.codes + line * 64 + (token % 16) * 4 + field % 4
         assert layout.key.code_bytes[token, dim] == byte
         assert layout.key.code_shifts[token, dim] == field // 4 * format.key.code.bits
 
-        w = code_word(format.value.code)
+        w = 32 // format.value.code.bits
         line = (token // w) * (head_size // 16) + dim // 16
         field = token % w
         byte = layout.value.codes + line * 64 + (dim % 16) * 4 + field % 4
@@ -82,7 +82,7 @@ def test_rows_of_gpu_pages_are_as_the_docstring_says(format):
     for token, dim in ((0, 0), (1, 0), (0, 1), (17, 33), (31, 95), (16, 8), (5, 68)):
         for which in (layout.key, layout.value):
             bits = which.stream.code.bits
-            w = code_word(which.stream.code)
+            w = 32 // which.stream.code.bits
             byte = which.codes + token * head_size * bits // 8 + dim // w * 4 + dim % w % 4
             assert which.code_bytes[token, dim] == byte
             assert which.code_shifts[token, dim] == dim % w // 4 * bits
@@ -148,7 +148,7 @@ def test_unpack_inverts_pack_and_keeps_to_its_stream(format, head_size, block_si
         codes = random_codes(layout, which, (2, 3), generator)
         pack(pages, which, codes)
         expected[which.codes] = codes
-        if which.stream.metadata_bytes:
+        if which.stream.is_dynamic:
             words = torch.randint(-(2**31), 2**31, (2, 3, block_size), generator=generator)
             words = words.to(torch.int32)
             pack_metadata(pages, which, words)
@@ -158,7 +158,7 @@ def test_unpack_inverts_pack_and_keeps_to_its_stream(format, head_size, block_si
         assert codes.dtype == expected[which.codes].dtype
         assert torch.equal(codes, expected[which.codes])
         words = layout.unpack_metadata(pages, which)
-        if which.stream.metadata_bytes:
+        if which.stream.is_dynamic:
             assert torch.equal(words, expected[which.metadata])
         else:
             assert words is None

@@ -75,7 +75,7 @@ SHARED = """
 using namespace kvq;
 const void* volatile used[] = {
     reinterpret_cast<void*>(&page_layout), reinterpret_cast<void*>(&code_bits), &kFormats};
-int metadata(const Stream* s) { return s->metadata_bytes(); }
+long metadata(const Stream* s) { return s->metadata_bytes(64); }
 """
 
 

@@ -9,8 +9,8 @@ from cases import (
     ACTIVATIONS,
     BATCHES,
     GRANULARITIES,
+    PLAIN_ROWS,
     REFERENCE_RTOL,
-    ROWS,
     SIGNED_STATIC_ROWS,
     name_of,
 )
@@ -298,7 +298,7 @@ def test_fp8_row_properties(values):
     assert (back.flatten()[x.flatten().argsort()].diff() >= 0).all()
 
 
-@pytest.mark.parametrize("format", ROWS, ids=name_of)
+@pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 @pytest.mark.parametrize("head_size", (32, 64, 128, 256, 512))
 def test_round_trip_error_stays_under_the_table(format, head_size):
     """Relative RMSE on N(0, 1); static scales calibrated as amax / qmax for integers."""
@@ -306,13 +306,14 @@ def test_round_trip_error_stays_under_the_table(format, head_size):
     x = torch.randn(2**17 // head_size, 2, head_size, generator=g)
     scale = format.default_scale or x.abs().max().item() / format.key.code.qmax
     static = None if format.is_dynamic else StaticScale.expand(scale, 2, head_size)
+    relative = []
     for stream in (format.key, format.value):
         codes, words = reference.quantize(x, stream, static)
         error = reference.dequantize(codes, words, stream, static) - x
-        relative = (error.double().square().mean() / x.double().square().mean()).sqrt().item()
-        assert relative < format.max_error
-        worst = head_size == 512 or not format.is_dynamic
-        assert not worst or relative > format.max_error / 2, "the table's bound says nothing"
+        relative.append(float((error.double().square().mean() / x.double().square().mean()).sqrt()))
+    assert max(relative) < format.max_error
+    worst = head_size == 512 or not format.is_dynamic
+    assert not worst or max(relative) > format.max_error / 2, "the table's bound says nothing"
 
 
 # --- static scales -----------------------------------------------------------------------------
@@ -354,7 +355,7 @@ def test_static_format_without_scale_is_refused():
 # --- store and load ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ROWS, ids=name_of)
+@pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 @pytest.mark.parametrize("style", oracle.CACHE_STYLES)
 def test_store_writes_its_slots_and_nothing_else(format, style):
     heads, head_size, block_size = 2, 32, 16
@@ -387,7 +388,7 @@ def test_store_writes_its_slots_and_nothing_else(format, style):
     assert (oracle.whole_storage(cache)[~inside] == 0xFF).all()
 
 
-@pytest.mark.parametrize("format", ROWS, ids=name_of)
+@pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 def test_store_one_token_at_a_time_equals_packing_whole_blocks(format):
     """Page bytes equal those of an independent packer, stale bits of shared bytes included."""
     heads, head_size, block_size, length = 2, 64, 16, 25
@@ -433,7 +434,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("format", ROWS, ids=name_of)
+@pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_attend_equals_dense_attention(format, options):
     p = oracle.build(format, ((33, 33), (65, 1), (40, 7), (20, 0)), group=2, **options)
@@ -472,7 +473,7 @@ def test_attend_equals_torch_sdpa():
     )
 
 
-@pytest.mark.parametrize("format", ROWS, ids=name_of)
+@pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 def test_a_poisoned_token_reaches_the_queries_that_see_it_and_no_other_sequence(format):
     p = oracle.build(format, ((12, 12), (20, 2)), kv_heads=1, group=1, head_size=32)
     x = torch.full((1, 1, 32), NAN)

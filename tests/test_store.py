@@ -16,7 +16,7 @@ from cases import (
     GRANULARITIES,
     HEAD_SIZES,
     ISAS,
-    ROWS,
+    PLAIN_ROWS,
     SIGNED_STATIC_ROWS,
     STATIC_ROWS,
     TOKENS,
@@ -29,7 +29,7 @@ from kvq_plugin.formats import Granularity, get_format
 from kvq_plugin.layout import PageLayout
 
 every_isa = pytest.mark.parametrize("isa", ISAS)
-every_format = pytest.mark.parametrize("format", ROWS, ids=name_of)
+every_format = pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 every_dtype = pytest.mark.parametrize("dtype", ACTIVATIONS, ids=name_of)
 NAN, INF = float("nan"), float("inf")
 

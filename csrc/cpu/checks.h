@@ -46,16 +46,18 @@ void check_same(const Tensor& a, const Tensor& b) {
             "shapes and dtypes of a pair of activations must agree");
 }
 
-// [blocks, kv heads, block size, bytes per token]; pages contiguous.
-Cache cache_of(const Tensor& t, const Format& format, int64_t head_size) {
-  KVQ_CHECK(head_size % kLanes == 0 && 0 < head_size && head_size <= kMaxHead,
-            "head size must be a multiple of 16 up to 512");
+// [blocks, kv heads, block size, bytes per token]; pages contiguous, their tokens a multiple of
+// `step`.
+Cache cache_of(const Tensor& t, const Format& format, int64_t head_size, int step = kLanes) {
+  KVQ_CHECK(head_size % format.head_step() == 0 && 0 < head_size && head_size <= kMaxHead,
+            "head size must be a multiple of 16, or of what the format asks, up to 512");
   KVQ_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Byte, "cache must be uint8, rank 4");
   const int64_t block_size = t.size(2), bytes = t.size(3), heads = t.size(1);
-  KVQ_CHECK(block_size % kLanes == 0 && 0 < block_size && block_size <= kMaxInt,
-            "block size must be a multiple of 16");
-  KVQ_CHECK(bytes * kLanes == page_layout(format, head_size, kLanes).size && t.stride(3) == 1 &&
-                t.stride(2) == bytes,
+  KVQ_CHECK(block_size % format.block_step() == 0 && block_size % step == 0 && 0 < block_size &&
+                block_size <= kMaxInt,
+            "block size must be a multiple of 16, of 32 with recent rows");
+  const int64_t page = page_layout(format, head_size, block_size).size;
+  KVQ_CHECK(bytes * block_size == page && t.stride(3) == 1 && t.stride(2) == bytes,
             "cache has pages of another format or head size, or not contiguous ones");
   KVQ_CHECK(0 < heads && heads <= kMaxInt, "cache must have kv heads");
   return {
@@ -67,6 +69,18 @@ const T* vector_of(const Tensor& t, ScalarType type) {
   KVQ_CHECK(t.dim() == 1 && t.scalar_type() == type && (t.size(0) < 2 || t.stride(0) == 1),
             "slots, lengths, starts, slopes and sinks are contiguous vectors of their dtypes");
   return static_cast<const T*>(t.data_ptr());
+}
+
+// [sequences, blocks] int32.
+const int32_t* table_of(const Tensor& t) {
+  KVQ_CHECK(t.dim() == 2 && t.scalar_type() == ScalarType::Int && t.stride(1) == 1,
+            "block tables must be int32 [sequences, blocks]");
+  return static_cast<const int32_t*>(t.data_ptr());
+}
+
+void check_recent(const Format& format, const OptionalTensor& cache, const OptionalTensor& where) {
+  KVQ_CHECK(cache.has_value() == format.recent && where.has_value() == format.recent,
+            "formats with recent rows need a recent cache, others take none");
 }
 
 const float* per_head(const OptionalTensor& t, int64_t heads) {
@@ -87,26 +101,37 @@ const float* per_channel(const OptionalTensor& t, const Cache& cache) {
 
 StaticScale static_scale(const Stream& stream, const OptionalTensor& factor,
                          const OptionalTensor& zero_point, const Cache& cache) {
-  KVQ_CHECK(factor.has_value() != stream.per_token && (factor.has_value() || !zero_point),
+  KVQ_CHECK(factor.has_value() == stream.is_static() && (factor.has_value() || !zero_point),
             "static formats need scales, others take none");
   return {per_channel(factor, cache), per_channel(zero_point, cache)};
 }
 
-// The blocks of one sequence that hold context its queries see.
-void check_blocks(const AttendParams& p, long seq, int64_t num_blocks) {
-  const long length = p.seq_lens[seq], count = p.query_start[seq + 1] - p.query_start[seq];
-  if (count == 0) return;
-  const long first = length - count;  // position of the first query
-  const long begin = p.window > 0 && first >= p.window ? first - p.window + 1 : 0;
-  // The kernels' groups of sixteen tokens lie in one block: none of another is touched.
-  const int32_t* table = p.block_table + seq * p.block_table_stride;
+// Blocks of one row of a block table that hold tokens [begin, end).
+// The kernels' groups of sixteen tokens lie in one block: none of another is touched.
+void check_entries(const int32_t* table, long begin, long end, long block_size,
+                   int64_t num_blocks) {
   const uint32_t last = static_cast<uint32_t>(num_blocks <= kMaxInt ? num_blocks - 1 : kMaxInt);
   uint32_t wrong = 0;  // its sign bit; without branches, so that gcc takes four at a time
-  for (long b = begin / p.cache.block_size; b * p.cache.block_size < length; ++b) {
+  for (long b = begin / block_size; b * block_size < end; ++b) {
     const uint32_t entry = static_cast<uint32_t>(table[b]);
     wrong |= entry | (last - entry);
   }
   KVQ_CHECK(wrong >> 31 == 0, "block table entry outside the cache");
+}
+
+// The blocks of one sequence that hold context its queries see.
+void check_blocks(const AttendParams& p, long seq, int64_t num_blocks, int64_t recent_blocks) {
+  const long length = p.seq_lens[seq], count = p.query_start[seq + 1] - p.query_start[seq];
+  if (count == 0) return;
+  const long first = length - count;  // position of the first query
+  const long begin = p.window > 0 && first >= p.window ? first - p.window + 1 : 0;
+  const bool recent = kFormats[p.format].recent;
+  check_entries(p.block_table + seq * p.block_table_stride, begin,
+                recent ? sealed_before(length - 1) : length, p.cache.block_size, num_blocks);
+  if (!recent) return;
+  const long from = sealed_before(first);
+  check_entries(p.recent_table + seq * p.recent_table_stride, from > begin ? from : begin, length,
+                p.recent.block_size, recent_blocks);
 }
 
 }  // namespace

@@ -38,6 +38,9 @@ struct StoreParams {
   long num_tokens;
   int format;  // row of kFormats
   StaticScale key_scale, value_scale;
+  // Formats with recent rows: where all rows go first, and where in it. `cache` gets sealed groups.
+  Cache recent;
+  const int64_t* recent_slots;  // [tokens]
 };
 
 struct AttendParams {
@@ -57,6 +60,9 @@ struct AttendParams {
   const float* alibi_slopes;  // [heads] or null
   const float* sinks;         // [heads] or null
   StaticScale key_scale, value_scale;
+  Cache recent;  // formats with recent rows: positions from sealed_before() of a query's on
+  const int32_t* recent_table;  // [seqs, blocks]
+  long recent_table_stride;
 };
 
 // What the binding lends to a call, so that kernels need no thread pool of their own. The memory is

@@ -20,7 +20,7 @@ template <int... I>
 struct MakeIndices<0, I...> {
   using type = IndexList<I...>;
 };
-using FormatIndices = MakeIndices<kNumFormats>::type;
+using FormatIndices = MakeIndices<kNumPlainFormats>::type;
 
 // n is a multiple of 16 in all of these.
 inline void load_half(const uint16_t* src, long n, float* dst) {

@@ -34,7 +34,8 @@ Runtime runtime() {
 
 void store(const Tensor& key, const Tensor& value, const Tensor& cache, const Tensor& slots,
            int64_t format, const OptionalTensor& key_inverse, const OptionalTensor& key_zero,
-           const OptionalTensor& value_inverse, const OptionalTensor& value_zero) {
+           const OptionalTensor& value_inverse, const OptionalTensor& value_zero,
+           const OptionalTensor& recent_cache, const OptionalTensor& recent_slots) {
   const Format& f = format_of(format);
   StoreParams p{};
   p.format = static_cast<int>(format);
@@ -52,6 +53,21 @@ void store(const Tensor& key, const Tensor& value, const Tensor& cache, const Te
   for (long t = 0; t < p.num_tokens; ++t) {
     KVQ_CHECK(p.slots[t] < num_slots, "slot outside the cache");
   }
+  check_recent(f, recent_cache, recent_slots);
+  if (f.recent) {
+    p.recent = cache_of(*recent_cache, kFormats[kRecentFormat], key.size(2), kSealed);
+    KVQ_CHECK(p.recent.num_kv_heads == p.cache.num_kv_heads, "the caches differ in kv heads");
+    p.recent_slots = vector_of<int64_t>(*recent_slots, ScalarType::Long);
+    KVQ_CHECK(recent_slots->size(0) == p.num_tokens, "slots and recent slots differ in number");
+    const int64_t num_recent = recent_cache->size(0) * p.recent.block_size;
+    for (long t = 0; t < p.num_tokens; ++t) {
+      const int64_t slot = p.slots[t], recent = p.recent_slots[t];
+      KVQ_CHECK(recent < num_recent, "recent slot outside the cache");
+      KVQ_CHECK(slot < 0 || recent < 0 || (slot - recent) % kSealed == 0,
+                "slots and recent slots must agree modulo 32");
+    }
+  }
+  KVQ_CHECK(!f.recent, "no store kernel for formats with recent rows yet");
   current_kernels().store(p, runtime());
 }
 
@@ -60,7 +76,8 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& cache, const T
             const OptionalTensor& key_scale, const OptionalTensor& key_zero,
             const OptionalTensor& value_scale, const OptionalTensor& value_zero, bool causal,
             int64_t window, double softcap, const OptionalTensor& alibi_slopes,
-            const OptionalTensor& sinks) {
+            const OptionalTensor& sinks, const OptionalTensor& recent_cache,
+            const OptionalTensor& recent_table) {
   const Format& f = format_of(format);
   AttendParams p{};
   p.format = static_cast<int>(format);
@@ -76,10 +93,7 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& cache, const T
   KVQ_CHECK(query.size(0) <= kMaxInt && p.num_heads <= kMaxInt &&
                 query.size(0) * (p.num_heads / p.cache.num_kv_heads) <= kMaxInt,
             "too many rows of query");
-  KVQ_CHECK(block_table.dim() == 2 && block_table.scalar_type() == ScalarType::Int &&
-                block_table.stride(1) == 1,
-            "block table must be int32 [sequences, blocks]");
-  p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  p.block_table = table_of(block_table);
   p.block_table_stride = block_table.stride(0);
   p.seq_lens = vector_of<int32_t>(seq_lens, ScalarType::Int);
   p.query_start = vector_of<int32_t>(query_start, ScalarType::Int);
@@ -95,14 +109,27 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& cache, const T
   p.softcap = static_cast<float>(softcap);
   p.window = window < kMaxInt ? window : kMaxInt;  // longer than any sequence
   p.causal = causal;
+  check_recent(f, recent_cache, recent_table);
+  int64_t recent_room = kMaxInt;
+  if (f.recent) {
+    KVQ_CHECK(causal, "formats with recent rows serve causal attention only");
+    p.recent = cache_of(*recent_cache, kFormats[kRecentFormat], query.size(2), kSealed);
+    KVQ_CHECK(p.recent.num_kv_heads == p.cache.num_kv_heads, "the caches differ in kv heads");
+    p.recent_table = table_of(*recent_table);
+    p.recent_table_stride = recent_table->stride(0);
+    KVQ_CHECK(p.num_seqs <= recent_table->size(0), "fewer rows of the block table than sequences");
+    recent_room = recent_table->size(1) * p.recent.block_size;
+  }
   for (long i = 0; i < p.num_seqs; ++i) {
+    KVQ_CHECK(p.seq_lens[i] <= recent_room, "sequence longer than its row of the recent table");
     KVQ_CHECK(0 <= p.seq_lens[i] && p.seq_lens[i] <= block_table.size(1) * p.cache.block_size,
               "sequence longer than its row of the block table");
     KVQ_CHECK(0 <= p.query_start[i] && p.query_start[i] <= p.query_start[i + 1] &&
                   p.query_start[i + 1] <= query.size(0),
               "query_start_loc does not describe rows of query");
-    check_blocks(p, i, cache.size(0));
+    check_blocks(p, i, cache.size(0), f.recent ? recent_cache->size(0) : 0);
   }
+  KVQ_CHECK(!f.recent, "no attention kernel for formats with recent rows yet");
   current_kernels().attend(p, runtime());
 }
 

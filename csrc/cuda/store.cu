@@ -32,7 +32,7 @@ KVQ_STORE(2)
 KVQ_STORE(3)
 KVQ_STORE(4)
 KVQ_STORE(5)
-static_assert(kNumFormats == 6, "name the new formats' rows above");
+static_assert(kNumGpuFormats == 6, "name the new formats' rows above");
 
 }  // namespace gpu
 }  // namespace kvq

@@ -56,7 +56,7 @@ void attend_if(const AttendParams& p, int x) {
 
 template <int kFormatRow = 0>
 void attend_host(const AttendParams& p, int x) {
-  if constexpr (kFormatRow + 1 < kNumFormats) {
+  if constexpr (kFormatRow + 1 < kNumGpuFormats) {
     if (p.cache.format != kFormatRow) return attend_host<kFormatRow + 1>(p, x);
   }
   const int head = p.cache.head_size;
@@ -70,7 +70,7 @@ void attend_host(const AttendParams& p, int x) {
 
 template <int kFormatRow = 0>
 void store_host(const StoreParams& p, int blocks) {
-  if constexpr (kFormatRow + 1 < kNumFormats) {
+  if constexpr (kFormatRow + 1 < kNumGpuFormats) {
     if (p.cache.format != kFormatRow) return store_host<kFormatRow + 1>(p, blocks);
   }
   run_grid(blocks, 1, 1, [&] { store_block<HostLane, kFormatRow>(p); });
