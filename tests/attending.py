@@ -11,7 +11,7 @@ from cases import (
     ACTIVATIONS,
     ATTEND_ISAS,
     OFFSET_SLACK,
-    ROWS,
+    PLAIN_ROWS,
     SMALL_BATCH,
     name_of,
     nrmse_bound,
@@ -21,7 +21,7 @@ from cases import (
 from kvq_plugin import ops
 
 every_isa = pytest.mark.parametrize("isa", ATTEND_ISAS)
-every_format = pytest.mark.parametrize("format", ROWS, ids=name_of)
+every_format = pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 every_dtype = pytest.mark.parametrize("dtype", ACTIVATIONS, ids=name_of)
 NAN = float("nan")
 

@@ -4,70 +4,31 @@
 // in an order that their positions fix; whether one thread does all chunks of an item or many
 // threads do some each changes nothing. So a row's output depends on its own sequence alone, bit
 // for bit: not on the batch, the number of threads, or how a prompt was cut into prefill chunks.
-#include "dot_amx.h"
-#include "dot_bf16.h"
-#include "dot_fp32.h"
-#include "dot_vnni.h"
-#include "load.h"
+#include "range.h"
 #include "rotate.h"
-#include "softmax.h"
 
 namespace kvq {
 namespace {
 
-// Which dot product serves a code on this ISA.
-template <Code C>
-struct DotOf {
-  using type = Fp32Dot<C>;
-};
-#if defined(KVQ_AMX)
-template <Code C>
-using IntegerDot = AmxDot<C>;
-#elif defined(KVQ_VNNI)
-template <Code C>
-using IntegerDot = VnniDot<C>;
-#endif
-#if defined(KVQ_VNNI)
-template <>
-struct DotOf<Code::kInt8> {
-  using type = IntegerDot<Code::kInt8>;
-};
-template <>
-struct DotOf<Code::kInt4> {
-  using type = IntegerDot<Code::kInt4>;
-};
-#endif
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-template <>
-struct DotOf<Code::kFp8E4M3> {
-  using type = Bf16Dot<Code::kFp8E4M3>;
-};
-template <>
-struct DotOf<Code::kFp8E5M2> {
-  using type = Bf16Dot<Code::kFp8E5M2>;
-};
-#endif
+struct Empty {};
 
 template <int kFormat>
 struct Kernel {
   static constexpr Format kF = kFormats[kFormat];
-  using KeyDot = typename DotOf<kF.key.code>::type;
-  using ValueDot = typename DotOf<kF.value.code>::type;
+  // All rows; or the sealed ones, and then the recent ones.
+  using Main = Range<kFormat>;
+  using Recent = Range<kF.recent ? kRecentFormat : kFormat>;
 
   // What one kv head of an item keeps between tiles.
   struct Head {
-    typename KeyDot::Query query;
-    RowFacts facts;
+    typename Main::Head main;
+    std::conditional_t<kF.recent, typename Recent::Head, Empty> recent;
   };
 
   // What a worker needs for whatever it works on; heads and their states lie behind it.
   struct Scratch {
-    typename KeyDot::Tiles key_tiles;
-    typename ValueDot::Tiles value_tiles;
-    typename ValueDot::Weights weights;
-    alignas(64) float scores[kMaxRows * kTile];
-    alignas(64) uint8_t numbers[has_nan(kF.value.code) ? kTile * kMaxHead : 64];  // of a tile's V
-    float alpha[kMaxRows], gamma[kMaxRows];
+    typename Main::Scratch main;
+    std::conditional_t<kF.recent, typename Recent::Scratch, Empty> recent;
   };
 
   const Plan& plan;
@@ -84,12 +45,22 @@ struct Kernel {
            (item.first + r) % plan.heads_per_kv;
   }
 
+  // Rows of positions before this are sealed for some query of the item, or for all.
+  int sealed(int row) const {
+    if constexpr (!kF.recent) return 0;
+    return static_cast<int>(sealed_before(position(row)));
+  }
+
+  int position(int row) const {
+    const int count = p.query_start[item.seq + 1] - p.query_start[item.seq];
+    return p.seq_lens[item.seq] - count + (item.first + row) / plan.heads_per_kv;
+  }
+
   void prepare(int h) {
     Head& at = heads[h];
     const int length = p.seq_lens[item.seq];
-    const int count = p.query_start[item.seq + 1] - p.query_start[item.seq];
     const long channels = (item.head + h) * d;
-    const float* scale = kF.key.per_token ? nullptr : p.key_scale.factor + channels;
+    const float* scale = kF.key.is_static() ? p.key_scale.factor + channels : nullptr;
     const float* zero = p.key_scale.zero_point ? p.key_scale.zero_point + channels : nullptr;
     bool uniform = true;
     if (scale) {
@@ -99,9 +70,10 @@ struct Kernel {
     const float unit = p.scale * (p.softcap > 0.0f ? 1.0f / p.softcap : kLog2e);
     const float gain = kF.key.rotated ? rotation_gain(static_cast<int>(d)) : 1.0f;
     const float factor = (scale && uniform ? scale[0] * unit : unit) * gain;
-    at.facts.softcap = p.softcap;
-    at.facts.shaped = p.softcap > 0.0f || p.alibi_slopes;
-    at.facts.common = {0, length};
+    RowFacts& facts = at.main.facts;
+    facts.softcap = p.softcap;
+    facts.shaped = p.softcap > 0.0f || p.alibi_slopes;
+    facts.common = {0, length};
     alignas(64) float q[kMaxHead];
     for (int r = 0; r < item.rows; ++r) {
       load_row(p.query, token(r), query_head(h, r), d, q);
@@ -113,161 +85,47 @@ struct Kernel {
       if (!uniform) {
         for (long i = 0; i < d; ++i) q[i] *= scale[i];
       }
-      KeyDot::set_query(at.query, r, d, q, factor);
-      at.facts.key_bias[r] = bias * unit;
-      at.facts.position[r] = length - count + (item.first + r) / plan.heads_per_kv;
-      const Span seen = visible(p, at.facts.position[r], length);
-      at.facts.span[r] = seen;
-      if (seen.begin > at.facts.common.begin) at.facts.common.begin = seen.begin;
-      if (seen.end < at.facts.common.end) at.facts.common.end = seen.end;
-      at.facts.slope[r] = p.alibi_slopes ? p.alibi_slopes[query_head(h, r)] * kLog2e : 0.0f;
+      Main::KeyDot::set_query(at.main.query, r, d, q, factor);
+      if constexpr (kF.recent) Recent::KeyDot::set_query(at.recent.query, r, d, q, factor);
+      facts.key_bias[r] = bias * unit;
+      facts.position[r] = position(r);
+      const Span seen = visible(p, facts.position[r], length);
+      facts.span[r] = seen;
+      if (seen.begin > facts.common.begin) facts.common.begin = seen.begin;
+      if (seen.end < facts.common.end) facts.common.end = seen.end;
+      facts.slope[r] = p.alibi_slopes ? p.alibi_slopes[query_head(h, r)] * kLog2e : 0.0f;
     }
-  }
-
-  // Where a tile's four groups lie: pages of the item's first kv head, and tokens within them.
-  struct Places {
-    const uint8_t* page[kGroups];
-    long within[kGroups];
-  };
-
-  // Groups outside the item's context repeat the nearest one inside it: block tables hold nothing
-  // there.
-  Places find(long t0) const {
-    Places places;
-    const long size = p.cache.block_size;
-    const long first = item.begin / kLanes * kLanes, last = (item.end - 1) / kLanes * kLanes;
-    const int32_t* blocks = p.block_table + item.seq * p.block_table_stride;
-    for (int g = 0; g < kGroups; ++g) {
-      long t = t0 + g * kLanes;
-      t = t < first ? first : t > last ? last : t;
-      const uint32_t block = static_cast<uint32_t>(t) / static_cast<uint32_t>(size);
-      places.page[g] =
-          p.cache.data + blocks[block] * p.cache.block_stride + item.head * p.cache.head_stride;
-      places.within[g] = t - block * size;
-    }
-    return places;
-  }
-
-  struct Step {
-    const Places& at;
-    int head;
-  };
-
-  Tile locate(long t0, Step here, Step next) const {
-    Tile tile;
-    tile.begin = item.begin > t0 ? static_cast<int>(item.begin - t0) : 0;
-    tile.end = item.end - t0 < kTile ? static_cast<int>(item.end - t0) : kTile;
-    const auto fill = [&](const Step& step, Lines& lines) {
-      for (int g = 0; g < kGroups; ++g) {
-        const uint8_t* page = step.at.page[g] + step.head * p.cache.head_stride;
-        const long within = step.at.within[g];
-        lines.key[g] = page + plan.layout.key_codes + within * d * code_bits(kF.key.code) / 8;
-        lines.value[g] = page + plan.layout.value_codes + within * d * code_bits(kF.value.code) / 8;
-        lines.key_metadata[g] = page + plan.layout.key_metadata + within * 4;
-        lines.value_metadata[g] = page + plan.layout.value_metadata + within * 4;
-      }
-    };
-    fill(here, tile.now);
-    fill(next, tile.next);
-    return tile;
-  }
-
-  void attend_tile(Head& head, State state, long t0, const Tile& tile) {
-    KeyDot::score(head.query, s.key_tiles, tile, item.rows, d, s.scores);
-    TileSoftmax<kFormat, KeyDot, ValueDot> softmax{head.query, s.weights, head.facts, s.scores,
-                                                   s.alpha,    s.gamma,   {},         {}};
-    softmax.load(tile);
-    softmax.run(state, item.rows, t0);
-    if constexpr (has_nan(kF.value.code)) {
-      const Span& common = head.facts.common;
-      const bool even = common.begin <= t0 + tile.begin && common.end >= t0 + tile.end;
-      if (!even && find_nan(tile)) return accumulate_apart(head, state, t0, tile);
-    }
-    accumulate(state, tile);
-  }
-
-  void accumulate(State state, const Tile& tile) {
-    ValueDot::accumulate(s.weights, s.value_tiles, tile, item.rows, d, s.alpha, s.gamma, state.acc);
-  }
-
-  // Whether a tile's V holds a code that is no finite number.
-  bool find_nan(const Tile& tile) const {
-    U16 found{};
-    for (int g = 0; g < kGroups; ++g) {
-      for (long i = 0; i < kLanes * d; i += 64) {
-        found |= (load<U16>(tile.now.value[g] + i) & 0x7F7F7F7Fu) + 0x01010101u * kPastFinite;
-      }
-    }
-    return largest(cast<I16>((found & 0x80808080u) >> 7)) != 0;
-  }
-  // Added to a magnitude of 7 bits, sets the eighth where it is past the finite ones.
-  static constexpr uint32_t kPastFinite = kF.value.code == Code::kFp8E5M2 ? 4 : 1;
-
-  // Rows that do not see the same tokens share a tile's V, and 0 * NaN is NaN: such codes are taken
-  // out, and added to the rows that see their tokens.
-  __attribute__((noinline, cold)) void accumulate_apart(const Head& head, State state, long t0,
-                                                        const Tile& tile) {
-    Tile finite = tile;
-    const auto for_each_nan = [&](const auto& visit) {
-      for (int g = 0; g < kGroups; ++g) {
-        for (long i = 0; i < kLanes * d; ++i) {
-          const uint8_t code = tile.now.value[g][i];
-          if (((code & 0x7Fu) + kPastFinite) & 0x80u) visit(g, i, code);
-        }
-      }
-    };
-    for (int g = 0; g < kGroups; ++g) {
-      uint8_t* to = s.numbers + g * kLanes * d;
-      memcpy(to, tile.now.value[g], static_cast<size_t>(kLanes * d));
-      finite.now.value[g] = to;
-    }
-    for_each_nan([&](int g, long i, uint8_t) { s.numbers[g * kLanes * d + i] = 0; });
-    accumulate(state, finite);
-    for_each_nan([&](int g, long i, uint8_t code) {
-      const long token = t0 + g * kLanes + i / (4 * d) * 4 + i % 4, channel = i % (4 * d) / 4;
+    if constexpr (kF.recent) {
+      at.recent.facts = facts;
       for (int r = 0; r < item.rows; ++r) {
-        const Span& seen = head.facts.span[r];
-        if (token < seen.begin || token >= seen.end) continue;
-        state.acc[r * d + channel] += Codec<kF.value.code>::decode(code);
+        const Span seen = facts.span[r];
+        const int bound = sealed(r);
+        facts.sees_first[r] = seen.begin == 0 && bound > 0;
+        facts.span[r] = {seen.begin > 1 ? seen.begin : 1, bound};
+        at.recent.facts.span[r].begin = seen.begin > bound ? seen.begin : bound;
       }
-    });
+    }
   }
 
-  // One chunk, for every head its state. Blocks outside, heads inside: in the order of memory.
+  // One chunk, for every head its state.
   template <class StateOf>
-  void attend_chunk(long chunk, const StateOf& state_of) {
-    for (int h = 0; h < item.heads; ++h) state_of(h).clear(item.rows, d);
-    long start = chunk * kChunk;
-    const long stop = start + kChunk < item.end ? start + kChunk : item.end;
-    if (item.begin > start) start += (item.begin - start) / kTile * kTile;
-    const long size = p.cache.block_size;
-    const int run = size % kTile == 0 && size < kChunk ? static_cast<int>(size / kTile) : 1;
-    if (start >= stop) return;
-    Places places[kChunk / kTile + 1];
-    places[0] = find(start);
-    for (long t0 = start; t0 < stop; t0 += run * kTile) {
-      int n = 0;
-      while (n < run && t0 + n * kTile < stop) {
-        ++n;
-        places[n] = find(t0 + n * kTile);
+  void attend_chunk(const Main& main, const Recent& recent, long chunk, const StateOf& state_of) {
+    for (int h = 0; h < item.heads; ++h) {
+      state_of(h).clear(item.rows, d);
+      if constexpr (kF.recent) {
+        if (chunk == 0 && main.end > 0) main.attend_first(heads[h].main, h, state_of(h));
       }
-      for (int h = 0; h < item.heads; ++h) {
-        for (int i = 0; i < n; ++i) {
-          const bool last_tile = i + 1 == n, last_head = h + 1 == item.heads;
-          const Step next = !last_tile  ? Step{places[i + 1], h}
-                            : last_head ? Step{places[n], 0}
-                                        : Step{places[0], h + 1};
-          const long t = t0 + i * kTile;
-          attend_tile(heads[h], state_of(h), t, locate(t, {places[i], h}, next));
-        }
-      }
-      places[0] = places[n];
+    }
+    main.attend_chunk(chunk, [&](int h) -> auto& { return heads[h].main; }, state_of);
+    if constexpr (kF.recent) {
+      recent.attend_chunk(chunk, [&](int h) -> auto& { return heads[h].recent; }, state_of);
     }
   }
 
   void finish(int h, State state) {
     alignas(64) float row[kMaxHead];
-    const float* scale = kF.value.per_token ? nullptr : p.value_scale.factor + (item.head + h) * d;
+    const float* scale =
+        kF.value.is_static() ? p.value_scale.factor + (item.head + h) * d : nullptr;
     const float* zero =
         p.value_scale.zero_point ? p.value_scale.zero_point + (item.head + h) * d : nullptr;
     for (int r = 0; r < item.rows; ++r) {
@@ -299,7 +157,8 @@ struct Kernel {
   // Chunks [begin, end), which lie in one node, for every head: into state_of(0, head). Those at
   // higher places of the stack hold what waits for its right half.
   template <class StateOf>
-  void attend_node(long begin, long end, const StateOf& state_of) {
+  void attend_node(const Main& main, const Recent& recent, long begin, long end,
+                   const StateOf& state_of) {
     int depth = 0;
     const auto merge_last = [&] {
       --depth;
@@ -308,7 +167,7 @@ struct Kernel {
       }
     };
     for (long c = begin; c < end; ++c) {
-      attend_chunk(c, [&](int h) { return state_of(depth, h); });
+      attend_chunk(main, recent, c, [&](int h) { return state_of(depth, h); });
       ++depth;
       for (long node = c; node % 2 == 1 && depth > 1; node /= 2) merge_last();
     }
@@ -328,10 +187,11 @@ struct Kernel {
              heads,
              reinterpret_cast<float*>(heads + item.heads),
              plan.params->cache.head_size};
-    fit_output(k.s.weights, plan.params->query.type, kF.value.per_token);
+    fit_output(k.s.main.weights, plan.params->query.type, kF.value.per_token);
 #if defined(KVQ_AMX)
-    const TileSession session(item.rows > kPassRows && (kUsesTiles<KeyDot> || kUsesTiles<ValueDot>),
-                              item.rows);
+    constexpr bool kTiles =
+        kUsesTiles<typename Main::KeyDot> || kUsesTiles<typename Main::ValueDot>;
+    const TileSession session(item.rows > kPassRows && kTiles, item.rows);
 #endif
     for (int h = 0; h < item.heads; ++h) k.prepare(h);
     const long size = plan.state_floats(item), mine = index - item.first_unit;
@@ -339,7 +199,27 @@ struct Kernel {
     const auto partial = [&](long unit, int h) {
       return State::at(plan.partial(item, unit, h), item.rows);
     };
-    k.attend_node(unit.begin, unit.end, [&](int depth, int h) {
+    const AttendParams& p = *plan.params;
+    const int first_sealed = k.sealed(0), all_sealed = k.sealed(item.rows - 1);
+    const int begin = kF.recent && item.begin == 0 ? 1 : item.begin;
+    const Main main{item,        p.cache, p.block_table + item.seq * p.block_table_stride,
+                    plan.layout, begin,   kF.recent ? all_sealed : item.end,
+                    k.s.main,    k.d};
+    const Recent recent = [&]() -> Recent {
+      if constexpr (!kF.recent) {
+        return main;
+      } else {
+        return {item,
+                p.recent,
+                p.recent_table + item.seq * p.recent_table_stride,
+                plan.recent_layout,
+                first_sealed > item.begin ? first_sealed : item.begin,
+                item.end,
+                k.s.recent,
+                k.d};
+      }
+    }();
+    k.attend_node(main, recent, unit.begin, unit.end, [&](int depth, int h) {
       if (split && depth == 0) return partial(mine, h);
       return State::at(k.states + (static_cast<long>(depth) * item.heads + h) * size, item.rows);
     });
@@ -379,7 +259,11 @@ void attend(const AttendParams& p, const Runtime& runtime) {
   plan.params = &p;
   plan.layout = page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size);
   plan.heads_per_kv = static_cast<int>(p.num_heads / p.cache.num_kv_heads);
-  const Entry entry = pick(p.format, FormatIndices{});
+  if (kFormats[p.format].recent) {
+    plan.recent_layout =
+        page_layout(kFormats[kRecentFormat], p.recent.head_size, p.recent.block_size);
+  }
+  const Entry entry = pick(p.format, MakeIndices<kNumFormats>::type{});
   const int threads = work_of(p, plan.heads_per_kv) < kAlone ? 1 : runtime.num_threads;
   make_plan(plan, threads, entry.scratch, runtime.memory);
   runtime.parallel_for(plan.num_units, threads, entry.run, &plan);

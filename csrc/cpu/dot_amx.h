@@ -15,39 +15,9 @@
 namespace kvq {
 namespace {
 
-template <Code C>
-struct AmxDot : VnniDot<C> {
-  using Base = VnniDot<C>;
-  static constexpr int kWord = Base::kWord, kOperands = Base::kOperands;
+// What tiles do for every code.
+struct AmxProducts {
   static constexpr int kLimbs = 2 * kTileBytes;  // a tile of high limbs, then one of low limbs
-  static constexpr int kSteps = kMaxHead / kTileRowBytes;
-
-  struct Query : Base::Query {
-    alignas(64) int8_t tiles[kMaxRows / kTileRows * kSteps * kLimbs];  // [row/16][dim/64] limbs
-  };
-  struct Tiles : Base::Tiles {
-    alignas(64) uint8_t codes[kMaxHead * kTile];                // lines that had to be copied
-    alignas(64) int8_t weights[kMaxRows / kTileRows * kLimbs];  // [row/16] limbs
-    alignas(64) int32_t sums[4 * kTileRows * kLanes];           // [column tile][limb][row][16]
-  };
-  using Weights = typename Base::Weights;
-
-  static void set_query(Query& s, int row, long d, const float* q, float uniform) {
-    Base::set_query(s, row, d, q, uniform);
-    const int8_t* from = s.limbs + Base::query_at(row, 0);
-    int8_t* to = s.tiles + row / kTileRows * (kSteps * kLimbs) + row % kTileRows * kTileRowBytes;
-    for (long i = 0; i < d; i += 4) {
-      int8_t* at = to + i / 64 * kLimbs + i % 64;
-      memcpy(at, from + i * kPassRows * 2, 4);
-      memcpy(at + kTileBytes, from + i * kPassRows * 2 + 4, 4);
-    }
-    // Past the last dim: zeros here, so that any codes do.
-    for (long i = d; i % 64 != 0; i += 4) {
-      int8_t* at = to + i / 64 * kLimbs + i % 64;
-      memset(at, 0, 4);
-      memset(at + kTileBytes, 0, 4);
-    }
-  }
 
   // Sixteen rows' limbs, `steps` times 64 bytes of them, times two tiles of sixteen columns.
   // column(j, step): where the codes of tile j lie. visit(step) runs beside the products,
@@ -80,7 +50,61 @@ struct AmxDot : VnniDot<C> {
   static KVQ_HD F16 product(const int32_t* sums, int j, int r, int32_t start) {
     const int32_t* high = sums + (2 * j * kTileRows + r) * kLanes;
     const Words low = load<Words>(high + kTileRows * kLanes) + static_cast<uint32_t>(start);
-    return Base::combine(load<Ints>(high), reinterpret_cast<Ints>(low));
+    return VnniLimbs::combine(load<Ints>(high), reinterpret_cast<Ints>(low));
+  }
+
+  // Pairs of rows, `pair` bytes apart, whose limbs alternate every four bytes: 64 numbers of each,
+  // as tiles.
+  static void arrange(const int8_t* limbs, long pair, int rows, int8_t* to) {
+    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25,
+                                            29);  // high limbs of eight times four, then low ones
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
+    for (int row = 0; row < rows; row += 2) {
+      const int8_t* from = limbs + row / 2 * pair;
+      __m512i w[4];
+      for (int i = 0; i < 4; ++i) w[i] = _mm512_load_si512(from + i * 64);
+      int8_t* at = to + row / kTileRows * kLimbs + row % kTileRows * kTileRowBytes;
+      for (int r = 0; r < 2; ++r, at += kTileRowBytes) {
+        const __m512i x = _mm512_permutex2var_epi32(w[0], r ? second : first, w[1]);
+        const __m512i y = _mm512_permutex2var_epi32(w[2], r ? second : first, w[3]);
+        _mm512_store_si512(at, _mm512_shuffle_i64x2(x, y, 0x44));
+        _mm512_store_si512(at + kTileBytes, _mm512_shuffle_i64x2(x, y, 0xEE));
+      }
+    }
+  }
+};
+
+template <Code C>
+struct AmxDot : VnniDot<C>, AmxProducts {
+  using Base = VnniDot<C>;
+  static constexpr int kWord = Base::kWord, kOperands = Base::kOperands;
+  static constexpr int kSteps = kMaxHead / kTileRowBytes;
+
+  struct Query : Base::Query {
+    alignas(64) int8_t tiles[kMaxRows / kTileRows * kSteps * kLimbs];  // [row/16][dim/64] limbs
+  };
+  struct Tiles : Base::Tiles {
+    alignas(64) uint8_t codes[kMaxHead * kTile];                // lines that had to be copied
+    alignas(64) int8_t weights[kMaxRows / kTileRows * kLimbs];  // [row/16] limbs
+    alignas(64) int32_t sums[4 * kTileRows * kLanes];           // [column tile][limb][row][16]
+  };
+  using Weights = typename Base::Weights;
+
+  static void set_query(Query& s, int row, long d, const float* q, float uniform) {
+    Base::set_query(s, row, d, q, uniform);
+    const int8_t* from = s.limbs + Base::query_at(row, 0);
+    int8_t* to = s.tiles + row / kTileRows * (kSteps * kLimbs) + row % kTileRows * kTileRowBytes;
+    for (long i = 0; i < d; i += 4) {
+      int8_t* at = to + i / 64 * kLimbs + i % 64;
+      memcpy(at, from + i * kPassRows * 2, 4);
+      memcpy(at + kTileBytes, from + i * kPassRows * 2 + 4, 4);
+    }
+    // Past the last dim: zeros here, so that any codes do.
+    for (long i = d; i % 64 != 0; i += 4) {
+      int8_t* at = to + i / 64 * kLimbs + i % 64;
+      memset(at, 0, 4);
+      memset(at + kTileBytes, 0, 4);
+    }
   }
 
   // A line of codes as the one or two rows of a tile that it makes.
@@ -117,8 +141,8 @@ struct AmxDot : VnniDot<C> {
             prefetch(tile.next.key[g + 1] + at * 64);
           }
         };
-        multiply(s.tiles + row / kTileRows * (kSteps * kLimbs), steps, kTileRowBytes, column,
-                 tiles.sums, fetch);
+        AmxProducts::multiply(s.tiles + row / kTileRows * (kSteps * kLimbs), steps, kTileRowBytes,
+                              column, tiles.sums, fetch);
         for (int r = 0; r < kTileRows && row + r < rows; ++r) {
           const int32_t start = Base::offset(s, row + r);
           float* out = scores + (row + r) * kTile + g * kLanes;
@@ -129,29 +153,10 @@ struct AmxDot : VnniDot<C> {
     }
   }
 
-  // Pairs of rows, limbs alternating every four bytes, as tiles.
-  static void arrange(const Weights& s, int rows, int8_t* to) {
-    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25,
-                                            29);  // high limbs of eight times four, then low ones
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
-    for (int row = 0; row < rows; row += 2) {
-      const int8_t* from = Base::weights_at(s, row, 0);
-      __m512i w[4];
-      for (int i = 0; i < 4; ++i) w[i] = _mm512_load_si512(from + i * 64);
-      int8_t* at = to + row / kTileRows * kLimbs + row % kTileRows * kTileRowBytes;
-      for (int r = 0; r < 2; ++r, at += kTileRowBytes) {
-        const __m512i x = _mm512_permutex2var_epi32(w[0], r ? second : first, w[1]);
-        const __m512i y = _mm512_permutex2var_epi32(w[2], r ? second : first, w[3]);
-        _mm512_store_si512(at, _mm512_shuffle_i64x2(x, y, 0x44));
-        _mm512_store_si512(at + kTileBytes, _mm512_shuffle_i64x2(x, y, 0xEE));
-      }
-    }
-  }
-
   static void accumulate(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
                          const float* alpha, const float* gamma, float* acc) {
     if (rows <= kPassRows) return Base::accumulate(s, tiles, tile, rows, d, alpha, gamma, acc);
-    arrange(s, rows, tiles.weights);
+    arrange(s.limbs, kTile * 4, rows, tiles.weights);
     // Byte codes of 64 tokens in a row lie d * 4 bytes from line to line.
     bool even = kOperands == 1;
     for (int g = 1; g < kGroups; ++g) {
@@ -183,8 +188,8 @@ struct AmxDot : VnniDot<C> {
             prefetch(next + at + (both ? 64 : 0));
           }
         };
-        multiply(tiles.weights + row / kTileRows * kLimbs, 1, even ? d * 4 : kTileRowBytes, column,
-                 tiles.sums, fetch);
+        AmxProducts::multiply(tiles.weights + row / kTileRows * kLimbs, 1,
+                              even ? d * 4 : kTileRowBytes, column, tiles.sums, fetch);
         for (int r = 0; r < kTileRows && row + r < rows; ++r) {
           float* a = acc + (row + r) * d + dim;
           const F16 shrink = splat(alpha[row + r]), unit = splat(gamma[row + r]);

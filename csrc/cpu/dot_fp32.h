@@ -3,6 +3,7 @@
 // but without AVX-512 BF16 + VBMI.
 #pragma once
 
+#include "sealed.h"
 #include "tile.h"
 
 namespace kvq {
@@ -27,7 +28,7 @@ KVQ_HD F16 decode_field(U16 words, int field) {
   const U16 c = (words >> (8 * (field % 4) + kBits * (field / 4))) & ((1u << kBits) - 1u);
   if constexpr (C == Code::kInt8) {
     return convert<F16>(cast<I16>(c) - 128);
-  } else if constexpr (C == Code::kInt4) {
+  } else if constexpr (C == Code::kInt4 || C == Code::kInt2) {
     return convert<F16>(cast<I16>(c));
   } else {
     // As Float8::decode in codec.h. Subnormals go through an integer conversion: as fp32
@@ -105,6 +106,10 @@ struct Fp32Dot {
         });
       }
     }
+    score_all(s, tiles, rows, d, scores);
+  }
+
+  static void score_all(const Query& s, const Tiles& tiles, int rows, long d, float* scores) {
     for_each_pass<kFp32Rows>(
         rows, [&](auto n, int row) { score_rows<decltype(n)::value>(s, tiles, row, d, scores); });
   }
@@ -159,6 +164,11 @@ struct Fp32Dot {
         }
       }
     }
+    accumulate_all(s, tiles, rows, d, alpha, gamma, acc);
+  }
+
+  static void accumulate_all(const Weights& s, const Tiles& tiles, int rows, long d,
+                             const float* alpha, const float* gamma, float* acc) {
     for_each_pass<kFp32Rows>(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value, kVectors = fp32_vectors(R);
       long i = 0;
@@ -167,6 +177,83 @@ struct Fp32Dot {
       }
       for (; i < d; i += kLanes) accumulate_rows<R, 1>(s, tiles, row, d, i, alpha, gamma, acc);
     });
+  }
+};
+
+// K of sealed rows: a scale and a min per channel and kSealed tokens, into the decoded tile.
+template <Code C, Grouping G>
+struct SealedFp32Key : Fp32Dot<C> {
+  using Base = Fp32Dot<C>;
+  struct Tiles : Base::Tiles {
+    GroupScales scales;
+  };
+
+  static float first_score(const typename Base::Query& s, int row, const FirstRow& first) {
+    return first.score(s.q + row * first.d);
+  }
+
+  static void score(const typename Base::Query& s, Tiles& tiles, const Tile& tile, int rows, long d,
+                    float* scores) {
+    using Step = KeyStep<C>;
+    for (int g = 0; g < kGroups; ++g) {
+      if (g % kSealedGroups == 0) tiles.scales.template load<G>(tile.now.key_metadata[g], d);
+      for (long step = 0; step < d / Step::kChannels; ++step) {
+        U16 line[Step::kLines];
+        unroll<Step::kLines>([&](auto i) KVQ_UNROLLED {
+          const long at = Step::line(i, step, d);
+          prefetch(tile.next.key[g] + at);
+          line[i] = load<U16>(tile.now.key[g] + at);
+        });
+        unroll<Step::kChannels / 4>([&](auto operand) KVQ_UNROLLED {
+          const U16 codes = Step::template operand<operand>(line);
+          for (int f = 0; f < 4; ++f) {
+            const long i = step * Step::kChannels + operand * 4 + f;
+            const F16 code = convert<F16>(cast<I16>((codes >> (8 * f)) & 0xFFu));
+            save16(tiles.decoded + i * kTile + g * kLanes,
+                   fma(code, splat(tiles.scales.scale[i]), splat(tiles.scales.minimum[i])));
+          }
+        });
+      }
+    }
+    Base::score_all(s, tiles, rows, d, scores);
+  }
+};
+
+// V of sealed rows with a scale and a min per token and kSealed channels.
+template <Code C>
+struct SealedFp32Value : Fp32Dot<C> {
+  using Base = Fp32Dot<C>;
+  struct Tiles : Base::Tiles {
+    alignas(64) float scale[kTile], minimum[kTile];
+  };
+
+  static void accumulate(const typename Base::Weights& s, Tiles& tiles, const Tile& tile, int rows,
+                         long d, const float* alpha, const float* gamma, float* acc) {
+    constexpr int kWord = Base::kWord;
+    for (long dim = 0; dim < d; dim += kSealed) {
+      for (int g = 0; g < kGroups; ++g) {
+        const long at = dim / kSealed * (kSealed * 2);
+        const GroupScale scale =
+            group_scale<Grouping::kTokenLite>(tile.now.value_metadata[g] + at, 0);
+        save16(tiles.scale + g * kLanes, scale.scale);
+        save16(tiles.minimum + g * kLanes, scale.minimum);
+      }
+      for (int n = 0; n < kTile; n += kWord) {
+        const int g = n / kLanes, w = n % kLanes / kWord;
+        for (long i = dim; i < dim + kSealed; i += kLanes) {
+          const long at = (w * d + i) * 4;
+          prefetch(tile.next.value[g] + at);
+          const U16 words = load<U16>(tile.now.value[g] + at);
+          unroll<kWord>([&](auto f) KVQ_UNROLLED {
+            const int token = n + f;
+            save16(tiles.decoded + token * d + i,
+                   fma(decode_field<C>(words, f), splat(tiles.scale[token]),
+                       splat(tiles.minimum[token])));
+          });
+        }
+      }
+    }
+    Base::accumulate_all(s, tiles, rows, d, alpha, gamma, acc);
   }
 };
 

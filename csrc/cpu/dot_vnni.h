@@ -11,8 +11,32 @@
 namespace kvq {
 namespace {
 
+// What limbs are, whatever the code.
+struct VnniLimbs {
+  // Two rows' values times their factors, rounded, as limbs: per four lanes 4 high bytes and 4 low
+  // ones of the first row, then the second's. Totals gather kRaised + the integers, modulo 2^32.
+  static KVQ_HD Ints limbs(Floats a, Floats fa, Floats b, Floats fb, Words& ta, Words& tb) {
+    // 1.5 * 2^23 rounds to an integer in the mantissa; 128 more makes the low limb a flipped byte.
+    const Floats magic = Floats{} + (12582912.0f + 128.0f);
+    const Ints x = reinterpret_cast<Ints>(fma(a, fa, magic));
+    const Ints y = reinterpret_cast<Ints>(fma(b, fb, magic));
+    ta += reinterpret_cast<Words>(x);
+    tb += reinterpret_cast<Words>(y);
+    const Ints order = quads(0x0D090501, 0x0C080400, 0x0F0B0703, 0x0E0A0602);
+    const Ints flip = quads(0, 0x80808080, 0, 0x80808080);
+    return shuffle_bytes(low_halves(x, y), order) ^ flip;
+  }
+  static constexpr int32_t kRaised = 0x4B400000 + 128;
+
+  // Exact: |limbs| * |codes| * 512 stays below 2^31. On the way, and for NaN rows, modulo 2^32.
+  static KVQ_HD Floats combine(Ints high, Ints low) {
+    const Words sum = (reinterpret_cast<Words>(high) << 8) + reinterpret_cast<Words>(low);
+    return convert<Floats>(reinterpret_cast<Ints>(sum));
+  }
+};
+
 template <Code C>
-struct VnniDot {
+struct VnniDot : VnniLimbs {
   static constexpr int kWord = 32 / code_bits(C);
   static constexpr int kOperands = kWord / 4;  // byte operands in one line
   static constexpr int kOffset = C == Code::kInt8 ? 128 : 0;
@@ -37,21 +61,6 @@ struct VnniDot {
   static KVQ_HD const int8_t* weights_at(const Weights& s, int row, int token) {
     return s.limbs + row / 2 * (kTile * 4) + token / 4 * 16 + row % 2 * 8;
   }
-
-  // Two rows' values times their factors, rounded, as limbs: per four lanes 4 high bytes and 4 low
-  // ones of the first row, then the second's. Totals gather kRaised + the integers, modulo 2^32.
-  static KVQ_HD Ints limbs(Floats a, Floats fa, Floats b, Floats fb, Words& ta, Words& tb) {
-    // 1.5 * 2^23 rounds to an integer in the mantissa; 128 more makes the low limb a flipped byte.
-    const Floats magic = Floats{} + (12582912.0f + 128.0f);
-    const Ints x = reinterpret_cast<Ints>(fma(a, fa, magic));
-    const Ints y = reinterpret_cast<Ints>(fma(b, fb, magic));
-    ta += reinterpret_cast<Words>(x);
-    tb += reinterpret_cast<Words>(y);
-    const Ints order = quads(0x0D090501, 0x0C080400, 0x0F0B0703, 0x0E0A0602);
-    const Ints flip = quads(0, 0x80808080, 0, 0x80808080);
-    return shuffle_bytes(low_halves(x, y), order) ^ flip;
-  }
-  static constexpr int32_t kRaised = 0x4B400000 + 128;
 
   // `uniform` is a factor all channels share; it joins the step, out of the rounding.
   static void set_query(Query& s, int row, long d, const float* q, float uniform) {
@@ -87,14 +96,12 @@ struct VnniDot {
 
   template <int P>
   static KVQ_HD Ints operand(Ints line) {
-    if constexpr (kOperands == 1) return line;
-    return (P == 0 ? line : line >> 4) & 0x0F0F0F0F;
-  }
-
-  // Exact: |limbs| * |codes| * 512 stays below 2^31. On the way, and for NaN rows, modulo 2^32.
-  static KVQ_HD Floats combine(Ints high, Ints low) {
-    const Words sum = (reinterpret_cast<Words>(high) << 8) + reinterpret_cast<Words>(low);
-    return convert<Floats>(reinterpret_cast<Ints>(sum));
+    if constexpr (kOperands == 1) {
+      return line;
+    } else {
+      constexpr int kBits = code_bits(C);
+      return (line >> (P * kBits)) & (0x01010101 * ((1 << kBits) - 1));
+    }
   }
 
   // Rows' sums over the tokens, or channels, of a pass: a pair per limb.
@@ -110,6 +117,12 @@ struct VnniDot {
                               const Next& next) {
     Ints codes[vectors(R)];
     unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { codes[v] = operand<P>(line[v]); });
+    multiply_codes(sums, codes, at, next);
+  }
+
+  template <int R, class Next>
+  static KVQ_HD void multiply_codes(Sums<R>& sums, const Ints (&codes)[vectors(R)],
+                                    const int8_t* at, const Next& next) {
     unroll<R>([&](auto r) KVQ_UNROLLED {
       const Ints high = broadcast(at + next(r)), low = broadcast(at + next(r) + 4);
       unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { dpbusd(sums.high[r][v], codes[v], high); });

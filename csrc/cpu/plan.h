@@ -99,7 +99,7 @@ constexpr int kNoSplit = 31;          // the level of a node that holds any cont
 
 struct Plan {
   const AttendParams* params;
-  PageLayout layout;
+  PageLayout layout, recent_layout;
   int heads_per_kv;  // query heads that share a kv head
   int level;         // of the nodes that units are
   long num_units;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "plan.h"
+#include "sealed.h"
 
 namespace kvq {
 namespace {
@@ -37,15 +38,25 @@ struct RowFacts {
   Span span[kMaxRows];
   Span common;  // what all rows see
   int position[kMaxRows];
+  bool sees_first[kMaxRows];  // the first row, where that is kept beside the sealed ones
   float softcap;
   bool shaped;  // softcap or ALiBi: scores go through shape() first
 };
+
+// Softcap and ALiBi, for the models that have them.
+KVQ_HD F16 shape_score(F16 x, const RowFacts& facts, int row, I16 tokens) {
+  if (facts.softcap > 0.0f) x = tanh16(x) * (facts.softcap * kLog2e);
+  const F16 distance = convert<F16>(facts.position[row] - tokens);
+  return fma(distance, splat(-facts.slope[row]), x);
+}
 
 template <int kFormat, class KeyDot, class ValueDot>
 struct TileSoftmax {
   static constexpr Stream kKey = kFormats[kFormat].key, kValue = kFormats[kFormat].value;
   static constexpr bool kKeyAffine = kKey.per_token && is_affine(kKey.code);
   static constexpr bool kValueAffine = kValue.per_token && is_affine(kValue.code);
+  // Scales of the codes belong to the dot products; what is no number belongs here.
+  static constexpr bool kValueLite = kValue.grouping == Grouping::kTokenLite;
 
   const typename KeyDot::Query& query;
   typename ValueDot::Weights& weights;
@@ -54,20 +65,31 @@ struct TileSoftmax {
   float* alpha;   // [rows] out: what the accumulators shrink by
   float* gamma;   // [rows] out: what one unit of the tile's products is worth
   TokenScales key, value;
+  F16 none[kGroups];  // lite V: NaN where a token's is
 
-  KVQ_HD void load(const Tile& tile) {
+  KVQ_HD void load(const Tile& tile, long d) {
     if constexpr (kKey.per_token) {
       key.load<kKey.code>(tile.now.key_metadata, tile.next.key_metadata);
     }
     if constexpr (kValue.per_token) {
       value.load<kValue.code>(tile.now.value_metadata, tile.next.value_metadata);
     }
+    if constexpr (kValueLite) {
+      for (int g = 0; g < kGroups; ++g) {
+        U16 found{};
+        for (long at = 0; at < d * 2; at += kSealed * 2) {
+          prefetch(tile.next.value_metadata[g] + at);
+          found |= is_no_scale(load_words(tile.now.value_metadata[g] + at));
+        }
+        none[g] = select(cast<I16>(found) == 0, F16{}, splat(__builtin_nanf("")));
+      }
+    }
   }
 
   KVQ_HD F16 scaled(F16 x, int row, int g) const {
     if constexpr (kKey.per_token) x *= key.scale[g];
     if constexpr (kKeyAffine) x = fma(key.minimum[g], splat(query.sum[row]), x);
-    if constexpr (!kKey.per_token) x += facts.key_bias[row];
+    if constexpr (kKey.is_static()) x += facts.key_bias[row];
     return x;
   }
 
@@ -76,15 +98,11 @@ struct TileSoftmax {
     return kvq::load<I16>(kLane) + static_cast<int>(t0 + g * kLanes);
   }
 
-  // Softcap and ALiBi, for the models that have them.
   void shape(int rows, long t0) const {
     for (int r = 0; r < rows; ++r) {
       for (int g = 0; g < kGroups; ++g) {
         float* at = scores + r * kTile + g * kLanes;
-        F16 x = scaled(load16(at), r, g);
-        if (facts.softcap > 0.0f) x = tanh16(x) * (facts.softcap * kLog2e);
-        const F16 distance = convert<F16>(facts.position[r] - tokens(t0, g));
-        save16(at, fma(distance, splat(-facts.slope[r]), x));
+        save16(at, shape_score(scaled(load16(at), r, g), facts, r, tokens(t0, g)));
       }
     }
   }
@@ -125,10 +143,13 @@ struct TileSoftmax {
         p = kMasked ? select(p == 0.0f, F16{}, w) : w;
         poison += p;
       }
+      if constexpr (kValueLite) {
+        poison += kMasked ? select(p == 0.0f, F16{}, none[g]) : none[g];
+      }
       x[g] = p;
     });
     // Weights become integers, which drop a NaN scale; the sum keeps it.
-    if constexpr (kValue.per_token) sum = fma(poison, F16{}, sum);
+    if constexpr (kValue.per_token || kValueLite) sum = fma(poison, F16{}, sum);
     return sum;
   }
 

@@ -1,0 +1,344 @@
+// Integer dot products for codes whose scales do not leave the sum: those of K per channel, and of
+// V per group of channels. The rows' numbers take them in: q (or the softmax weights) times a
+// group's scales, as limbs of dot_vnni.h, made anew for every group: per row 45 vector operations
+// and 64 dot products for 32 tokens of 64 channels. The mins are a sum of their own, in fp32.
+#pragma once
+
+#include "dot_vnni.h"
+#include "sealed.h"
+
+#if defined(KVQ_VNNI)
+
+namespace kvq {
+namespace {
+
+// Inlined into its callers, gcc 12 kept a loop's accumulators on the stack (1.3x of the time).
+#define KVQ_APART __attribute__((noinline))
+
+KVQ_HD F16 peak_magnitude(F16 peak, F16 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F16>(  // the larger magnitude, its sign cleared
+      _mm512_range_ps(reinterpret_cast<__m512>(peak), reinterpret_cast<__m512>(x), 0x0B));
+#else
+  return max16(peak, abs16(x));
+#endif
+}
+
+// Up to kMost numbers of rows, folded: [row/2][number/4][row%2][limb][4 numbers].
+template <int kMost, int kRows>
+struct Folded {
+  static constexpr int kPair = kMost * 4;  // bytes of two rows
+  alignas(64) int8_t limbs[kRows / 2 * kPair];
+  alignas(64) float product[kPassRows * kMost];
+  alignas(64) float step[kRows], bias[kRows];
+
+  // R rows from an even one on; `from` is the first one's n numbers, `stride` apart from the next
+  // one's. Numbers up to a multiple of 64 become zeros.
+  template <int R>
+  KVQ_HD void fold(int row, const float* from, long stride, const GroupScales& by, long n) {
+    F16 peak[R] = {}, sum[R] = {};
+    for (long i = 0; i < n; i += kLanes) {
+      const F16 scale = load16(by.scale + i), minimum = load16(by.minimum + i);
+      unroll<R>([&](auto r) KVQ_UNROLLED {
+        const F16 x = load16(from + r * stride + i), y = x * scale;
+        save16(product + r * kMost + i, y);
+        peak[r] = peak_magnitude(peak[r], y);
+        sum[r] = fma(x, minimum, sum[r]);
+      });
+    }
+    alignas(16) float inverse[kPassRows];
+    F4 most{};
+    unroll<R>([&](auto r) KVQ_UNROLLED { most[r.value] = peak16(peak[r])[0]; });
+    save4(inverse, most > 0.0f ? kLimbMax / most : F4{});
+    unroll<R>([&](auto r) KVQ_UNROLLED {
+      step[row + r] = most[r.value] * (1.0f / kLimbMax);
+      bias[row + r] = reduce_add(sum[r]) + most[r.value] * 0.0f;  // integers would drop a NaN
+    });
+    unroll<(R + 1) / 2>([&](auto pair) KVQ_UNROLLED {
+      constexpr int r = 2 * decltype(pair)::value, second = r + 1 < R ? r + 1 : r;
+      int8_t* out = limbs + (row + r) / 2 * kPair;
+      const Floats a = Floats{} + inverse[r], b = Floats{} + inverse[second];
+      Words unused{};
+      for (long i = 0; i < n; i += kVectorLanes) {
+        save(out + i * 4,
+             VnniLimbs::limbs(load<Floats>(product + r * kMost + i), a,
+                              load<Floats>(product + second * kMost + i), b, unused, unused));
+      }
+      for (long i = n; i % 64 != 0; i += kVectorLanes) save(out + i * 4, Ints{});
+    });
+  }
+
+  KVQ_HD const int8_t* at(int row) const { return limbs + row / 2 * kPair; }
+  static KVQ_HD int next(int r) { return r / 2 * kPair + r % 2 * 8; }
+};
+
+#if defined(__AVX512F__)
+// The sums of four rows' lanes, each in an order that does not depend on the others.
+KVQ_HD F4 reduce_rows(const F16 (&x)[kPassRows]) {
+  const auto pairs = [](F16 low, F16 high) {
+    const __m512 a = reinterpret_cast<__m512>(low), b = reinterpret_cast<__m512>(high);
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  const __m512d ab = reinterpret_cast<__m512d>(pairs(x[0], x[1]));
+  const __m512d cd = reinterpret_cast<__m512d>(pairs(x[2], x[3]));
+  const F16 sum = reinterpret_cast<F16>(_mm512_unpacklo_pd(ab, cd)) +
+                  reinterpret_cast<F16>(_mm512_unpackhi_pd(ab, cd));
+  const __m512 v = reinterpret_cast<__m512>(sum);
+  const F8 half = reinterpret_cast<F8>(_mm512_castps512_ps256(v)) +
+                  reinterpret_cast<F8>(_mm512_extractf32x8_ps(v, 1));
+  const __m256 w = reinterpret_cast<__m256>(half);
+  return reinterpret_cast<F4>(_mm256_castps256_ps128(w)) +
+         reinterpret_cast<F4>(_mm256_extractf128_ps(w, 1));
+}
+#else
+KVQ_HD F4 reduce_rows(const F16 (&x)[kPassRows]) {
+  return F4{reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3])};
+}
+#endif
+
+// A group's scales of K, and the largest of them.
+struct KeyScales : GroupScales {
+  float most, inverse;
+
+  template <Grouping G>
+  KVQ_HD void load(const uint8_t* metadata, long d) {
+    F16 peak{};
+    for (long i = 0; i < d; i += kLanes) {
+      const GroupScale s = group_scale<G>(metadata, i);
+      save16(scale + i, s.scale);
+      save16(minimum + i, s.minimum);
+      peak = max16(peak, s.scale);
+    }
+    const F4 all = F4{} + peak16(peak)[0];
+    most = all[0];
+    inverse = (all > 0.0f ? 1.0f / all : F4{})[0];
+  }
+};
+
+// K with a scale and a min per channel and kSealed tokens. Rows are kept such that their largest
+// number is kLimbMax, scales such that their largest is 1: limbs are their products, rounded.
+template <Code C, Grouping G>
+struct FoldedKey {
+  using Base = VnniDot<C>;
+  using Step = KeyStep<C>;
+  // Bytes of two rows' limbs, and numbers of a row: a line more than there are, so that rows' lines
+  // differ in their sets of L1.
+  static constexpr int kPair = kMaxHead * 4 + 64, kRow = kMaxHead + kLanes;
+  static constexpr int kParts = kTile / kSealed;  // groups of a tile
+
+  struct Query {
+    alignas(64) float q[kMaxRows * kRow];          // [row][d], in units of `step`
+    alignas(64) float step[kMaxRows + kPassRows];  // a pass reads and writes four
+  };
+  // One group's: [row/2][dim/4][row%2][limb][4 dims], a unit of the products, what mins add.
+  struct Fold {
+    KeyScales scales;
+    alignas(64) int8_t limbs[kMaxRows / 2 * kPair];
+    alignas(64) float unit[kMaxRows + kPassRows], bias[kMaxRows + kPassRows];
+
+    KVQ_HD const int8_t* at(int row) const { return limbs + row / 2 * kPair; }
+    static KVQ_HD int next(int r) { return r / 2 * kPair + r % 2 * 8; }
+  };
+  struct Tiles {
+    Fold part[kParts];
+  };
+
+  static void set_query(Query& s, int row, long d, const float* q, float uniform) {
+    F16 peak{};
+    for (long i = 0; i < d; i += kLanes) peak = max16(peak, abs16(load16(q + i)));
+    const float most = peak16(peak)[0], inverse = most > 0.0f ? kLimbMax / most : 0.0f;
+    for (long i = 0; i < d; i += kLanes) save16(s.q + row * kRow + i, load16(q + i) * inverse);
+    s.step[row] = most * (1.0f / kLimbMax) * uniform;
+  }
+
+  static float first_score(const Query& s, int row, const FirstRow& first) {
+    return first.score(s.q + row * kRow) * s.step[row];
+  }
+
+  // R rows from an even one on.
+  template <int R>
+  static KVQ_APART void fold(const Query& s, Fold& to, int row, long d) {
+    const float* q = s.q + row * kRow;
+    F16 sum[kPassRows] = {};
+    const Floats inverse = Floats{} + to.scales.inverse;
+    for (long i = 0; i < d; i += kLanes) {
+      const F16 minimum = load16(to.scales.minimum + i);
+      unroll<R>([&](auto r)
+                    KVQ_UNROLLED { sum[r] = fma(load16(q + r * kRow + i), minimum, sum[r]); });
+      unroll<kPerLine>([&](auto v) KVQ_UNROLLED {
+        const long at = i + v * kVectorLanes;
+        const Floats scale = load<Floats>(to.scales.scale + at) * inverse;
+        unroll<(R + 1) / 2>([&](auto pair) KVQ_UNROLLED {
+          constexpr int r = 2 * decltype(pair)::value, second = r + 1 < R ? r + 1 : r;
+          Words unused{};
+          save(to.limbs + (row + r) / 2 * kPair + at * 4,
+               VnniLimbs::limbs(load<Floats>(q + r * kRow + at), scale,
+                                load<Floats>(q + second * kRow + at), scale, unused, unused));
+        });
+      });
+    }
+    // Up to a whole tile of AMX, whose codes there are anything.
+    for (long i = d; i % 64 != 0; i += kLanes) {
+      for (int r = 0; r < R; r += 2) memset(to.limbs + (row + r) / 2 * kPair + i * 4, 0, 64);
+    }
+    const F4 step = load4(s.step + row);
+    save4(to.unit + row, step * to.scales.most);
+    save4(to.bias + row, step * reduce_rows(sum));
+  }
+
+  // Rows from `row` on, of groups of tokens [g, g + kSealedGroups).
+  template <int R, bool kFetch>
+  static KVQ_APART void score_rows(const Fold& fold, const Tile& tile, int row, int group, long d,
+                                   float* scores) {
+    constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
+    for (int g = group; g < group + kSealedGroups; g += kStep) {
+      typename Base::template Sums<R> sums = {};
+      const int8_t* q = fold.at(row);
+      for (long step = 0; step < d / Step::kChannels; ++step) {
+        Ints line[kVectors][Step::kLines];
+        unroll<Step::kLines>([&](auto i) KVQ_UNROLLED {
+          const long at = Step::line(i, step, d);
+          unroll<kVectors>([&](auto v) KVQ_UNROLLED {
+            if (kFetch && v % kPerLine == 0) prefetch(tile.next.key[g + v / kPerLine] + at);
+            line[v][i] = load<Ints>(tile.now.key[g + v / kPerLine] + at + v % kPerLine * kVector);
+          });
+        });
+        unroll<Step::kChannels / 4>([&](auto i) KVQ_UNROLLED {
+          Ints codes[kVectors];
+          unroll<kVectors>([&](auto v) KVQ_UNROLLED {
+            codes[v] = Step::template operand<decltype(i)::value>(line[v]);
+          });
+          Base::multiply_codes(sums, codes, q, Fold::next);
+          q += 16;
+        });
+      }
+      unroll<R>([&](auto r) KVQ_UNROLLED {
+        float* out = scores + (row + r) * kTile + g * kLanes;
+        const Floats unit = Floats{} + fold.unit[row + r], bias = Floats{} + fold.bias[row + r];
+        unroll<kVectors>([&](auto v) KVQ_UNROLLED {
+          const Floats sum = VnniLimbs::combine(sums.high[r][v], sums.low[r][v]);
+          save(out + v * kVectorLanes, fma(sum, unit, bias));
+        });
+      });
+    }
+  }
+
+  static KVQ_HD void load_scales(Tiles& tiles, const Tile& tile, long d) {
+    const long bytes = d * (G == Grouping::kChannel ? 4 : 2);
+    for (int part = 0; part < kParts; ++part) {
+      const int g = part * kSealedGroups;
+      for (long at = 0; at < bytes; at += 64) prefetch(tile.next.key_metadata[g] + at);
+      tiles.part[part].scales.template load<G>(tile.now.key_metadata[g], d);
+    }
+  }
+
+  static void score(const Query& s, Tiles& tiles, const Tile& tile, int rows, long d,
+                    float* scores) {
+    load_scales(tiles, tile, d);
+    for_each_pass<kVnniRows>(rows, [&](auto n, int row) {
+      constexpr int R = decltype(n)::value;
+      // Both before the products: what one waits for passes with the other.
+      for (Fold& part : tiles.part) fold<R>(s, part, row, d);
+      for (int part = 0; part < kParts; ++part) {
+        const int g = part * kSealedGroups;
+        if (row == 0) {
+          score_rows<R, true>(tiles.part[part], tile, row, g, d, scores);
+        } else {
+          score_rows<R, false>(tiles.part[part], tile, row, g, d, scores);
+        }
+      }
+    });
+  }
+};
+
+// V with a scale and a min per token and kSealed channels.
+template <Code C>
+struct FoldedValue {
+  using Base = VnniDot<C>;
+  using Fold = Folded<kTile, kMaxRows>;
+  static constexpr int kWord = Base::kWord;
+
+  struct Weights {
+    alignas(64) float p[kMaxRows * kTile];
+  };
+  struct Tiles {
+    GroupScales scales;
+    Fold fold;
+  };
+
+  template <int N, bool kScaled>
+  static KVQ_HD void set_weights(Weights& s, int row, const F16 (&w)[N][kGroups], F16 (&unit)[N],
+                                 F16* /*bias*/) {
+    unroll<N>([&](auto r) KVQ_UNROLLED {
+      unit[r] = splat(1.0f);
+      unroll<kGroups>([&](auto g)
+                          KVQ_UNROLLED { save16(s.p + (row + r) * kTile + g * kLanes, w[r][g]); });
+    });
+  }
+
+  // Tokens' scales of the channels from `dim` on.
+  static KVQ_HD void load_scales(Tiles& tiles, const Tile& tile, long dim) {
+    for (int g = 0; g < kGroups; ++g) {
+      const GroupScale s =
+          group_scale<Grouping::kTokenLite>(tile.now.value_metadata[g] + dim * 2, 0);
+      save16(tiles.scales.scale + g * kLanes, s.scale);
+      save16(tiles.scales.minimum + g * kLanes, s.minimum);
+    }
+  }
+
+  // kSealed channels from `dim` on.
+  template <int R, bool kFetch>
+  static KVQ_APART void accumulate_rows(const Fold& fold, const Tile& tile, int row, long d,
+                                        long dim, const float* alpha, const float* gamma,
+                                        float* acc) {
+    constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
+    for (long at = dim; at < dim + kSealed; at += kStep * kLanes) {
+      typename Base::template Sums<R> sums = {};
+      const int8_t* p = fold.at(row);
+      for (int n = 0; n < kTile; n += kWord) {
+        const int g = n / kLanes;
+        const long from = (n % kLanes / kWord * d + at) * 4;
+        Ints line[kVectors];
+        unroll<kVectors>([&](auto v) KVQ_UNROLLED {
+          if (kFetch && v % kPerLine == 0) {
+            prefetch(tile.next.value[g] + from + v / kPerLine * 64);
+          }
+          line[v] = load<Ints>(tile.now.value[g] + from + v * kVector);
+        });
+        unroll<kWord / 4>([&](auto i) KVQ_UNROLLED {
+          Base::template multiply<i>(sums, line, p, Fold::next);
+          p += 16;
+        });
+      }
+      unroll<R>([&](auto r) KVQ_UNROLLED {
+        float* a = acc + (row + r) * d + at;
+        const Floats unit = Floats{} + fold.step[row + r], bias = Floats{} + fold.bias[row + r];
+        const Floats shrink = Floats{} + alpha[row + r], worth = Floats{} + gamma[row + r];
+        unroll<kVectors>([&](auto v) KVQ_UNROLLED {
+          const Floats sum = fma(VnniLimbs::combine(sums.high[r][v], sums.low[r][v]), unit, bias);
+          save(a, fma(load<Floats>(a), shrink, sum * worth));
+          a += kVectorLanes;
+        });
+      });
+    }
+  }
+
+  static void accumulate(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
+                         const float* alpha, const float* gamma, float* acc) {
+    for (long dim = 0; dim < d; dim += kSealed) {
+      load_scales(tiles, tile, dim);
+      for_each_pass<kVnniRows>(rows, [&](auto n, int row) {
+        constexpr int R = decltype(n)::value;
+        tiles.fold.template fold<R>(row, s.p + row * kTile, kTile, tiles.scales, kTile);
+        if (row == 0) {
+          return accumulate_rows<R, true>(tiles.fold, tile, row, d, dim, alpha, gamma, acc);
+        }
+        accumulate_rows<R, false>(tiles.fold, tile, row, d, dim, alpha, gamma, acc);
+      });
+    }
+  }
+};
+
+}  // namespace
+}  // namespace kvq
+#endif  // KVQ_VNNI

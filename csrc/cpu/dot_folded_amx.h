@@ -1,0 +1,136 @@
+// dot_folded.h on Intel AMX: the same limbs, so the same sums. Items of up to four rows are left to
+// it, as in dot_amx.h.
+#pragma once
+
+#include "dot_amx.h"
+#include "dot_folded.h"
+
+#if defined(KVQ_AMX)
+
+namespace kvq {
+namespace {
+
+template <Code C, Grouping G>
+struct AmxFoldedKey : FoldedKey<C, G> {
+  using Base = FoldedKey<C, G>;
+  using Step = typename Base::Step;
+  using Query = typename Base::Query;
+  static constexpr int kSteps = kMaxHead / kTileRowBytes;
+
+  struct Tiles : Base::Tiles {
+    alignas(64) uint8_t codes[kSealedGroups * kSteps * kTileBytes];  // [token/16][channel/64]
+    alignas(64) int8_t limbs[kSteps * AmxProducts::kLimbs];          // [channel/64], of 16 rows
+    alignas(64) int32_t sums[4 * kTileRows * kLanes];
+  };
+
+  // Codes of sixteen tokens as tiles: a row per operand.
+  static KVQ_HD void spread(const uint8_t* from, const uint8_t* next, long d, uint8_t* to) {
+    for (long step = 0; step < d / Step::kChannels; ++step) {
+      Ints line[Step::kLines];
+      unroll<Step::kLines>([&](auto i) KVQ_UNROLLED {
+        const long at = Step::line(i, step, d);
+        prefetch(next + at);
+        line[i] = load<Ints>(from + at);
+      });
+      unroll<Step::kChannels / 4>([&](auto i) KVQ_UNROLLED {
+        save(to, Step::template operand<decltype(i)::value>(line));
+        to += kTileRowBytes;
+      });
+    }
+  }
+
+  static void score(const Query& s, Tiles& tiles, const Tile& tile, int rows, long d,
+                    float* scores) {
+    if (rows <= kPassRows) return Base::score(s, tiles, tile, rows, d, scores);
+    const long steps = (d + 63) / 64;
+    Base::load_scales(tiles, tile, d);
+    for (int part = 0; part < Base::kParts; ++part) {
+      const int g = part * kSealedGroups;
+      auto& fold = tiles.part[part];
+      for (int j = 0; j < kSealedGroups; ++j) {
+        spread(tile.now.key[g + j], tile.next.key[g + j], d, tiles.codes + j * steps * kTileBytes);
+      }
+      for_each_pass(
+          rows, [&](auto n, int row) { Base::template fold<decltype(n)::value>(s, fold, row, d); });
+      for (int row = 0; row < rows; row += kTileRows) {
+        const int count = rows - row < kTileRows ? rows - row : kTileRows;
+        for (long i = 0; i < steps; ++i) {
+          AmxProducts::arrange(fold.at(row) + i * 256, Base::kPair, count,
+                               tiles.limbs + i * AmxProducts::kLimbs);
+        }
+        const auto column = [&](int j, long i)
+                                KVQ_UNROLLED { return tiles.codes + (j * steps + i) * kTileBytes; };
+        AmxProducts::multiply(tiles.limbs, steps, kTileRowBytes, column, tiles.sums, [](long) {});
+        for (int r = 0; r < count; ++r) {
+          float* out = scores + (row + r) * kTile + g * kLanes;
+          const F16 unit = splat(fold.unit[row + r]), bias = splat(fold.bias[row + r]);
+          save16(out, fma(AmxProducts::product(tiles.sums, 0, r, 0), unit, bias));
+          save16(out + kLanes, fma(AmxProducts::product(tiles.sums, 1, r, 0), unit, bias));
+        }
+      }
+    }
+  }
+};
+
+template <Code C>
+struct AmxFoldedValue : FoldedValue<C> {
+  using Base = FoldedValue<C>;
+  using Weights = typename Base::Weights;
+  using Codes = VnniDot<C>;
+
+  struct Tiles : Base::Tiles {
+    alignas(64) uint8_t codes[2 * kTileBytes];         // of 32 channels
+    alignas(64) int8_t limbs[AmxProducts::kLimbs];     // of 16 rows
+    alignas(64) int32_t sums[4 * kTileRows * kLanes];  // [column tile][limb][row][16]
+  };
+
+  // Codes of sixteen channels as a tile.
+  static KVQ_HD void spread(const Tile& tile, long d, long dim, uint8_t* to) {
+    for (int n = 0; n < kTile; n += Codes::kWord) {
+      const long at = (n % kLanes / Codes::kWord * d + dim) * 4;
+      prefetch(tile.next.value[n / kLanes] + at);
+      const Ints line = load<Ints>(tile.now.value[n / kLanes] + at);
+      unroll<Codes::kOperands>([&](auto i) KVQ_UNROLLED {
+        save(to, Codes::template operand<decltype(i)::value>(line));
+        to += kTileRowBytes;
+      });
+    }
+  }
+
+  static void accumulate(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
+                         const float* alpha, const float* gamma, float* acc) {
+    if (rows <= kPassRows) return Base::accumulate(s, tiles, tile, rows, d, alpha, gamma, acc);
+    auto& fold = tiles.fold;
+    for (long dim = 0; dim < d; dim += kSealed) {
+      Base::load_scales(tiles, tile, dim);
+      for (int j = 0; j < 2; ++j) spread(tile, d, dim + j * kLanes, tiles.codes + j * kTileBytes);
+      for_each_pass(rows, [&](auto n, int row) {
+        fold.template fold<decltype(n)::value>(row, s.p + row * kTile, kTile, tiles.scales, kTile);
+      });
+      for (int row = 0; row < rows; row += kTileRows) {
+        const int count = rows - row < kTileRows ? rows - row : kTileRows;
+        AmxProducts::arrange(fold.at(row), fold.kPair, count, tiles.limbs);
+        const auto column = [&](int j, long) KVQ_UNROLLED { return tiles.codes + j * kTileBytes; };
+        AmxProducts::multiply(tiles.limbs, 1, kTileRowBytes, column, tiles.sums, [](long) {});
+        for (int r = 0; r < count; ++r) {
+          float* a = acc + (row + r) * d + dim;
+          const F16 unit = splat(fold.step[row + r]), bias = splat(fold.bias[row + r]);
+          const F16 shrink = splat(alpha[row + r]), worth = splat(gamma[row + r]);
+          unroll<2>([&](auto j) KVQ_UNROLLED {
+            const F16 sum = fma(AmxProducts::product(tiles.sums, j, r, 0), unit, bias);
+            save16(a + j * kLanes, fma(load16(a + j * kLanes), shrink, sum * worth));
+          });
+        }
+      }
+    }
+  }
+};
+
+template <Code C, Grouping G>
+constexpr bool kUsesTiles<AmxFoldedKey<C, G>> = true;
+template <Code C>
+constexpr bool kUsesTiles<AmxFoldedValue<C>> = true;
+
+}  // namespace
+}  // namespace kvq
+#endif  // KVQ_AMX
