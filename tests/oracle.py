@@ -277,7 +277,7 @@ def empty_cache(
     of 3 in one allocation (stride over other layers' pages, storage offset); ``head_major`` has
     the heads outermost, so that the block stride is the smaller one.
     """
-    c = format.bytes_per_token(head_size)
+    c = format.bytes_per_token(head_size, block_size)
     page = block_size * c
     if style == "plain":
         strides, offset, size = (kv_heads * page, page), 0, blocks * kv_heads * page

@@ -155,10 +155,15 @@ def test_misspelt_environment_is_refused(variable, code):
 
 def store_arguments(format, dtype):
     key, value = (torch.randn(5, 2, 64).to(dtype) for _ in "kv")
-    cache = torch.zeros(3, 2, 16, format.bytes_per_token(64), dtype=torch.uint8)
-    slots = torch.tensor([3, 17, -1, 40, 0])
+    size = format.block_size_step
+    cache = torch.zeros(3, 2, size, format.bytes_per_token(64, size), dtype=torch.uint8)
+    slots = torch.tensor([3, 17, -1, 31, 0])
     scales = (None,) * 4 if format.is_dynamic else (torch.ones(2, 64), None) * 2
-    return (key, value, cache, slots, format.id, *scales)
+    recent = ()
+    if format.recent is not None:
+        recent_cache = torch.zeros(3, 2, 32, format.recent.bytes_per_token(64), dtype=torch.uint8)
+        recent = (recent_cache, slots + 32)
+    return (key, value, cache, slots, format.id, *scales, *recent)
 
 
 def attend_arguments(format, dtype):
@@ -170,7 +175,7 @@ def attend_arguments(format, dtype):
 
 
 ARGUMENTS = {"store": store_arguments, "attend": attend_arguments}
-WRITES = {"store": {"cache"}, "attend": {"out"}}
+WRITES = {"store": {"cache", "recent_cache"}, "attend": {"out"}}
 
 
 @pytest.fixture(autouse=True)
@@ -187,8 +192,13 @@ def test_schema_declares_what_is_written(name):
     assert not schema.returns
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-@pytest.mark.parametrize("format", ("fp8", "int8_per_token_head", "int4_per_token_head"))
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        *((n, f) for n in ARGUMENTS for f in ("fp8", "int8_per_token_head", "int4_per_token_head")),
+        ("store", "int4"),
+    ],
+)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=name_of)
 def test_opcheck(name, format, dtype):
     """Runs the kernel and the fake: mutation as declared, no aliasing, traceable."""

@@ -67,7 +67,6 @@ void store(const Tensor& key, const Tensor& value, const Tensor& cache, const Te
                 "slots and recent slots must agree modulo 32");
     }
   }
-  KVQ_CHECK(!f.recent, "no store kernel for formats with recent rows yet");
   current_kernels().store(p, runtime());
 }
 

@@ -5,6 +5,7 @@
 // come from one transposition, and V words that a run fills are written without being read.
 #include "kernels.h"
 #include "quantize.h"
+#include "seal.h"
 #include "split.h"
 #include "transpose.h"
 
@@ -260,11 +261,67 @@ Runtime::Body pick(Activation type, int format) {
   __builtin_unreachable();
 }
 
-}  // namespace
+// A call's groups to seal, each under the token that filled it.
+struct SealTask {
+  const StoreParams* params;
+  PageLayout layout, recent_layout;
+  Split split;
+  const int64_t* recent_slots;  // of the last token of each group
+};
 
-namespace KVQ_ISA {
+template <int kFormat>
+void seal_part(void* context, int /*worker*/, long part) {
+  const SealTask& task = *static_cast<const SealTask*>(context);
+  const Cache &to = task.params->cache, &from = task.params->recent;
+  SealBatch batch;
+  const Sealer<kFormat> sealer{task.layout, task.recent_layout, to.head_size, batch};
+  const Run* const last = task.split.runs + task.split.begin[part + 1];
+  for (const Run* run = task.split.runs + task.split.begin[part]; run < last; ++run) {
+    const int64_t slot = task.recent_slots[run->token] - (kSealed - 1);
+    const int64_t block = slot / from.block_size;
+    for (long h = 0; h < to.num_kv_heads; ++h) {
+      sealer.seal(from.data + block * from.block_stride + h * from.head_stride,
+                  slot - block * from.block_size,
+                  to.data + run->block * to.block_stride + h * to.head_stride,
+                  run->position - (kSealed - 1));
+    }
+  }
+}
 
-void store(const StoreParams& p, const Runtime& runtime) {
+Runtime::Body pick_seal(int format) {
+  static_assert(kNumFormats == kNumPlainFormats + 2, "name the new row");
+  return format == kNumPlainFormats ? seal_part<kNumPlainFormats> : seal_part<kNumPlainFormats + 1>;
+}
+
+bool seals(const StoreParams& p, long t) {
+  return p.slots[t] >= 0 && p.recent_slots[t] >= 0 && p.slots[t] % kSealed == kSealed - 1;
+}
+
+void seal(const StoreParams& p, const Runtime& runtime) {
+  long groups = 0;
+  for (long t = 0; t < p.num_tokens; ++t) groups += seals(p, t);
+  if (groups == 0) return;
+  const long heads = groups * p.cache.num_kv_heads;
+  const int parts = heads < 4 || runtime.num_threads == 1 ? 1 : runtime.num_threads * 4;
+  const long bytes = groups * static_cast<long>(sizeof(int64_t));
+  int64_t* slots =
+      static_cast<int64_t*>(runtime.memory.reserve(2 * bytes + split_bytes(groups, parts)));
+  int64_t* recent_slots = slots + groups;
+  for (long t = 0, i = 0; t < p.num_tokens; ++t) {
+    if (!seals(p, t)) continue;
+    slots[i] = p.slots[t];
+    recent_slots[i++] = p.recent_slots[t];
+  }
+  const long d = p.cache.head_size;
+  // A group that two tokens seal is one part's, in their order, as slots are.
+  SealTask task{&p, page_layout(kFormats[p.format], d, p.cache.block_size),
+                page_layout(kFormats[kRecentFormat], d, p.recent.block_size),
+                split(slots, groups, p.cache.block_size, parts, recent_slots + groups),
+                recent_slots};
+  runtime.parallel_for(parts, runtime.num_threads, pick_seal(p.format), &task);
+}
+
+void store_rows(const StoreParams& p, const Runtime& runtime, bool read_soon) {
   // A decode step of a few rows costs less than waking the other threads does (~5 us). Threads
   // take parts as they get free; four each even them out.
   const bool alone = p.num_tokens * p.cache.num_kv_heads * p.cache.head_size < 4096;
@@ -275,8 +332,22 @@ void store(const StoreParams& p, const Runtime& runtime) {
   const long place = static_cast<long>(reinterpret_cast<uintptr_t>(p.cache.data)) |
                      p.cache.block_stride | p.cache.head_stride;
   StoreTask task{&p, layout, split(p.slots, p.num_tokens, p.cache.block_size, parts, memory),
-                 p.num_tokens >= kStreamedTokens && place % 64 == 0};
+                 p.num_tokens >= kStreamedTokens && place % 64 == 0 && !read_soon};
   runtime.parallel_for(parts, runtime.num_threads, pick(p.key.type, p.format), &task);
+}
+
+}  // namespace
+
+namespace KVQ_ISA {
+
+void store(const StoreParams& p, const Runtime& runtime) {
+  if (!kFormats[p.format].recent) return store_rows(p, runtime, false);
+  StoreParams rows = p;
+  rows.cache = p.recent;
+  rows.slots = p.recent_slots;
+  rows.format = kRecentFormat;
+  store_rows(rows, runtime, true);
+  seal(p, runtime);
 }
 
 }  // namespace KVQ_ISA
