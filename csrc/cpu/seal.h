@@ -11,7 +11,7 @@
 namespace kvq {
 namespace {
 
-constexpr float kLiteStep = 0.5f, kLiteRange = 112.0f * kLiteStep;
+constexpr float kLiteStep = LiteScale::kStep, kLiteRange = 112.0f * kLiteStep;
 constexpr uint32_t kHalfNans = 0x7E007E00u;
 // Scales up to this, and no NaN: values need neither clamping nor a look for NaNs.
 constexpr float kPlainScale = 515.0f;

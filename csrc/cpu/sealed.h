@@ -44,11 +44,11 @@ struct GroupScale {
   F16 scale, minimum;
 };
 
-// Lite: the scale is the top byte of a positive fp16, and min = zero point * scale, exactly.
+// Lite: the scale is the top byte of a positive fp16, the min a multiple of kStep scales, exactly.
 KVQ_HD GroupScale lite_scale(U16 words) {
   const F16 scale = halves((words & 0xFFu) << 7);
-  const I16 zero = cast<I16>(words << 16) >> 24;
-  return {scale, convert<F16>(zero) * scale};
+  const I16 steps = cast<I16>(words << 16) >> 24;
+  return {scale, convert<F16>(steps) * (scale * LiteScale::kStep)};
 }
 
 // Past the largest finite scale, 0xF7: a NaN row's, or stale bytes.
