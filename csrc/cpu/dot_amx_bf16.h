@@ -5,12 +5,12 @@
 // which read them twice, a whole tile of K or V.
 //
 // TDPBF16PS adds in another order than VDPBF16PS, and a row's bits must not depend on how many rows
-// are processed with it: so a lone row takes the tiles too. (32/8 heads, D=128, e4m3: decoding 8
-// sequences of 4,096 took 5.2 ms without them; 512 tokens on 8,192 took 419, where vLLM's take 65.)
+// are processed with it. Up to four rows, whose tiles would be mostly empty, take FMA in the order
+// of the tiles (dot_amx_few.h), which here is faster than VDPBF16PS too.
 #pragma once
 
 #include "amx_tiles.h"
-#include "dot_bf16.h"
+#include "dot_amx_few.h"
 
 #if defined(KVQ_AMX)
 
@@ -24,6 +24,7 @@ constexpr int kLimbTiles = 2 * kTileBytes;
 struct AmxBf16Weights {
   static constexpr int kSteps = kTile / kBf16Step;
   alignas(64) uint8_t tiles[kMaxRows / kTileRows * kSteps * kLimbTiles];
+  FewRows<kTile> few;
   bool single;  // low limbs are not looked at
 };
 
@@ -40,6 +41,7 @@ struct AmxBf16Dot {
 
   struct Query {
     alignas(64) uint8_t tiles[kMaxRows / kTileRows * kSteps * kLimbTiles];
+    FewRows<kMaxHead> few;
     float step[kMaxRows];
     float sum[kMaxRows];  // affine codes only; no 8-bit float is
     bool exact[kMaxRows];
@@ -51,12 +53,10 @@ struct AmxBf16Dot {
   };
 
   // High limbs of sixteen values, then low ones, each in the order of decoded codes.
-  static KVQ_HD void save_limbs(__m512i words, uint8_t* high) {
-    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    words = _mm512_permutexvar_epi64(order, words);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(high), _mm512_castsi512_si256(words));
+  static KVQ_HD void save_limbs(__m512i limbs, uint8_t* high) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(high), _mm512_castsi512_si256(limbs));
     _mm256_store_si256(reinterpret_cast<__m256i*>(high + kTileBytes),
-                       _mm512_extracti64x4_epi64(words, 1));
+                       _mm512_extracti64x4_epi64(limbs, 1));
   }
 
   // Where a row's sixteen values from `at` on belong.
@@ -69,8 +69,9 @@ struct AmxBf16Dot {
     const int steps = static_cast<int>((d + kBf16Step - 1) / kBf16Step);
     __mmask16 inexact = 0;
     for (long i = 0; i < d; i += kLanes) {
-      const __m512i limbs = bf16_limbs(reinterpret_cast<__m512>(load16(q + i)), inexact);
+      const __m512i limbs = apart(bf16_limbs(without_traces(load16(q + i)), inexact));
       save_limbs(limbs, place(s.tiles, steps, row, i));
+      s.few.set(row, i, limbs);
     }
     if (d % kBf16Step != 0) save_limbs(_mm512_setzero_si512(), place(s.tiles, steps, row, d));
     s.exact[row] = inexact == 0;
@@ -213,6 +214,12 @@ struct AmxBf16Dot {
     // A zero low limb adds exact zeros, so a row's result does not depend on its neighbours.
     bool exact = true;
     for (int r = 0; r < rows; ++r) exact &= s.exact[r];
+    if (rows <= kPassRows) {
+      return for_each_pass(rows, [&](auto n, int) KVQ_UNROLLED {
+        exact ? score_few<C, n, true>(s.few, tile, d, s.step, scores)
+              : score_few<C, n, false>(s.few, tile, d, s.step, scores);
+      });
+    }
     exact ? score_rows<true>(s, tiles, tile, rows, d, scores)
           : score_rows<false>(s, tiles, tile, rows, d, scores);
     for (int r = 0; r < rows; ++r) {
@@ -230,9 +237,10 @@ struct AmxBf16Dot {
     unroll<N>([&](auto r) KVQ_UNROLLED {
       unit[r] = splat(1.0f);
       unroll<kGroups>([&](auto g) KVQ_UNROLLED {
-        const __m512 x = reinterpret_cast<__m512>(w[r][g]);
-        save_limbs(s.single ? bf16_single(x) : bf16_limbs(x, unused),
-                   place(s.tiles, Weights::kSteps, row + r, g * kLanes));
+        const __m512 x = without_traces(w[r][g]);
+        const __m512i limbs = apart(s.single ? bf16_single(x) : bf16_limbs(x, unused));
+        save_limbs(limbs, place(s.tiles, Weights::kSteps, row + r, g * kLanes));
+        s.few.set(row + r, g * kLanes, limbs);
       });
     });
   }
@@ -304,13 +312,19 @@ struct AmxBf16Dot {
 
   static void accumulate(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
                          const float* alpha, const float* gamma, float* acc) {
+    if (rows <= kPassRows) {
+      return for_each_pass(rows, [&](auto n, int) KVQ_UNROLLED {
+        s.single ? accumulate_few<C, n, true>(s.few, tile, d, alpha, gamma, acc)
+                 : accumulate_few<C, n, false>(s.few, tile, d, alpha, gamma, acc);
+      });
+    }
     s.single ? accumulate_rows<true>(s, tiles, tile, rows, d, alpha, gamma, acc)
              : accumulate_rows<false>(s, tiles, tile, rows, d, alpha, gamma, acc);
   }
 };
 
 template <Code C>
-constexpr int kFewestTileRows<AmxBf16Dot<C>> = 1;
+constexpr int kFewestTileRows<AmxBf16Dot<C>> = kPassRows + 1;
 
 }  // namespace
 }  // namespace kvq
