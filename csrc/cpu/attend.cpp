@@ -189,9 +189,10 @@ struct Kernel {
              plan.params->cache.head_size};
     fit_output(k.s.main.weights, plan.params->query.type, kF.value.per_token);
 #if defined(KVQ_AMX)
-    constexpr bool kTiles =
-        kUsesTiles<typename Main::KeyDot> || kUsesTiles<typename Main::ValueDot>;
-    const TileSession session(item.rows > kPassRows && kTiles, item.rows);
+    using Key = typename Main::KeyDot;
+    using Value = typename Main::ValueDot;
+    const bool tiles = item.rows >= kFewestTileRows<Key> || item.rows >= kFewestTileRows<Value>;
+    const TileSession session(tiles, item.rows);
 #endif
     for (int h = 0; h < item.heads; ++h) k.prepare(h);
     const long size = plan.state_floats(item), mine = index - item.first_unit;

@@ -127,9 +127,9 @@ struct AmxFoldedValue : FoldedValue<C> {
 };
 
 template <Code C, Grouping G>
-constexpr bool kUsesTiles<AmxFoldedKey<C, G>> = true;
+constexpr int kFewestTileRows<AmxFoldedKey<C, G>> = kPassRows + 1;
 template <Code C>
-constexpr bool kUsesTiles<AmxFoldedValue<C>> = true;
+constexpr int kFewestTileRows<AmxFoldedValue<C>> = kPassRows + 1;
 
 }  // namespace
 }  // namespace kvq

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dot_amx.h"
+#include "dot_amx_bf16.h"
 #include "dot_bf16.h"
 #include "dot_folded_amx.h"
 #include "dot_fp32.h"
@@ -48,14 +49,21 @@ struct DotOf<Code::kInt4> {
   using type = IntegerDot<Code::kInt4>;
 };
 #endif
+#if defined(KVQ_AMX)
+template <Code C>
+using FloatDot = AmxBf16Dot<C>;
+#elif defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+template <Code C>
+using FloatDot = Bf16Dot<C>;
+#endif
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 template <>
 struct DotOf<Code::kFp8E4M3> {
-  using type = Bf16Dot<Code::kFp8E4M3>;
+  using type = FloatDot<Code::kFp8E4M3>;
 };
 template <>
 struct DotOf<Code::kFp8E5M2> {
-  using type = Bf16Dot<Code::kFp8E5M2>;
+  using type = FloatDot<Code::kFp8E5M2>;
 };
 #endif
 
