@@ -199,7 +199,7 @@ struct Codec<Code::kInt2> : AffineCodec<3> {};
 // mantissa.
 struct LiteScale {
   static constexpr uint32_t kNan = 0xFFu;
-  static constexpr float kStep = 0.5f;  // mins are multiples of this many scales
+  static constexpr float kStep = 0.5f;  // a lite min counts these of its scale
   // The nearest, ties to even, of lanes of 0 and more, below 63488.
   template <class F, class U>
   static KVQ_HD U encode(F x) {

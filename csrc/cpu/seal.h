@@ -11,7 +11,7 @@
 namespace kvq {
 namespace {
 
-constexpr float kLiteStep = LiteScale::kStep, kLiteRange = 112.0f * kLiteStep;
+constexpr float kLiteRange = 112.0f * LiteScale::kStep;
 constexpr uint32_t kHalfNans = 0x7E007E00u;
 // Scales up to this, and no NaN: values need neither clamping nor a look for NaNs.
 constexpr float kPlainScale = 515.0f;
@@ -48,9 +48,9 @@ KVQ_HD GroupScales group_scales(F16 low, F16 high, F16 poison) {
     const U16 byte = LiteScale::encode<F16, U16>(max16(least, step));
     const F16 scale = halves(byte << 7);
     s.inverse = select(scale > 0.0f, 1.0f / scale, F16{});
-    const F16 wanted = low * s.inverse * (1.0f / kLiteStep);
+    const F16 wanted = low * s.inverse * (1.0f / LiteScale::kStep);
     const U16 steps = round_clamped<F16, U16, true>(wanted, -128.0f, 127.0f);
-    s.base = convert<F16>(cast<I16>(steps)) * (scale * kLiteStep);
+    s.base = convert<F16>(cast<I16>(steps)) * (scale * LiteScale::kStep);
     s.word = select(poison == poison, byte | (steps & 0xFFu) << 8, U16{} + LiteScale::kNan);
   } else {
     const U16 scale = half_bits(step), minimum = half_bits(low);
