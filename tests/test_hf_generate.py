@@ -87,6 +87,17 @@ def test_same_tokens(models, feature):
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("feature", ["softcap", "sinks", "window_and_full_layers"])
+def test_same_logits(models, feature):
+    """What moves no greedy token shows here: without its softcap or sinks a model is over 1 off."""
+    inputs = prompts((70, 70))
+    model = models(feature, "eager")
+    expected = logits(model, DequantizedCache(model.config, DEFAULT), inputs)
+    model = models(feature)
+    ours = logits(model, KVQCache(model.config, DEFAULT, block_size=16), inputs, (40, 29, 1))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("name", ["int4_per_token_head", "fp8_per_token_head", "fp8"])
 def test_same_tokens_in_other_formats(models, name):
     """But where a token led by less than one more code of 4 bits, here and there, makes up for."""
@@ -134,9 +145,14 @@ def test_sampling(models):
 
 
 @pytest.mark.parametrize("feature", ["gqa", "window_and_full_layers"])
-def test_assisted_decoding(models, tmp_path, feature):
-    """A draft that is wrong most of the time, so that every step takes tokens back."""
+def test_assisted_decoding(models, feature):
+    """Five tokens drafted each time and wrong mostly, so that every step takes some back."""
     assistant = models("mqa", "sdpa")
+    assistant.generation_config.update(
+        num_assistant_tokens=5,
+        num_assistant_tokens_schedule="constant",
+        assistant_confidence_threshold=0.0,
+    )
     inputs = prompts((60,))
     drafts = {"assistant_model": assistant, "inputs": inputs}
     ours, expected = both(models, feature, **drafts)

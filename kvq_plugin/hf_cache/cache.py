@@ -47,6 +47,11 @@ class KVQCache(Cache):
         block_size: int = BLOCK_SIZE,
     ) -> None:
         self.format = get_format(format)
+        if getattr(self.format, "recent", None) is not None:
+            raise ValueError(
+                f"{format} keeps its newest tokens in a cache of their own, which KVQCache does "
+                "not have yet: use 'int8_per_token_head' or 'int4_per_token_head'"
+            )
         if block_size <= 0 or block_size % LANES:
             raise ValueError(f"block_size={block_size}: expected a multiple of {LANES}")
         layers = DynamicCache(config=config).layers
