@@ -17,10 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 LENGTH = 1024
 #: dtype -> windows, and the greatest difference in percent. The last bit of a product differs
-#: between the two, so codes at a rounding boundary do, and what they do to a text is noise: over two
-#: windows -0.06, -0.35 and -0.34 % here. The same model in transformers with its products in float64
-#: differs from itself by +0.05 +- 0.08, +0.32 +- 0.25 and -0.17 +- 0.77 %. Quantizing costs 0.1,
-#: 1.8 and 7 %.
+#: between the two, so codes at a rounding boundary do, and what they do to a text is noise: over
+#: two windows -0.06, -0.35 and -0.34 % here. Transformers with its products in float64 differs from
+#: itself by +0.05 +- 0.08, +0.32 +- 0.25 and -0.17 +- 0.77 %. Quantizing costs 0.1, 1.8 and 7 %.
 CASES = {
     "int8_per_token_head": (8, 0.15),
     "fp8": (2, 0.9),
