@@ -9,6 +9,8 @@ LLM_COMPRESSOR ?= llmcompressor==0.14.0.1 compressed-tensors==0.19.0 datasets==5
   nvidia-ml-py pyarrow pandas dill multiprocess xxhash
 # The Triton of PyTorch 2.11 for CUDA, beside the environment's own.
 OTHER_TRITON ?= triton==3.6.0
+# The newest transformers, which vLLM does not take, beside the environment's own.
+OTHER_TRANSFORMERS ?= transformers==5.24.0
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.kvq
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
@@ -24,7 +26,7 @@ install: $(STAMPS)/plugin  ## build the environment: torch, vLLM for CPU, the pl
 demo: install  ## serve the built-in model with each KV cache and compare; ARGS="--model PATH ..."
 	$(VENV)/bin/kvq demo $(ARGS)
 
-test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/vllm-versions  ## run all tests, or ARGS="-k name"
+test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(STAMPS)/vllm-versions  ## run all tests, or ARGS="-k name"
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
@@ -34,6 +36,7 @@ bench: install  ## time kernels and engines against vLLM's own; CSVs and plots i
 	$(VENV)/bin/kvq bench attention --out build/bench
 	$(VENV)/bin/kvq bench store --out build/bench
 	$(VENV)/bin/kvq bench engine
+	$(VENV)/bin/kvq bench generate --out build/bench
 
 cuda:  ## build the CUDA C++ kernels into kvq_plugin/ (needs nvcc and cmake, no GPU)
 	cmake -S csrc/cuda -B build/cuda
@@ -92,6 +95,12 @@ $(STAMPS)/llmcompressor: $(STAMPS)/plugin
 # For the tests of both Tritons; they skip without it.
 $(STAMPS)/triton: $(STAMPS)/python
 	-$(PIP) install --quiet --no-deps --target $(VENV)/other-triton --upgrade $(OTHER_TRITON)
+	@mkdir -p $(STAMPS) && touch $@
+
+# For the tests of both ends of the range of transformers; they skip without it.
+$(STAMPS)/transformers: $(STAMPS)/python
+	-$(PIP) install --quiet --no-deps --target $(VENV)/other-transformers --upgrade \
+	  $(OTHER_TRANSFORMERS)
 	@mkdir -p $(STAMPS) && touch $@
 
 # The vLLM versions beside the installed one, 2 GB, for tests/test_versions.py. One that cannot be

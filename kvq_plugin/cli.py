@@ -127,7 +127,7 @@ def _add_calibrate(commands) -> None:
 
 def _add_bench(commands) -> None:
     bench = commands.add_parser(
-        "bench", help="time our kernels and engines against vLLM's own, interleaved"
+        "bench", help="time our kernels, engines and caches against vLLM's and transformers' own"
     )
     kinds = bench.add_subparsers(required=True, metavar="WHAT")
     kernels = ",".join(dict.fromkeys(format.name for format in FORMATS.values()))
@@ -147,6 +147,26 @@ def _add_bench(commands) -> None:
     engine.add_argument("--compiled", action="store_true", help="with torch.compile, not eager")
     _add_kv_memory(engine)
     engine.set_defaults(run=_run_bench_engine)
+    generate = kinds.add_parser("generate", help="transformers' generate, with its caches and ours")
+    generate.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
+    _add_dtypes(generate, "int8_per_token_head,int4_per_token_head")
+    generate.add_argument(
+        "--contexts",
+        type=_positives,
+        default="1000,2000,4000",
+        metavar="N,N,...",
+        help="tokens of context (%(default)s)",
+    )
+    generate.add_argument(
+        "--batches",
+        type=_positives,
+        default="1,8",
+        metavar="N,N,...",
+        help="sequences at once (%(default)s)",
+    )
+    generate.add_argument("--bursts", type=_positive, default=6)
+    generate.add_argument("--out", type=Path, help="folder for a CSV and two plots")
+    generate.set_defaults(run=_run_bench_generate)
 
 
 def _add_inspect(commands) -> None:
@@ -208,6 +228,11 @@ def _model(name: str | None) -> str:
     return name or str(builtin_model())
 
 
+def _positives(text: str) -> list[int]:
+    """``"1000,4000"`` -> ``[1000, 4000]``, each once and in order."""
+    return sorted({_positive(number) for number in text.split(",")})
+
+
 def _run_demo(options: argparse.Namespace) -> None:
     from kvq_plugin import demo
 
@@ -258,6 +283,23 @@ def _run_bench_engine(options: argparse.Namespace) -> None:
     stock = [engine.Engine(f"vLLM {d}", d, plugin=False) for d in (BASELINE, "fp8")]
     ours = [engine.Engine(d, d) for d in options.dtypes if d != BASELINE]
     output.run_engines(load, [*stock, *ours])
+
+
+def _run_bench_generate(options: argparse.Namespace) -> None:
+    from kvq_plugin.bench import output
+    from kvq_plugin.evaluate import builtin_text, load_tokenizer, make_windows
+
+    model = _model(options.model)
+    [prompt] = make_windows(load_tokenizer(model), builtin_text(), 1, max(options.contexts) + 1)
+    output.run_generate(
+        model,
+        prompt,
+        options.contexts,
+        options.batches,
+        [name for name in options.dtypes if name != BASELINE],
+        options.bursts,
+        options.out,
+    )
 
 
 def _run_inspect(options: argparse.Namespace) -> None:

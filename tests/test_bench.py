@@ -72,3 +72,37 @@ def test_engines_take_turns_and_one_that_fails_is_reported(smollm2):
     assert seen[-4:] == ["vLLM", "ours"] * 2 and all(t > 0 for s in steps.values() for t in s)
     with pytest.raises(ServerError, match="int8_per_token_head"):  # what it says to use instead
         engine.decode_steps(load, [engine.Engine("static", "int8")])
+
+
+def test_generate_measures_every_cache_that_works(tmp_path, capsys):
+    from tiny_models import make
+
+    from kvq_plugin.bench import generate
+
+    prompt = [*range(3, 64)]
+    chosen = [
+        *generate.candidates(["int8_per_token_head", "fp8"]),
+        generate.Candidate("broken", lambda config: 1 / 0),
+        generate.Candidate("absent", lambda config: None, needs="no_such_package"),
+    ]
+    model = str(make(tmp_path, "gqa"))
+    rows, reasons = generate.run(model, prompt, [20, 60], [1, 3], chosen, 2)
+    assert reasons["broken"] == "ZeroDivisionError: division by zero"
+    assert reasons["absent"] == "needs no_such_package"
+    ours = {"int8_per_token_head", "fp8"}
+    for context, batch in ((20, 1), (20, 3), (60, 1), (60, 3)):
+        cell = {r.candidate: r for r in rows if (r.context, r.batch) == (context, batch)}
+        assert cell.keys() >= {generate.BASELINE, *ours} and not cell.keys() & reasons.keys()
+        base = cell[generate.BASELINE]
+        # K and V, 2 layers, 2 heads of 32, bf16; up to 3 bursts of 9 tokens, the last one not fed.
+        assert base.mebibytes * 2**20 == 2 * 2 * 2 * 32 * 2 * batch * (context + 3 * 9)
+        assert base.ratio == base.memory_ratio == 1 and base.milliseconds > 0
+    output.write_csv(tmp_path / "generate.csv", rows)
+    with (tmp_path / "generate.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    for column in output.GENERATE_PLOTS:
+        output.write_generate_plot(tmp_path / f"{column}.png", column, rows)
+        assert (tmp_path / f"{column}.png").read_bytes().startswith(b"\x89PNG")
+    output.print_table(output.Console(), output.generate_table(rows, reasons, 2))
+    printed = capsys.readouterr().out
+    assert "20 tokens, batch 3" in printed and "absent: not measured" in printed

@@ -18,8 +18,10 @@ LEVELS = (
     ("reference",),
     ("_native", "kernels"),
     ("ops",),
-    ("serving", "hf_cache", "hub", "model", "servers"),
-    ("evaluate", "inspection", "doctor"),
+    ("serving", "hub", "model", "servers"),
+    ("inspection",),
+    ("hf_cache",),
+    ("evaluate", "doctor"),
     ("report", "inspection_report"),
     ("calibrate",),
     ("demo", "bench", "gpu_check"),
@@ -29,7 +31,7 @@ LEVELS = (
 MAY_IMPORT = {
     "triton": {"kernels"},
     "vllm": {"serving", "calibrate", "evaluate", "bench"},
-    "transformers": {"hf_cache", "calibrate", "evaluate", "model"},
+    "transformers": {"hf_cache", "calibrate", "evaluate", "model", "bench"},
 }
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

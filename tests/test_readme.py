@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,19 @@ def test_vllm_versions_are_those_that_are_run():
     assert dict(re.findall(r"^\| (0\.\d+\.\d+) \| (.+) \|$", README, re.M)) == RUN_VERSIONS
     first, *_, last = (version.rsplit(".", 1)[0] for version in RUN_VERSIONS)
     assert f"vLLM {first} to {last}" in README
+
+
+def test_the_example_for_transformers_runs(smollm2):
+    """As it stands, with MODEL the built-in one."""
+    [code] = [
+        block for block in re.findall(r"```python\n(.+?)```", README, re.S) if "KVQCache" in block
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", f"MODEL = {str(smollm2)!r}\n{code}"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "The capital of France is Paris" in done.stdout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -31,10 +31,10 @@ def _replacing(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """All rows, a column per field of :class:`Row`."""
+def write_csv(path: Path, rows: Sequence) -> None:
+    """All rows of one dataclass, a column per field."""
     with _replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])])
         writer.writeheader()
         writer.writerows(
             {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
@@ -147,3 +147,98 @@ def run_engines(load: engine.Load, engines: Sequence[engine.Engine]) -> dict[str
         table.add_row(name, f"{milliseconds:.1f} ms", f"{baseline / milliseconds:.2f}x")
     print_table(console, table)
     return medians
+
+
+# --- generate --------------------------------------------------------------------------
+
+#: Column of the rows of bench.generate -> what the two plots show, as the original work's did.
+GENERATE_PLOTS = {"mebibytes": "MiB of cache", "milliseconds": "ms per new token"}
+
+
+def generate_table(rows: Sequence, reasons: Mapping[str, str], bursts: int) -> Table:
+    """A section per context and batch size; who is missing, and why, in the caption."""
+    lines = [f"medians over {bursts} interleaved bursts; the most memory each cache held"]
+    lines += [f"{name}: not measured, {why}" for name, why in reasons.items()]
+    table = Table(title="generate with transformers", caption="\n".join(lines), box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in ("MiB", "memory", "ms per token", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    section = None
+    for row in rows:
+        if (row.context, row.batch) != section:
+            section = row.context, row.batch
+            table.add_section()
+            table.add_row(f"[bold]{row.context:,} tokens, batch {row.batch}[/bold]")
+        table.add_row(
+            row.candidate,
+            f"{row.mebibytes:.1f}",
+            f"{row.memory_ratio:.2f}x",
+            f"{row.milliseconds:.1f}",
+            f"{row.ratio:.2f}x",
+        )
+    return table
+
+
+def write_generate_plot(path: Path, column: str, rows: Sequence) -> None:
+    """*column* against context, a line per candidate and a panel per batch size."""
+    from matplotlib import use
+
+    use("Agg")
+    from matplotlib import pyplot
+
+    batches = list(dict.fromkeys(row.batch for row in rows))
+    figure, panels = pyplot.subplots(
+        1, len(batches), figsize=(5.5 * len(batches), 4.5), layout="constrained", squeeze=False
+    )
+    for axes, batch in zip(panels[0], batches, strict=True):
+        for name in dict.fromkeys(row.candidate for row in rows):
+            mine = [row for row in rows if (row.batch, row.candidate) == (batch, name)]
+            axes.plot(
+                [r.context for r in mine], [getattr(r, column) for r in mine], "o-", label=name
+            )
+        axes.set_xlabel("tokens of context")
+        axes.set_ylabel(GENERATE_PLOTS[column])
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"batch {batch}")
+    panels[0][0].legend(fontsize=8)
+    with _replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    pyplot.close(figure)
+
+
+def run_generate(
+    model: str,
+    prompt: Sequence[int],
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    bursts: int,
+    out: Path | None,
+) -> list:
+    """Measure, print, and with *out* write ``generate.csv``, ``generate-memory.png`` and
+    ``generate-latency.png``; returns the rows."""
+    from kvq_plugin.bench import generate
+
+    chosen = generate.candidates(dtypes)
+    present = sum(map(generate.installed, chosen))
+    console = Console()
+    with progress(console) as bars:
+        total = len(contexts) * len(batches) * bursts * present
+        bar = bars.add_task("generate", total=total, stage="")
+        rows, reasons = generate.run(
+            model,
+            prompt,
+            contexts,
+            batches,
+            chosen,
+            bursts,
+            stage=lambda text: bars.update(bar, stage=text),
+            tick=lambda: bars.advance(bar),
+        )
+    print_table(console, generate_table(rows, reasons, bursts))
+    if out is not None:
+        write_csv(out / "generate.csv", rows)
+        for column, name in zip(GENERATE_PLOTS, ("memory", "latency"), strict=True):
+            write_generate_plot(out / f"generate-{name}.png", column, rows)
+        console.print(f"written: {out}/generate.csv, generate-memory.png, generate-latency.png")
+    return rows

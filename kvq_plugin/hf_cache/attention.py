@@ -1,0 +1,157 @@
+"""``attn_implementation="kvq"``: attention that reads the pages of a KVQCache.
+
+The mask function gives a full-attention layer the padding alone, ``[B, length]``: causality is
+known. Layers that are not ours, windows say, and masks that are more than padding get what
+transformers' own attention needs, and it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+
+from kvq_plugin.hf_cache.layer import Paged, say_once
+
+NAME = "kvq"
+
+
+def register() -> None:
+    """Make ``attn_implementation="kvq"`` known to transformers."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs,
+) -> torch.Tensor | None:
+    """None for causal attention over all tokens, bool ``[B, kv_length]`` for padding besides, and
+    transformers' ``[B, 1, q_length, kv_length]`` for everything else."""
+    if mask_function is causal_mask_function and allow_is_causal_skip:
+        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        return None if padding is None or padding.all() else padding[:, :kv_length]
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | Paged,
+    value: torch.Tensor | Paged,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """``query [B, heads, T, D]`` -> ``[B, T, heads, D]``; no attention weights.
+
+    Reads the pages where ``key`` is a :class:`Paged`. Raises ValueError for dropout over them.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    padding = attention_mask is None or attention_mask.dim() == 2
+    if type(key) is Paged and padding and position_bias is None:
+        if dropout:
+            raise ValueError(
+                f"attention by {NAME!r} has no dropout, got {dropout}: it is for inference; call "
+                "model.eval(), or train with another attention implementation"
+            )
+        step = key.layer.commit(attention_mask)
+        if step is not None:
+            out = key.layer.attend(
+                query,
+                step,
+                query.shape[-1] ** -0.5 if scaling is None else scaling,
+                causal=causal,
+                window=sliding_window or 0,
+                softcap=softcap or 0.0,
+                sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
+            )
+            return out, None
+    if type(key) is Paged:
+        say_once(
+            "kvq: this attention mask is more than padding on tokens that the cache has seen, so "
+            "the pages are dequantized for it"
+        )
+        key, value = key.layer.dequantize()
+    if padding:
+        attention_mask = _whole_mask(attention_mask, query, key, causal)
+    options = {
+        "scaling": scaling,
+        "dropout": dropout,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "s_aux": s_aux,
+        "is_causal": is_causal,
+        "position_bias": position_bias,
+        **kwargs,
+    }
+    options = {name: x for name, x in options.items() if x is not None}
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return _eager(module, query, key, value, attention_mask, options)
+
+
+def _whole_mask(padding, query, key, causal: bool) -> torch.Tensor | None:
+    """What :func:`mask` left out, for attention that needs it: None or ``[B, 1, T, length]``."""
+    new, length = query.shape[2], key.shape[2]
+    if not causal and padding is None:
+        return None
+    if not causal:
+        return padding[:, None, None]
+    return sdpa_mask(
+        batch_size=len(query),
+        q_length=new,
+        kv_length=length,
+        q_offset=length - new,
+        attention_mask=padding,
+        device=query.device,
+    )
+
+
+def _eager(module, query, key, value, mask, options) -> tuple[torch.Tensor, None]:
+    """The model's own attention in plain torch, which knows its softcap and sinks."""
+    forward = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if forward is None:
+        raise ValueError(
+            f"{type(module).__name__} has softcap or sinks on a layer that KVQCache does not keep, "
+            f"and no attention in plain torch: attention by {NAME!r} cannot serve it; load the "
+            'model with attn_implementation="eager"'
+        )
+    if mask is None and query.shape[2] > 1:
+        mask = sdpa_mask(
+            len(query), query.shape[2], key.shape[2], allow_is_causal_skip=False,
+            device=query.device,
+        )  # fmt: skip
+    if mask is not None and mask.dtype == torch.bool:
+        least = torch.finfo(query.dtype).min
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(
+            ~mask, least
+        )
+    out, _ = forward(module, query, key, value, mask, **options)
+    return out, None

@@ -1,0 +1,111 @@
+"""KVQCache: transformers' ``Cache`` whose full-attention layers are quantized pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from kvq_plugin.formats import get_format
+from kvq_plugin.hf_cache import options
+from kvq_plugin.hf_cache import scales as static_scales
+from kvq_plugin.hf_cache.layer import KVQLayer
+from kvq_plugin.hf_cache.table import BlockTable
+from kvq_plugin.layout import LANES
+
+#: Tokens a block: vLLM's on CPUs, and what a sequence may leave unused.
+BLOCK_SIZE = 128
+
+
+class KVQCache(Cache):
+    """A cache of *format*, any name of the format table, for the model of *config*.
+
+    Layers with full attention keep pages of *format*, the bytes that vLLM's layers keep. Sliding
+    windows, linear attention and everything else stay transformers' own layers.
+
+    Args:
+        config: the model's configuration.
+        format: ``int8_per_token_head``, ``int4_per_token_head``, ``fp8``, ...
+        scales: for ``int8`` and ``fp8``, a calibrated checkpoint (directory or hub name), or layer
+            number -> ``k_scale``, ``v_scale`` and zero points; by default those of the directory
+            the model was loaded from.
+        block_size: tokens a block, a multiple of 16.
+
+    Raises ValueError for an unknown format, a model without a full-attention layer, missing or
+    wrong scales; at the first token for K and V that pages cannot hold.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        format: str,
+        *,
+        scales: str | Path | Mapping[int, Mapping[str, torch.Tensor]] | None = None,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
+        self.format = get_format(format)
+        if getattr(self.format, "recent", None) is not None:
+            raise ValueError(
+                f"{format} keeps its newest tokens in a cache of their own, which KVQCache does "
+                "not have yet: use 'int8_per_token_head' or 'int4_per_token_head'"
+            )
+        if block_size <= 0 or block_size % LANES:
+            raise ValueError(f"block_size={block_size}: expected a multiple of {LANES}")
+        layers = DynamicCache(config=config).layers
+        ours = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not ours:
+            raise ValueError(
+                f"no layer of this {config.model_type} model has full attention and a cache of its "
+                "own, so there is nothing to quantize: use transformers' DynamicCache"
+            )
+        model = getattr(config, "_name_or_path", None)
+        found = static_scales.read(self.format, scales, model, ours)
+        table = BlockTable(block_size)
+        for i in ours:
+            layers[i] = KVQLayer(self.format, table, found.get(i))
+        super().__init__(layers=layers)
+
+    @classmethod
+    def like(
+        cls,
+        config: PreTrainedConfig,
+        *,
+        backend: str,
+        nbits: int | None = None,
+        axis_key: int | None = None,
+        axis_value: int | None = None,
+        q_group_size: int | None = None,
+        residual_length: int | None = None,
+        scales: str | Path | Mapping[int, Mapping[str, torch.Tensor]] | None = None,
+    ) -> KVQCache:
+        """The cache for the options of transformers' ``QuantizedCache``.
+
+        ``nbits`` 8 and 4 (the default) are ``int8_per_token_head`` and ``int4_per_token_head``, the
+        backend ``fp8`` is ``fp8_per_token_head``, and axis 0 with *scales* and 8 bits is ``int8``.
+        ``q_group_size`` may be the head size or more, ``residual_length`` 0. Raises ValueError
+        naming the option that has no equivalent, and what to pass instead.
+        """
+        text = config.get_text_config(decoder=True)
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        name = options.format_like(
+            size,
+            backend=backend,
+            nbits=nbits,
+            axis_key=axis_key,
+            axis_value=axis_value,
+            q_group_size=q_group_size,
+            residual_length=residual_length,
+            has_scales=scales is not None,
+        )
+        return cls(config, name, scales=scales)
+
+    def __repr__(self) -> str:
+        return f"KVQCache({self.format.name}, layers={self.layers})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, KVQLayer))

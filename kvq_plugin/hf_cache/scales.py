@@ -1,0 +1,73 @@
+"""Static scales for a KVQCache: from a calibrated checkpoint, or given as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from kvq_plugin import inspection
+from kvq_plugin.formats import KVFormat
+from kvq_plugin.hf_cache.layer import say_once
+
+#: Layer number -> ``k``, ``v`` -> (scale, zero point or None), each ``()``, ``(H,)``, ``(H, D)``.
+LayerScales = dict[int, dict[str, tuple[torch.Tensor, torch.Tensor | None]]]
+
+
+def read(
+    format: KVFormat,
+    given: str | Path | Mapping[int, Mapping[str, torch.Tensor]] | None,
+    model: str | None,
+    layers: list[int],
+) -> LayerScales:
+    """Scales of *layers* for *format*.
+
+    *given* is a checkpoint (a directory or hub name), or maps a layer's number to ``k_scale``,
+    ``v_scale`` and, if any, ``k_zero_point``, ``v_zero_point``. None asks *model*, the directory
+    the model was loaded from. Raises ValueError where scales are wrong, for another code, or
+    missing and needed; scales given for a format that computes its own are an error too.
+    """
+    if format.is_dynamic:
+        if given is not None:
+            raise ValueError(
+                f"{format.name} computes its scales while writing: leave scales= out, or use "
+                "'int8' or 'fp8', which take them"
+            )
+        return {}
+    found = given
+    if given is None:
+        found = model if model and Path(model, "config.json").is_file() else {}
+    values = found if isinstance(found, Mapping) else _checkpoint(format, found)
+    if values:
+        return {number: _pair(number, values.get(number, {})) for number in layers}
+    if format.default_scale is None or given is not None:
+        raise ValueError(
+            f"{format.name} needs calibrated scales and {given or model or 'the model'} has none: "
+            "add them with `kvq calibrate` and pass scales=DIRECTORY, or use "
+            "'int8_per_token_head', which needs none"
+        )
+    say_once(
+        f"kvq: no scales for {format.name}, so {format.default_scale} is used; `kvq calibrate "
+        "--scheme fp8` makes some"
+    )
+    return {}
+
+
+def _checkpoint(format: KVFormat, path: str | Path) -> dict[int, Mapping[str, torch.Tensor]]:
+    checkpoint = inspection.read(path)
+    serves, why = inspection.verdict(checkpoint, format.name, format)
+    if checkpoint.layers and not serves:
+        problems = "; ".join([why, *checkpoint.problems])
+        raise ValueError(f"{path} cannot give scales for {format.name}: {problems}")
+    return {layer.number: layer.values for layer in checkpoint.layers}
+
+
+def _pair(number: int, values: Mapping[str, torch.Tensor]) -> dict:
+    missing = {"k_scale", "v_scale"} - values.keys()
+    if missing:
+        raise ValueError(
+            f"layer {number} lacks {' and '.join(sorted(missing))}: expected k_scale and v_scale "
+            "for every full-attention layer"
+        )
+    return {x: (values[f"{x}_scale"], values.get(f"{x}_zero_point")) for x in ("k", "v")}
