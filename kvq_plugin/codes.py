@@ -14,11 +14,12 @@ from kvq_plugin.formats import Code, Kind, Stream
 #: inverse stays finite. 2**-100 is far below any activation and far above fp32's subnormals.
 AMAX_FLOOR = 2.0**-100
 FP16_MAX = 65504.0
-#: A lite scale is at least the min's magnitude over this, so that its zero point fits a byte: the
-#: scale may have been rounded down by a sixteenth, to no less than 1 / 120.
-LITE_RANGE = 112.0
-#: Scaled values beyond count as this: far past any code, and rounding by adding 1.5 * 2**23 works.
-LITE_LIMIT = 1024.0
+#: A lite min is a multiple of this times its scale: half, because whole multiples cost `k3v2` a
+#: tenth more KL, and quarters gain nothing.
+LITE_STEP = 0.5
+#: A lite scale is at least the min's magnitude over this, so that the min's byte, up to 127 steps,
+#: can say it: the scale may be rounded down by a seventeenth, which makes 112 steps 119.
+LITE_RANGE = 112.0 * LITE_STEP
 
 
 def encode(x: torch.Tensor, code: Code) -> torch.Tensor:
@@ -47,11 +48,11 @@ def encode_affine(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (uint8) and metadata words of fp32 *x*, one word for all of *dim*, which it lacks.
 
-    Words are int32 (fp16 scale low, fp16 min high) or, lite, int16 (scale byte low, zero point
-    high). Infinities count as the largest fp16; a NaN makes the scale NaN (and the min), so that it
-    reaches the output as it would from an unquantized cache, and counts as 0 elsewhere. Codes are
-    those that the *stored* scale and min give. *left_out* (bool, *x*'s shape) has no say in the
-    scale; what lies outside takes the nearest code.
+    Words are int32 (fp16 scale low, fp16 min high) or, lite, int16 (scale byte low, min in
+    ``LITE_STEP`` scales high). Infinities count as the largest fp16; a NaN makes the scale NaN (and
+    the min), so that it reaches the output as it would from an unquantized cache, and counts as 0
+    elsewhere. Codes are those that the *stored* scale and min give. *left_out* (bool, *x*'s shape)
+    has no say in the scale; what lies outside takes the nearest code.
     """
     heard = torch.ones_like(x, dtype=torch.bool) if left_out is None else ~left_out
     poison = (x.isnan() & heard).any(dim, keepdim=True)
@@ -78,12 +79,13 @@ def _encode_halves(x, scale, low, code: Code, poison):
 
 def _encode_lite(x, scale, low, code: Code, poison):
     byte = encode_scale(torch.maximum(scale, low.abs() * torch.tensor(1.0 / LITE_RANGE)))
-    inverse = _inverse(decode_scale(byte))
-    zero = (low * inverse).clamp(-128.0, 127.0).round()
-    y = (x * inverse).clamp(-LITE_LIMIT, LITE_LIMIT).round() - zero
+    scale = decode_scale(byte)
+    inverse = _inverse(scale)
+    steps = (low * inverse / LITE_STEP).clamp(-128.0, 127.0).round()
+    codes = encode((x - steps * (scale * LITE_STEP)) * inverse, code)
     byte = torch.where(poison, 0xFF, byte)
-    zero = torch.where(poison, 0, zero.to(torch.int32))
-    return encode(y, code), (byte | zero << 8).to(torch.int16)
+    steps = torch.where(poison, 0, steps.to(torch.int32))
+    return codes, (byte | steps << 8).to(torch.int16)
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:
@@ -96,7 +98,7 @@ def decode_affine(
     """Inverse of :func:`encode_affine`, fp32."""
     words = words.unsqueeze(dim)
     if stream.lite:
-        return (codes.float() + (words >> 8).float()) * decode_scale(words.int() & 0xFF)
+        return (codes.float() + (words >> 8) * LITE_STEP) * decode_scale(words.int() & 0xFF)
     halves = words.contiguous().view(torch.float16).unflatten(-1, (-1, 2)).float()
     return codes.float() * halves[..., 0] + halves[..., 1]
 

@@ -81,8 +81,8 @@ class Stream:
     """How one of K and V is stored: a code and the granularities its scales may have.
 
     ``rotated``: not the row itself is encoded but :func:`kvq_plugin.rotation.rotate` of it.
-    ``lite``: affine codes whose scale is a byte and whose min is a multiple of it, a byte too
-    (:mod:`kvq_plugin.sealed`).
+    ``lite``: affine codes whose scale is a byte and whose min is a multiple of half of it, a byte
+    too (:mod:`kvq_plugin.codes`).
     """
 
     code: Code

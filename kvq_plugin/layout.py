@@ -11,7 +11,7 @@ K and of V, channel by channel, and their fp32 scales. What every layout shares:
 * Signed codes are stored offset-binary (code + 128), so K and V share one unsigned encoding.
 * Metadata is one 32-bit word per token: the fp32 scale, or for affine codes the fp16 scale
   in the low and the fp16 min in the high half. Per channel and ``GROUP`` tokens it is the same
-  word, ``[N/GROUP][D]``. Lite metadata are 16-bit words, scale byte low and zero point high:
+  word, ``[N/GROUP][D]``. Lite metadata are 16-bit words, scale byte low and min byte high:
   ``[N/GROUP][D]`` per channel, ``[N/GROUP][D/GROUP][GROUP tokens]`` per group of channels.
 * Three-bit codes lie in two planes, the low two bits and the third: words of 16 and of 32 codes.
   Both planes of sixteen tokens (``CPU_V1``), or of a token (``GPU_V1``), follow each other.

@@ -57,19 +57,20 @@ def affine(values: list[float], stream: Stream, heard: list[bool]) -> Codes:
     high = max(v for v, h in zip(x, heard, strict=True) if h) + F32(0)
     step = F32(F32(high - low) * F32(1.0 / top))
     if stream.lite:
-        byte = nearest_scale(float(max(step, F32(abs(low) * F32(1.0 / 112.0)))))
+        byte = nearest_scale(float(max(step, F32(abs(low) * F32(1.0 / 56.0)))))
         scale = F32(scale_values()[byte])
         inverse = F32(1) / scale if scale > 0 else F32(0)
-        zero = round(max(-128.0, min(127.0, float(low * inverse))))
-        codes = [round(max(-1024.0, min(1024.0, float(v * inverse)))) - zero for v in x]
-        codes = [max(0, min(top, c)) for c in codes]
-        if poison:
-            byte, zero, scale = 0xFF, 0, F32("nan")
-        word = byte | (zero & 0xFF) << 8
-        return Codes(codes, word, [float(F32(c + zero) * scale) for c in codes])
-    scale, minimum = F32(half(step)), F32(half(low))
-    inverse = F32(1) / scale if scale > 0 else F32(0)
+        halves = round(max(-128.0, min(127.0, 2 * float(low * inverse))))
+        minimum = F32(halves / 2 * float(scale))
+    else:
+        scale, minimum = F32(half(step)), F32(half(low))
+        inverse = F32(1) / scale if scale > 0 else F32(0)
     codes = [round(max(0.0, min(float(top), float(F32(v - minimum) * inverse)))) for v in x]
+    if stream.lite:
+        if poison:
+            byte, halves, scale = 0xFF, 0, F32("nan")
+        word = byte | (halves & 0xFF) << 8
+        return Codes(codes, word, [float(F32(c + halves / 2) * scale) for c in codes])
     if poison:
         scale = minimum = F32("nan")
     word = sum(

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "kvq_plugin"
 #: or its own submodules. Those on the same line do not know each other.
 LEVELS = (
     ("formats", "hugepages", "rotation", "tables"),
-    ("layout",),
+    ("codes", "layout"),
+    ("arguments", "sealed"),
     ("reference",),
     ("_native", "kernels"),
     ("ops",),
