@@ -1,4 +1,4 @@
-"""Random batches through store and attend of every instruction set, against the reference.
+"""Random batches through store and attend of the instruction sets in turn, against the reference.
 
 ``make sanitize`` runs it on a library with the address and undefined-behaviour sanitizers in it,
 which stop the process at their first finding; alone it runs on the library that is installed:
@@ -313,7 +313,7 @@ def main() -> int:
         batch = Batch(seed)
         torch.set_num_threads(3 if seed % 4 == 0 else 1)
         try:
-            batch.run(isas)
+            batch.run([isas[seed // 4 % len(isas)]])
         except Exception as error:
             print(f"batch {seed}: {batch}\n{type(error).__name__}: {error}", file=sys.stderr)
             return 1

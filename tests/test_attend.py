@@ -273,14 +273,33 @@ def test_query_of_zeros_averages_the_values(format, isa):
     compare(format, run(p, isa), p.expected(), oracle.attention_bound(p))
 
 
+def tiled(format, head_size: int):
+    """Batches with five rows a kv head, the fewest that integers use tiles for, with sixteen, which
+    fill one, thirty-two, which fill two; with values of four pages, which lie unevenly."""
+    batch = ((150, 1), (64, 1), (200, 3))
+    for group, block_size in ((5, 128), (16, 64), (17, 32), (32, 16)):
+        yield oracle.build(format, batch, group=group, kv_heads=2, head_size=head_size,
+                           block_size=block_size)  # fmt: skip
+
+
+def by_kind(floats: bool):
+    formats = [f for f in ROWS if (f.key.code.kind is Kind.FLOAT) == floats]
+    return pytest.mark.parametrize("format", formats, ids=name_of)
+
+
 @pytest.mark.parametrize("isa", [isa for isa in ATTEND_ISAS if isa.startswith("amx")])
 @pytest.mark.parametrize("head_size", (16, 48, 64, 112, 128, 512))
-@every_format
+@by_kind(floats=False)
 def test_tiles_give_the_bits_of_avx512(format, head_size, isa):
-    """Sums of integers are exact in any order. Five rows are the fewest that tiles are used for,
-    sixteen fill one, thirty-two two; and values of four pages lie unevenly."""
-    for group, block_size in ((5, 128), (16, 64), (17, 32), (32, 16)):
-        batch = ((150, 1), (64, 1), (200, 3))
-        p = oracle.build(format, batch, group=group, kv_heads=2, head_size=head_size,
-                         block_size=block_size)  # fmt: skip
+    """Sums of integers are exact in any order."""
+    for p in tiled(format, head_size):
         assert torch.equal(run(p, isa), run(p, "avx512_bf16"))
+
+
+@pytest.mark.skipif("amx" not in ATTEND_ISAS, reason="needs a processor with AMX")
+@pytest.mark.parametrize("head_size", (16, 48, 64, 112, 128, 512))
+@by_kind(floats=True)
+def test_tiles_give_the_bits_of_their_emulation(format, head_size):
+    """The processor sums pairs of bf16 in the order that the emulation says."""
+    for p in tiled(format, head_size):
+        assert torch.equal(run(p, "amx"), run(p, "amx_emulated"))

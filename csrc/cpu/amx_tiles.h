@@ -1,5 +1,5 @@
-// Intel AMX's tile registers as dot_amx.h uses them, and the same in plain C++: what a processor
-// without AMX tests (KVQ_AMX_EMULATED).
+// Intel AMX's tile registers as dot_amx.h and dot_amx_bf16.h use them, and the same in plain C++:
+// what a processor without AMX tests (KVQ_AMX_EMULATED).
 #pragma once
 
 #if defined(__AMX_INT8__) || defined(KVQ_AMX_EMULATED)
@@ -98,6 +98,32 @@ struct AmxTiles {
       memcpy(c.data[m], sum, sizeof(sum));
     }
   }
+
+  // A product's elements of even and odd places are summed apart, from zero, then added.
+  template <int C, int A, int B>
+  static void dpbf16ps() {
+    Register &c = at<C>(), &a = at<A>(), &b = at<B>();
+    require(c.written && a.written && b.written);
+    require(c.rows == a.rows && c.row_bytes == b.row_bytes && a.row_bytes == 4 * b.rows);
+    for (int m = 0; m < c.rows; ++m) {
+      F16 sum[2] = {};
+      for (int k = 0; k < b.rows; ++k) {
+        uint32_t pair;
+        memcpy(&pair, a.data[m] + 4 * k, 4);
+        const U16 column = kvq::load<U16>(b.data[k]);
+        sum[0] = fma(normal(U16{} + (pair << 16)), normal(column << 16), sum[0]);
+        sum[1] = fma(normal(U16{} + (pair & 0xFFFF0000u)), normal(column & 0xFFFF0000u), sum[1]);
+      }
+      float* to = reinterpret_cast<float*>(c.data[m]);
+      save16(to, load16(to) + (sum[0] + sum[1]));
+    }
+  }
+
+ private:
+  // Subnormal operands are zeros there.
+  static F16 normal(U16 bits) {
+    return select((bits & 0x7F800000u) == 0u, F16{}, bits_as<F16>(bits));
+  }
 };
 #else
 // Asm because gcc's intrinsics paste the register's number from the source, so that it cannot be a
@@ -124,11 +150,21 @@ struct AmxTiles {
   static KVQ_HD void dpbsud() {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
+  // The same of pairs of bf16, in fp32.
+  template <int C, int A, int B>
+  static KVQ_HD void dpbf16ps() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
 };
 #endif
 
-// The shapes dot_amx.h works with, for as long as a thread works on `rows` query rows: sums in
-// registers 0 to 3, limbs in 4 and 5, codes in 6 and 7. Fewer rows take less time.
+// Rows of an item from which a dot product uses tiles.
+template <class Dot>
+constexpr int kFewestTileRows = 1 << 30;
+
+// The shapes both dot products work with, for as long as a thread works on `rows` query rows: sums
+// in registers 0 to 3, query rows or weights in 4 and 5, codes in 6 and 7. Fewer rows take less
+// time.
 class TileSession {
  public:
   TileSession(bool wanted, int rows) : wanted_(wanted) {

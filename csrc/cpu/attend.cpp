@@ -5,6 +5,7 @@
 // threads do some each changes nothing. So a row's output depends on its own sequence alone, bit
 // for bit: not on the batch, the number of threads, or how a prompt was cut into prefill chunks.
 #include "dot_amx.h"
+#include "dot_amx_bf16.h"
 #include "dot_bf16.h"
 #include "dot_fp32.h"
 #include "dot_vnni.h"
@@ -37,14 +38,21 @@ struct DotOf<Code::kInt4> {
   using type = IntegerDot<Code::kInt4>;
 };
 #endif
+#if defined(KVQ_AMX)
+template <Code C>
+using FloatDot = AmxBf16Dot<C>;
+#elif defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+template <Code C>
+using FloatDot = Bf16Dot<C>;
+#endif
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 template <>
 struct DotOf<Code::kFp8E4M3> {
-  using type = Bf16Dot<Code::kFp8E4M3>;
+  using type = FloatDot<Code::kFp8E4M3>;
 };
 template <>
 struct DotOf<Code::kFp8E5M2> {
-  using type = Bf16Dot<Code::kFp8E5M2>;
+  using type = FloatDot<Code::kFp8E5M2>;
 };
 #endif
 
@@ -330,8 +338,9 @@ struct Kernel {
              plan.params->cache.head_size};
     fit_output(k.s.weights, plan.params->query.type, kF.value.per_token);
 #if defined(KVQ_AMX)
-    const TileSession session(item.rows > kPassRows && (kUsesTiles<KeyDot> || kUsesTiles<ValueDot>),
-                              item.rows);
+    const bool tiles =
+        item.rows >= kFewestTileRows<KeyDot> || item.rows >= kFewestTileRows<ValueDot>;
+    const TileSession session(tiles, item.rows);
 #endif
     for (int h = 0; h < item.heads; ++h) k.prepare(h);
     const long size = plan.state_floats(item), mine = index - item.first_unit;

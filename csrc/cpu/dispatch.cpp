@@ -60,7 +60,8 @@ bool may_use_tiles() {
 // gcc's answer includes that the system saves the tiles (XCR0 bits 17 and 18).
 bool has_amx() {
   return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
-         __builtin_cpu_supports("amx-int8") && may_use_tiles();
+         __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
+         may_use_tiles();
 }
 
 // Best first; null past the last.

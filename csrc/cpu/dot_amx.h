@@ -2,9 +2,6 @@
 // sixteen columns by 64 bytes at a time. Sums are exact, so the results are VnniDot's bit for bit;
 // items of up to four rows, which wait for memory, are left to it. A line of codes is a row of a
 // tile: lines that lie evenly are multiplied where they lie, others are copied first.
-//
-// 8-bit floats stay with Bf16Dot: TDPBF16PS adds in another order than VDPBF16PS, and a row's bits
-// must not depend on how many rows are processed with it.
 #pragma once
 
 #include "amx_tiles.h"
@@ -198,10 +195,8 @@ struct AmxDot : VnniDot<C> {
   }
 };
 
-template <class Dot>
-constexpr bool kUsesTiles = false;
 template <Code C>
-constexpr bool kUsesTiles<AmxDot<C>> = true;
+constexpr int kFewestTileRows<AmxDot<C>> = kPassRows + 1;
 
 }  // namespace
 }  // namespace kvq

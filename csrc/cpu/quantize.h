@@ -122,13 +122,13 @@ struct Extremes {
   float low, high;
 };
 
-template <Activation A, Code C>
-KVQ_HD Extremes extremes_of_lanes(const void* data, long at, long d) {
-  const F16 first = load_lanes<A>(data, at);
-  F16 low = first, high = first;
+// A row's extremes lane by lane, while its channels go by.
+template <Code C>
+struct LaneExtremes {
+  F16 low = splat(__builtin_inff()), high = splat(-__builtin_inff());
   I16 peak{};
-  for (long i = 0; i < d; i += kLanes) {
-    const F16 v = load_lanes<A>(data, at + i);
+
+  KVQ_HD void see(F16 v) {
     const I16 m = bits_as<I16>(v) & 0x7FFFFFFF;
     peak = select(m > peak, m, peak);
     if constexpr (kAffine<C>) {
@@ -136,12 +136,38 @@ KVQ_HD Extremes extremes_of_lanes(const void* data, long at, long d) {
       high = max16(high, v);
     }
   }
-  Extremes s{static_cast<uint32_t>(largest(peak)), 0.0f, 0.0f};
-  if constexpr (kAffine<C>) {
-    s.low = -peak16(-low)[0];
-    s.high = peak16(high)[0];
+  KVQ_HD Extremes of_row() const {
+    Extremes s{static_cast<uint32_t>(largest(peak)), 0.0f, 0.0f};
+    if constexpr (kAffine<C>) {
+      s.low = -peak16(-low)[0];
+      s.high = peak16(high)[0];
+    }
+    return s;
   }
-  return s;
+};
+
+// The same of a rotated row: one operation a lane finds what is no finite number.
+template <Code C>
+struct RotatedExtremes {
+  F16 low = splat(__builtin_inff()), high = splat(-__builtin_inff()), odd{};
+
+  KVQ_HD void see(F16 v) {
+    low = min16(low, v);
+    high = max16(high, v);
+    odd = fma(v, F16{}, odd);
+  }
+  KVQ_HD Extremes of_row() const {
+    const float least = -peak16(-low)[0], most = peak16(high)[0];
+    const uint32_t a = float_bits(least) & 0x7FFFFFFFu, b = float_bits(most) & 0x7FFFFFFFu;
+    return {any_nan(odd) ? 0x7FC00000u : a > b ? a : b, least, most};
+  }
+};
+
+template <Activation A, Code C>
+KVQ_HD Extremes extremes_of_lanes(const void* data, long at, long d) {
+  LaneExtremes<C> lanes;
+  for (long i = 0; i < d; i += kLanes) lanes.see(load_lanes<A>(data, at + i));
+  return lanes.of_row();
 }
 
 #if defined(__AVX512BW__)
@@ -273,11 +299,50 @@ KVQ_HD void encode_values(const void* data, long at, long d, const RowScale& row
   save_bytes(codes + i, encode_lanes<C, kPerToken>(x, row, factor, zero, moved));
 }
 
-// A row as it is encoded, where the stream is rotated.
+// How a rotated row of activations lies on its way to its codes.
 template <Activation A>
-KVQ_HD void rotate_row(const void* data, long at, long d, float* to) {
+KVQ_HD ChannelOrder rotated_order(long d) {
+  const bool paired = Channels32<A>::kEvenOdd && rotation_width(static_cast<int>(d)) > kLanes;
+  return paired ? ChannelOrder::kEvenOdd : ChannelOrder::kPlain;
+}
+
+// A row as it is encoded, where the stream is rotated; its extremes on the way. (8 heads of 128,
+// 2,048 tokens: 0.93 ms with the row in plain order and its extremes from a second reading.)
+template <Activation A, Code C>
+KVQ_HD Extremes rotate_row(const void* data, long at, long d, float* to) {
+  RotatedExtremes<C> lanes;
+  const auto see = [&](F16 v) { lanes.see(v); };
+  if constexpr (Channels32<A>::kEvenOdd) {
+    if (rotated_order<A>(d) == ChannelOrder::kEvenOdd) {
+      const float* factors = rotation_factors(d, ChannelOrder::kEvenOdd);
+      const auto from = [&](long i) {
+        const U16 raw = load<U16>(static_cast<const uint16_t*>(data) + at + i / 32 * 32);
+        const U16 wide = i & kLanes ? raw & 0xFFFF0000u : raw << 16;
+        return bits_as<F16>(wide) * load16(factors + i);
+      };
+      hadamard<ChannelOrder::kEvenOdd>(from, d, to, see);
+      return lanes.of_row();
+    }
+  }
   const float* factors = rotation_factors(d);
-  hadamard([&](long i) { return load_lanes<A>(data, at + i) * load16(factors + i); }, d, to);
+  const auto from = [&](long i) { return load_lanes<A>(data, at + i) * load16(factors + i); };
+  hadamard<ChannelOrder::kPlain>(from, d, to, see);
+  return lanes.of_row();
+}
+
+// The codes of what rotate_row left.
+template <Activation A, Code C>
+KVQ_HD void encode_rotated(const float* row, long d, const RowScale& scale, uint8_t* codes) {
+  if (rotated_order<A>(d) == ChannelOrder::kPlain) {
+    return encode_values<Activation::kFloat, C, true>(row, 0, d, scale, {}, codes);
+  }
+  for (long i = 0; i < d; i += 2 * kLanes) {
+    const auto codes_at = [&](long j) {
+      return encode_lanes<C, true>(load16(row + j), scale, F16{}, F16{}, false);
+    };
+    const U16 even = codes_at(i), odd = codes_at(i + kLanes);
+    Channels32<A>::save_codes(codes + i, even, odd);
+  }
 }
 
 template <Code C>

@@ -308,6 +308,16 @@ KVQ_HD float reduce_add(F16 v) {
 }
 #endif
 
+// Whether a lane is NaN; the others are finite.
+KVQ_HD bool any_nan(F16 x) {
+#if defined(__AVX512F__)
+  const __m512 v = reinterpret_cast<__m512>(x);
+  return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0;
+#else
+  return reduce_add(x) != reduce_add(x);
+#endif
+}
+
 // The low halves of sixteen words, fp16, as fp32.
 KVQ_HD F16 halves(U16 words) {
 #if defined(__AVX512F__)

@@ -137,7 +137,6 @@ struct Writer {
   KVQ_HD void encode_rows(Batch& b, const Rows& rows, const StaticScale& scale, const Run& run,
                           int first, int tokens, long begin, long end, long lowest) const {
     static_assert(kPerToken || !kRotated, "rotated channels have no scales in any checkpoint");
-    constexpr Activation kHeld = kRotated ? Activation::kFloat : A;
     const long start = (run.token + first) * rows.token_stride + begin * rows.head_stride;
     RowScales s;
     if constexpr (kPerToken) {
@@ -145,10 +144,12 @@ struct Writer {
       for (int t = 0; t < tokens; ++t) {
         long at = start + t * rows.token_stride;
         for (long h = begin; h < end; ++h, ++lane, at += rows.head_stride) {
-          float* rotated = b.rotated + lane * d;
-          if constexpr (kRotated) rotate_row<A>(rows.data, at, d, rotated);
-          const Extremes extremes = kRotated ? extremes_of<kHeld, C>(rotated, 0, d)
-                                             : extremes_of<kHeld, C>(rows.data, at, d);
+          Extremes extremes;
+          if constexpr (kRotated) {
+            extremes = rotate_row<A, C>(rows.data, at, d, b.rotated + lane * d);
+          } else {
+            extremes = extremes_of<A, C>(rows.data, at, d);
+          }
           s.peak[lane] = extremes.peak;
           if constexpr (kAffine<C>) s.low[lane] = extremes.low, s.high[lane] = extremes.high;
         }
@@ -168,7 +169,7 @@ struct Writer {
         if (__builtin_expect(s.peak[lane] > float_bits(kInRangeLimit<C, kRotated>), 0)) {
           s.metadata[lane] = encode_out_of_range_row<A, C, kRotated>(rows.data, at, d, codes);
         } else if constexpr (kRotated) {
-          encode_values<kHeld, C, true>(b.rotated + lane * d, 0, d, s[lane], {}, codes);
+          encode_rotated<A, C>(b.rotated + lane * d, d, s[lane], codes);
         } else {
           encode_values<A, C, true>(rows.data, at, d, s[lane], {}, codes);
         }
