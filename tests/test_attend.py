@@ -283,7 +283,7 @@ def tiled(format, head_size: int):
 
 
 def by_kind(floats: bool):
-    formats = [f for f in ROWS if (f.key.code.kind is Kind.FLOAT) == floats]
+    formats = [f for f in PLAIN_ROWS if (f.key.code.kind is Kind.FLOAT) == floats]
     return pytest.mark.parametrize("format", formats, ids=name_of)
 
 
