@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvq_plugin import __version__
 from kvq_plugin.evaluate import BASELINE, BUILTIN_TEXT
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 from kvq_plugin.servers import ServerError
 
 INTERRUPTED = 130
@@ -130,7 +130,7 @@ def _add_bench(commands) -> None:
         "bench", help="time our kernels, engines and caches against vLLM's and transformers' own"
     )
     kinds = bench.add_subparsers(required=True, metavar="WHAT")
-    kernels = ",".join(dict.fromkeys(format.name for format in FORMATS.values()))
+    kernels = ",".join(dict.fromkeys(format.name for format in SERVED.values()))
     for kind, repeats in (("attention", 15), ("store", 15)):
         each = kinds.add_parser(kind, help=f"{kind} kernels alone, with vLLM's CPU kernels")
         _add_dtypes(each, kernels)
@@ -208,9 +208,9 @@ def parse_dtypes(text: str) -> list[str]:
     """``"fp8,int8"`` → ``["auto", "fp8", "int8"]``; argparse's error names the known ones."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name != BASELINE and name not in FORMATS:
+        if name != BASELINE and name not in SERVED:
             raise argparse.ArgumentTypeError(
-                f"unknown KV-cache dtype {name!r}; known are {BASELINE}, {', '.join(FORMATS)}"
+                f"unknown KV-cache dtype {name!r}; known are {BASELINE}, {', '.join(SERVED)}"
             )
     return list(dict.fromkeys([BASELINE, *names]))
 

@@ -33,7 +33,7 @@ from kvq_plugin.evaluate import (
     make_windows,
     perplexity_http,
 )
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 from kvq_plugin.report import change_text, progress
 from kvq_plugin.servers import Server, serve
 from kvq_plugin.tables import print_table
@@ -120,7 +120,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Result]
 
 def needs_scales(dtype: str) -> bool:
     """Whether *dtype* cannot be served without scales from the checkpoint."""
-    format = FORMATS.get(dtype)
+    format = SERVED.get(dtype)
     return format is not None and not format.is_dynamic and format.default_scale is None
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvq_plugin import __version__, _native
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import FORMATS, SERVED
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import patches
 from kvq_plugin.tables import print_table
@@ -334,16 +334,16 @@ def dtypes() -> dict[str, tuple[bool, str]]:
         known, here = compat.known_dtypes(), compat.platform_name()
         on_cpu, on_gpu = compat.is_cpu(), compat.is_gpu()
     except ImportError as error:
-        return {name: (False, f"vLLM cannot be imported: {error}") for name in FORMATS}
+        return {name: (False, f"vLLM cannot be imported: {error}") for name in SERVED}
     try:
         _native.load()
     except (ImportError, OSError, ValueError) as error:
-        return {name: (False, str(error).split(";")[0]) for name in FORMATS}
+        return {name: (False, str(error).split(";")[0]) for name in SERVED}
     if not (on_cpu or on_gpu):
         why = f"vLLM runs on {here} here; the plugin has kernels for CPUs, CUDA and ROCm only"
-        return {name: (False, why) for name in FORMATS}
+        return {name: (False, why) for name in SERVED}
     rows = {"auto": (True, "nothing: the model's own dtype, vLLM's kernels")}
-    for name, format in FORMATS.items():
+    for name, format in SERVED.items():
         if format.is_dynamic:
             rows[name] = True, "nothing: scales are computed while writing"
         elif format.default_scale is None:
@@ -356,6 +356,8 @@ def dtypes() -> dict[str, tuple[bool, str]]:
         for name in _by_owner(known)[1]:
             needs = rows[name][1]
             rows[name] = True, f"vLLM's own; the plugin's with --attention-backend KVQ: {needs}"
+        for name in SERVED.keys() - FORMATS.keys():
+            rows[name] = False, "the plugin has kernels for it on CPUs only"
         rows[", ".join(others)] = True, "vLLM's own, where one of its backends has it"
     else:
         rows[", ".join(others)] = False, "implemented neither by vLLM on CPUs nor by kvq_plugin"

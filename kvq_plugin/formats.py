@@ -207,10 +207,12 @@ _LOWBIT_ROWS = (
     ),
 )
 
-#: Every name a user may type for ``--kv-cache-dtype``, aliases included.
+#: Every name of a format that all devices have kernels for, aliases included.
 FORMATS: dict[str, KVFormat] = {n: f for f in _ROWS for n in (f.name, *f.aliases)}
-#: Formats that kernels and reference know and that are not offered to vLLM yet.
+#: Formats that CPUs alone have kernels for.
 LOWBIT: dict[str, KVFormat] = {f.name: f for f in _LOWBIT_ROWS}
+#: Every name a user may type for ``--kv-cache-dtype``; rotated int8 is the recent rows' alone.
+SERVED: dict[str, KVFormat] = FORMATS | {n: f for n, f in LOWBIT.items() if f is not _ROTATED_INT8}
 
 
 def get_format(name: str) -> KVFormat:
@@ -222,7 +224,7 @@ def get_format(name: str) -> KVFormat:
         return FORMATS[name] if name in FORMATS else LOWBIT[name]
     except KeyError:
         raise ValueError(
-            f"unknown KV-cache format {name!r}; kvq_plugin knows {', '.join(sorted(FORMATS))}"
+            f"unknown KV-cache format {name!r}; kvq_plugin knows {', '.join(sorted(SERVED))}"
         ) from None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kvq_plugin.formats import FORMATS, KVFormat
+from kvq_plugin.formats import SERVED, KVFormat
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.serving.scales import keys
 from kvq_plugin.serving.scales.declared import (
@@ -252,7 +252,7 @@ def automatic(checkpoint: Checkpoint) -> tuple[bool, str]:
         dtype = checkpoint.scheme.dtype()
     except ValueError as error:
         return False, f"refused: {error}"
-    serves, how = verdict(checkpoint, dtype, FORMATS[dtype])
+    serves, how = verdict(checkpoint, dtype, SERVED[dtype])
     return serves, f"takes {dtype}, as the checkpoint declares; {how}"
 
 

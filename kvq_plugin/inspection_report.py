@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 from kvq_plugin.inspection import Checkpoint, Layer, automatic, read, remarks, verdict
 from kvq_plugin.tables import print_table
 
@@ -95,7 +95,7 @@ def dtypes_table(checkpoint: Checkpoint) -> Table:
     table.add_column("serves", justify="center")
     table.add_column("scales")
     rows = {"auto": automatic(checkpoint)}
-    rows |= {name: verdict(checkpoint, name, format) for name, format in FORMATS.items()}
+    rows |= {name: verdict(checkpoint, name, format) for name, format in SERVED.items()}
     for name, (serves, how) in rows.items():
         table.add_row(name, "yes" if serves else "no", how)
     return table

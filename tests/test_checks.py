@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import FORMATS, SERVED
 from kvq_plugin.serving import compat, selection
-from kvq_plugin.serving.checks import check
+from kvq_plugin.serving.checks import check, settle_drafts
 from kvq_plugin.serving.compat import patches
 from kvq_plugin.serving.selection import serves
 
@@ -40,6 +40,11 @@ def _config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
             }
             | (cache or {})
         ),
+        scheduler_config=SimpleNamespace(
+            disable_hybrid_kv_cache_manager=top.pop("without_hybrid", None)
+        ),
+        num_speculative_tokens=top.pop("drafts", 0),
+        use_v2_model_runner=False,
         parallel_config=SimpleNamespace(
             **{"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
             | (parallel or {})
@@ -63,7 +68,7 @@ def _config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
     )
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16", *FORMATS])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", *SERVED])
 def test_what_works_is_let_through(dtype):
     check(_config(dtype))
 
@@ -106,6 +111,36 @@ def test_refusals_say_why(change, says):
     with pytest.raises(ValueError, match=says) as refusal:
         check(_config(**change))
     assert "use" in str(refusal.value) or "supported" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change", "says"),
+    [
+        ("int4", {"cache": {"block_size": 32}}, "blocks of 32.*64 and more.*--block-size 128"),
+        ("k3v2", {"cache": {"block_size": 64}}, "blocks of 64.*96 and more.*--block-size 128"),
+        ("k3v2", {"model": {"get_head_size": lambda: 80}}, "head size 80.*multiples of 32"),
+        ("int4", {"model": {"attention_chunk_size": 8192}}, "chunked local.*int8_per_token_head"),
+        ("int4", {"without_hybrid": True}, "drop --disable-hybrid-kv-cache-manager"),
+        ("int4", {"drafts": 33}, "33 speculative tokens.*up to 32.*num_speculative_tokens"),
+        ("int4", {"method": "draft_model"}, "V1 model runner.*use another method"),
+        ("int4", {"kv_cache_dtype": "k3v2"}, "draft.*k3v2.*int8_per_token_head.*leave it out"),
+    ],
+)
+def test_recent_rows_that_cannot_be_kept(dtype, change, says):
+    fields = {name: change.pop(name) for name in ("method", "kv_cache_dtype") if name in change}
+    if fields or "drafts" in change:
+        drafter = SimpleNamespace(model="elsewhere", hf_config=SimpleNamespace())
+        fields = {"kv_cache_dtype": None, "method": "eagle", "draft_model_config": drafter} | fields
+        change["speculative_config"] = SimpleNamespace(**fields)
+    with pytest.raises(ValueError, match=says):
+        check(_config(dtype, **change))
+
+
+@pytest.mark.parametrize("dtype", ["auto", DYNAMIC, "k8v4", "int4"])
+def test_a_draft_model_keeps_no_recent_rows(dtype):
+    speculation = SimpleNamespace(kv_cache_dtype=None)
+    settle_drafts(_config(dtype, speculative_config=speculation))
+    assert speculation.kv_cache_dtype == (DYNAMIC if dtype == "int4" else None)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +263,13 @@ def test_what_works_on_gpus(on_gpu, dtype, head_size):
     for backend in (None, "CUSTOM"):
         if FORMATS.get(dtype) is not FORMATS["int8"] or backend is None:  # which needs scales
             check(on_gpu(dtype, backend=backend, **shape))
+
+
+@pytest.mark.parametrize("dtype", SERVED.keys() - FORMATS.keys())
+def test_what_only_cpus_have_is_refused_on_gpus(on_gpu, monkeypatch, dtype):
+    monkeypatch.setattr(patches, "_own_dtypes", {dtype})
+    with pytest.raises(ValueError, match="was asked for a GPU: supported are CPUs; use int8_per"):
+        check(on_gpu(dtype))
 
 
 @pytest.mark.parametrize("change", [MLA, *NOT_OURS])

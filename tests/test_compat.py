@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from version_matrix import tree
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 from kvq_plugin.serving import compat
 
 SERVING = Path(compat.__file__).parents[1]
@@ -201,9 +201,9 @@ def test_dtypes_are_accepted_where_vllm_checks_them():
         "EngineArgs.add_cli_args(P())\n"  # warms the cache the registration must clear
         "s.register()\n"
         "from vllm.config import CacheConfig, SpeculativeConfig\n"
-        "from kvq_plugin.formats import FORMATS\n"
+        "from kvq_plugin.formats import SERVED\n"
         "parser = EngineArgs.add_cli_args(P())\n"
-        "for name in FORMATS:\n"
+        "for name in SERVED:\n"
         "    a = parser.parse_args(['--kv-cache-dtype', name])\n"
         "    c = CacheConfig(cache_dtype=a.kv_cache_dtype)\n"
         "    assert pickle.loads(pickle.dumps(c)).cache_dtype == copy.deepcopy(c).cache_dtype\n"
@@ -213,14 +213,14 @@ def test_dtypes_are_accepted_where_vllm_checks_them():
         "except ValueError:\n"
         "    print('refused')\n"
     )
-    assert out.split()[-len(FORMATS) - 1 :] == [*FORMATS, "refused"]
+    assert out.split()[-len(SERVED) - 1 :] == [*SERVED, "refused"]
 
 
 def test_backend_of_every_format_is_importable_by_path():
     out = _run(
         "import kvq_plugin.serving as s; s.register()\n"
         "from vllm.utils.import_utils import resolve_obj_by_qualname as resolve\n"
-        "from kvq_plugin.formats import FORMATS\n"
+        "from kvq_plugin.formats import SERVED\n"
         "import torch\n"
         "from vllm.v1.attention.selector import AttentionSelectorConfig as Layer\n"
         "from vllm.platforms import current_platform\n"
@@ -228,7 +228,7 @@ def test_backend_of_every_format_is_importable_by_path():
         "    more = {'head_size': 64, 'dtype': torch.bfloat16, 'block_size': None} | more\n"
         "    layer = Layer(kv_cache_dtype=name, attn_type=type, **more)\n"
         "    return current_platform.get_attn_backend_cls(None, layer)\n"
-        "for name, format in FORMATS.items():\n"
+        "for name, format in SERVED.items():\n"
         "    cls = resolve(select(name))\n"
         "    assert cls.format is format and cls.get_impl_cls().format is format\n"
         "    assert '.'.join(cls.full_cls_name()) == select(name)\n"

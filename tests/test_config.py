@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from kvq_plugin.formats import FORMATS, Kind  # noqa: E402
+from kvq_plugin.formats import SERVED, Kind  # noqa: E402
 from kvq_plugin.serving import compat  # noqa: E402
 from kvq_plugin.serving.scales import config as scales_config  # noqa: E402
 from kvq_plugin.serving.scales import keys  # noqa: E402
@@ -68,7 +68,7 @@ def attention():
 # --- which config ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", sorted(FORMATS))
+@pytest.mark.parametrize("dtype", sorted(SERVED))
 def test_unquantized_checkpoint_gets_our_config(dtype):
     config = engine(dtype)
     wrap_quant_config(config)
@@ -209,10 +209,10 @@ def test_explicit_unquantized_cache_wins_over_a_scheme_vllm_would_reject():
     )
 
 
-@pytest.mark.parametrize("dtype", sorted(FORMATS))
+@pytest.mark.parametrize("dtype", sorted(SERVED))
 @pytest.mark.parametrize("scheme", [INT8, FLOAT8])
 def test_scales_for_another_code_are_refused(scheme, dtype):
-    format = FORMATS[dtype]
+    format = SERVED[dtype]
     same = (format.key.code.kind is Kind.FLOAT) == (scheme["type"] == "float")
     config = engine(dtype, None, {**NONE, "kv_cache_scheme": scheme})
     if format.is_dynamic or same:

@@ -30,8 +30,11 @@ BATCHES = [
     Batch(PROMPTS, {"prompt_logprobs": 0, "max_tokens": NEW}),
     Batch([], {"prompt_logprobs": 0, "max_tokens": 1}),
 ]
+#: The same of ``int4``, whose layers with a window keep int8.
+INT4_CHANGE = 0.25
 #: (feature, cache dtype, activations) beside every feature in DTYPE.
 MORE = [
+    *((feature, "int4", "auto") for feature in CONFIGS),
     ("gqa", DTYPE, "float16"),
     ("gqa", DTYPE, "float32"),
     ("kv_sharing", "fp8", "auto"),  # static: scales come from the layer that is shared
@@ -66,7 +69,7 @@ def _change(a: list[Output], b: list[Output]) -> float:
 
 
 def _bound(dtype: str) -> float:
-    return MAX_CHANGE if dtype == DTYPE else 0.15
+    return {DTYPE: MAX_CHANGE, "int4": INT4_CHANGE}.get(dtype, 0.15)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout  # noqa:
 
 from kvq_plugin import kernels as gpu_kernels  # noqa: E402
 from kvq_plugin import ops, reference  # noqa: E402
-from kvq_plugin.formats import FORMATS, FP8_E4M3, FP8_E4M3FNUZ, fnuz  # noqa: E402
+from kvq_plugin.formats import FORMATS, FP8_E4M3, FP8_E4M3FNUZ, SERVED, fnuz  # noqa: E402
 from kvq_plugin.layout import GPU_V1  # noqa: E402
 from kvq_plugin.reference import StaticScale  # noqa: E402
 from kvq_plugin.serving import backend as cpu  # noqa: E402
@@ -59,9 +59,9 @@ def _spec(format=None, head_size=HEAD_SIZE, **changes):
     return spec if format is None else gpu.BACKENDS[format].customize_spec(spec)
 
 
-@pytest.mark.parametrize("module", [cpu, gpu])
-def test_every_format_has_a_backend_by_its_name(module):
-    assert list(module.BACKENDS) == list(dict.fromkeys(FORMATS.values()))
+@pytest.mark.parametrize(("module", "formats"), [(cpu, SERVED), (gpu, FORMATS)])
+def test_every_format_has_a_backend_by_its_name(module, formats):
+    assert list(module.BACKENDS) == list(dict.fromkeys(formats.values()))
     for format, backend in module.BACKENDS.items():
         assert backend is getattr(module, f"KVQ_{format.name}") and backend.format is format
         assert backend.get_impl_cls().format is format

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from kvq_plugin import inspection, inspection_report
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 
 CONFIG = {
     "num_attention_heads": 4,
@@ -58,7 +58,7 @@ def report(path, plot=None):
 
 def verdicts(path):
     checkpoint = inspection.read(path)
-    return {n: inspection.verdict(checkpoint, n, f)[0] for n, f in FORMATS.items()}
+    return {n: inspection.verdict(checkpoint, n, f)[0] for n, f in SERVED.items()}
 
 
 def test_reads_scales_as_serving_does(write):
@@ -84,14 +84,14 @@ def test_reads_scales_as_serving_does(write):
 def test_says_which_dtypes_serve(write, scheme):
     extra = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme} if scheme else {}
     found = verdicts(write(scales(k_scale=0.5, v_scale=0.5), **extra))
-    for name, format in FORMATS.items():
+    for name, format in SERVED.items():
         wanted = not scheme or scheme["type"] == ("float" if "fp8" in name else "int")
         assert found[name] == (format.is_dynamic or wanted)
 
 
 def test_a_checkpoint_without_scales(write):
     path = write({})
-    assert verdicts(path) == {n: f.is_dynamic or bool(f.default_scale) for n, f in FORMATS.items()}
+    assert verdicts(path) == {n: f.is_dynamic or bool(f.default_scale) for n, f in SERVED.items()}
     text, error = report(path)
     assert error is None and "kvq calibrate" in text and "unquantized" in text
     assert "no KV scales to plot" in report(path, path / "x.png")[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 from kvq_plugin.serving.compat import RUN_VERSIONS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -19,14 +19,14 @@ ROWS = [(re.findall(r"\w+", names), figures) for names, *figures in ROW.findall(
 
 
 def test_every_name_has_a_row():
-    assert sorted(name for names, _ in ROWS for name in names) == sorted(FORMATS)
+    assert sorted(name for names, _ in ROWS for name in names) == sorted(SERVED)
 
 
 @pytest.mark.parametrize(("names", "figures"), ROWS, ids=lambda value: value[0])
 def test_bytes_and_ratios(names, figures):
     for head_size, stated, ratio in ((64, *figures[:2]), (128, *figures[2:])):
         for name in names:
-            stored = FORMATS[name].bytes_per_token(head_size)
+            stored = SERVED[name].bytes_per_token(head_size)
             assert (str(stored), f"{4 * head_size / stored:.2f}") == (stated, ratio)
 
 

@@ -22,7 +22,7 @@ from scaled import add_scales
 from tiny_models import make
 from version_matrix import environment
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import FORMATS, SERVED
 from kvq_plugin.serving.compat import RUN_VERSIONS
 
 # All engines of a version start in one fixture, and a loaded machine takes minutes for it.
@@ -31,7 +31,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 REFERENCE = "0.32.0"
 DYNAMIC = "int8_per_token_head"
 #: Formats that need no scales from a checkpoint, one name each.
-READY = [f.name for f in dict.fromkeys(FORMATS.values()) if f.is_dynamic or f.default_scale]
+READY = [f.name for f in dict.fromkeys(SERVED.values()) if f.is_dynamic or f.default_scale]
+#: Names that no vLLM has of its own.
+OWN = ["int8", *(name for name in SERVED if name not in FORMATS)]
 #: Change of scores between versions, as a part of what the format itself changes.
 MAX_CHANGE = 0.1
 #: Nats; a hit computes its last tokens in matrix products of another shape (test_engine.py).
@@ -141,7 +143,7 @@ def test_it_is_the_version_it_should_be(facts, version):
 
 
 def test_the_command_line_takes_every_format(facts):
-    assert facts["accepted"] == list(FORMATS)
+    assert facts["accepted"] == list(SERVED)
 
 
 def test_doctor_says_what_was_run(facts, version):
@@ -150,7 +152,7 @@ def test_doctor_says_what_was_run(facts, version):
 
 def test_dtypes_are_registered_the_way_vllm_has(facts, version):
     """Through vLLM's API where there is one, and then only the names that are ours alone."""
-    assert list(facts["handlers"]) == (["int8"] if version >= "0.33" else [])
+    assert list(facts["handlers"]) == (OWN if version >= "0.33" else [])
     assert all(all(properties.values()) for properties in facts["handlers"].values())
 
 

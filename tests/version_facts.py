@@ -20,13 +20,13 @@ def command_line(model: str) -> list[str]:
     from vllm.entrypoints.cli import serve
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from kvq_plugin.formats import FORMATS
+    from kvq_plugin.formats import SERVED
 
     parser = FlexibleArgumentParser()
     [command] = serve.cmd_init()
     command.subparser_init(parser.add_subparsers())
     accepted = []
-    for name in (*FORMATS, "int9"):
+    for name in (*SERVED, "int9"):
         try:
             arguments = parser.parse_args(["serve", model, "--kv-cache-dtype", name])
             accepted.append(CacheConfig(cache_dtype=arguments.kv_cache_dtype).cache_dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kvq_plugin import hugepages, ops
-from kvq_plugin.formats import FORMATS, Kind, KVFormat
+from kvq_plugin.formats import SERVED, Kind, KVFormat
 from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving import compat
 
@@ -105,25 +105,36 @@ class _Ours:
     def __init__(self, batch: _Batch, format: KVFormat) -> None:
         s = batch.shape
         self.batch, self.format = batch, format
-        content = format.bytes_per_token(s.head_size)
-        with hugepages.HugePages():  # as in an engine
-            self.cache = torch.zeros(batch.blocks, s.kv_heads, BLOCK, content, dtype=torch.uint8)
-        self.bytes_per_token = content * s.kv_heads
+        self.cache = self._pages(format)
+        self.recent = None if format.recent is None else self._pages(format.recent)
+        self.bytes_per_token = self.cache.shape[-1] * s.kv_heads
         self.static = None
         if not format.is_dynamic:
             code = format.key.code
             scale = 1.0 if code.kind is Kind.FLOAT else STATIC_RANGE / code.qmax
             self.static = StaticScale.expand(scale, s.kv_heads, s.head_size)
 
+    def _pages(self, format: KVFormat) -> torch.Tensor:
+        shape = self.batch.shape
+        content = format.bytes_per_token(shape.head_size, BLOCK)
+        size = (self.batch.blocks, shape.kv_heads, BLOCK, content)
+        with hugepages.HugePages():  # as in an engine
+            return torch.zeros(size, dtype=torch.uint8)
+
+    def _recent(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Recent rows of all tokens lie in blocks like the sealed ones, for simplicity."""
+        return {} if self.recent is None else {"recent_cache": self.recent, name: value}
+
     def store(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        ops.store(key, value, self.cache, slots, self.format, self.static, self.static)
+        recent = self._recent("recent_slot_mapping", slots)
+        ops.store(key, value, self.cache, slots, self.format, self.static, self.static, **recent)
 
     def attend(self) -> None:
         b = self.batch
         tables = (b.block_table, b.seq_lens, b.starts)
-        ops.attend(
-            b.out, b.query, self.cache, *tables, self.format, b.scale, self.static, self.static
-        )
+        statics = (self.static, self.static)
+        recent = self._recent("recent_block_table", b.block_table)
+        ops.attend(b.out, b.query, self.cache, *tables, self.format, b.scale, *statics, **recent)
 
 
 class _Stock:
@@ -192,7 +203,7 @@ class _Stock:
 
 def _candidates(batch: _Batch, names: list[str]) -> dict[str, _Ours | _Stock]:
     stock = {name: _Stock(batch, dtype) for name, dtype in STOCK.items()}
-    return stock | {name: _Ours(batch, FORMATS[name]) for name in names}
+    return stock | {name: _Ours(batch, SERVED[name]) for name in names}
 
 
 def attention(shape: Shape, names: list[str]) -> dict[str, Candidate]:

@@ -28,7 +28,7 @@ def register() -> None:
 
 def _register() -> bool:
     """True when all is done, False when a later call has to go on. Changes nothing if it raises."""
-    from kvq_plugin.formats import FORMATS
+    from kvq_plugin.formats import SERVED
     from kvq_plugin.serving import compat, selection
     from kvq_plugin.serving.compat import patches
 
@@ -44,7 +44,7 @@ def _register() -> bool:
     import torch
 
     with ExitStack() as undo:
-        patches.add_dtypes(undo, FORMATS, torch.uint8)
+        patches.add_dtypes(undo, SERVED, torch.uint8)
         if not on_cpu:
             patches.add_backend(
                 selection.BACKEND_NAME, f"{__name__}.stock_triton.StockTritonBackend", undo
@@ -55,6 +55,7 @@ def _register() -> bool:
             patches.on_config(undo, _on_config)
             patches.on_draft_quant_config(undo, _on_draft_quant_config)
             patches.on_model_created(undo, _on_model_created)
+            patches.on_capacity(undo, _capacity)
             if on_cpu:
                 patches.on_kv_cache_allocation(undo, _cache_memory)
             # Registers the quantization method, which vLLM looks up before any config exists;
@@ -95,16 +96,26 @@ def _cache_memory(specs):
     return cache_memory(specs)
 
 
+def _capacity(vllm_config, kv_cache_config, stated):
+    from kvq_plugin.serving.pages import capacity
+
+    return capacity(vllm_config, kv_cache_config, stated)
+
+
 def _on_model_created(model, vllm_config, model_config) -> None:
+    from kvq_plugin.serving import compat
+    from kvq_plugin.serving.recent import prepare
     from kvq_plugin.serving.scales.method import begin_load
     from kvq_plugin.serving.selection import require_own_backends
 
     require_own_backends(model, vllm_config)
+    for layer in filter(lambda m: isinstance(m, compat.Attention), model.modules()):
+        prepare(layer, vllm_config)  # of a model that gives its layers no quantization config
     begin_load(model, vllm_config, model_config)
 
 
 def _on_config(vllm_config) -> None:
-    from kvq_plugin.serving.checks import check
+    from kvq_plugin.serving.checks import check, settle_drafts
     from kvq_plugin.serving.compat import patches
     from kvq_plugin.serving.scales.config import wrap_quant_config
     from kvq_plugin.serving.selection import serves
@@ -118,3 +129,4 @@ def _on_config(vllm_config) -> None:
     wrap_quant_config(vllm_config)
     if cache.cache_dtype != asked:  # "auto", and the checkpoint itself asks for a format
         check(vllm_config)
+    settle_drafts(vllm_config)

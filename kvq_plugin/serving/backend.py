@@ -48,7 +48,7 @@ class CPUBuilder(AttentionMetadataBuilder[KVQMetadata]):
 class CPUImpl(KVQImpl):
     """Attention by the compiled CPU kernels."""
 
-    def _attend(self, out, query, kv_cache, m, statics) -> None:
+    def _attend(self, out, query, kv_cache, m, statics, recent) -> None:
         ops.attend(
             out,
             query,
@@ -61,6 +61,7 @@ class CPUImpl(KVQImpl):
             *statics,
             causal=m.causal,
             **self._options,
+            **recent,
         )
 
 
@@ -103,6 +104,9 @@ KVQ_int8 = CPUBackend.of("int8")
 KVQ_int8_per_token_head = CPUBackend.of("int8_per_token_head")
 KVQ_fp8_per_token_head = CPUBackend.of("fp8_per_token_head")
 KVQ_int4_per_token_head = CPUBackend.of("int4_per_token_head")
+KVQ_k8v4 = CPUBackend.of("k8v4")
+KVQ_int4 = CPUBackend.of("int4")
+KVQ_k3v2 = CPUBackend.of("k3v2")
 BACKENDS: dict[KVFormat, type[KVQBackend]] = {
     backend.format: backend
     for backend in (
@@ -112,5 +116,8 @@ BACKENDS: dict[KVFormat, type[KVQBackend]] = {
         KVQ_int8_per_token_head,
         KVQ_fp8_per_token_head,
         KVQ_int4_per_token_head,
+        KVQ_k8v4,
+        KVQ_int4,
+        KVQ_k3v2,
     )
 }

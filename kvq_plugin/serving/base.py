@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from kvq_plugin import ops
-from kvq_plugin.formats import FORMATS, KVFormat, get_format
+from kvq_plugin.formats import SERVED, KVFormat, get_format
 from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving.compat import (
     AttentionBackend,
@@ -21,12 +21,13 @@ from kvq_plugin.serving.compat import (
     CommonAttentionMetadata,
     KVCacheLayout,
     MultipleOf,
+    SlidingWindowSpec,
     current_platform,
     get_current_vllm_config_or_none,
 )
 
 #: Cache dtypes under which vLLM presents one of our layers; an unquantized layer's is wider.
-_CODE_DTYPES = (torch.uint8, torch.int8)
+CODE_DTYPES = (torch.uint8, torch.int8)
 _NO_STATICS = (None, None)
 
 
@@ -35,7 +36,7 @@ def layer_format(kv_cache_dtype: str | None, attn_type: str) -> KVFormat | None:
 
     Raises ValueError for cross attention, whose cache vLLM fills on another path.
     """
-    format = FORMATS.get(kv_cache_dtype)
+    format = SERVED.get(kv_cache_dtype)
     if format is None or attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
         return None
     if attn_type != AttentionType.DECODER:
@@ -51,7 +52,8 @@ def is_our_spec(spec: Any) -> bool:
     content = getattr(spec, "state_content_bytes", None)
     if content is None or spec.dtype is not torch.uint8:
         return False
-    return content in {f.bytes_per_token(spec.head_size) for f in FORMATS.values()}
+    rows = {row for format in SERVED.values() for row in (format, format.recent) if row}
+    return content in {f.bytes_per_token(spec.head_size, spec.block_size) for f in rows}
 
 
 def class_path(backend: type[AttentionBackend]) -> str:
@@ -72,7 +74,7 @@ def require_same_cache(kv_cache_dtype: str, target: str | None) -> Any:
     layer = config.compilation_config.static_forward_context.get(target)
     if layer is None:
         return None  # vLLM reports a bad target itself, right after this
-    ours, theirs = FORMATS.get(kv_cache_dtype), FORMATS.get(layer.kv_cache_dtype)
+    ours, theirs = SERVED.get(kv_cache_dtype), SERVED.get(layer.kv_cache_dtype)
     if ours is not theirs:
         raise ValueError(
             f"a layer of KV-cache dtype {kv_cache_dtype} shares the cache of {target}, which is "
@@ -159,8 +161,9 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
 
     Attributes:
         format: the row of the table the layer was asked for (set by :meth:`KVQBackend.of`).
-        kernel_format: what the pages of this device hold; *format* but for the encoding of
-            8-bit floats on some GPUs.
+        kernel_format: what the pages hold; *format* but for the encoding of 8-bit floats on some
+            GPUs, and for layers with a sliding window of a format with recent rows: these keep all
+            rows as recent ones, whose number the window bounds anyway.
     """
 
     format: ClassVar[KVFormat]
@@ -195,7 +198,7 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
                 f"attention sinks have {sinks.shape[0]} entries: expected one per query head, "
                 f"{num_heads}"
             )
-        self.kernel_format = self.format
+        self.kernel_format = (sliding_window and self.format.recent) or self.format
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -256,7 +259,12 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Quantize ``key``, ``value [T, H, D]`` into ``kv_cache [B, H, N, C]`` uint8."""
-        ops.store(key, value, kv_cache, slot_mapping, self.kernel_format, *self._statics(layer))
+        recent = {}
+        if self.kernel_format.recent is not None:
+            _, cache, slots = layer.kvq_recent.caches()
+            recent = {"recent_cache": cache, "recent_slot_mapping": slots}
+        statics = self._statics(layer)
+        ops.store(key, value, kv_cache, slot_mapping, self.kernel_format, *statics, **recent)
 
     def forward(
         self,
@@ -285,7 +293,11 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
         if tokens != query.shape[0]:
             query = query[:tokens]
         out = output if tokens == output.shape[0] else output[:tokens]
-        self._attend(out, query, kv_cache, m, self._statics(layer))
+        recent = {}
+        if self.kernel_format.recent is not None:
+            theirs, cache, _ = layer.kvq_recent.caches()
+            recent = {"recent_cache": cache, "recent_block_table": theirs.block_table}
+        self._attend(out, query, kv_cache, m, self._statics(layer), recent)
         return output
 
     def _attend(
@@ -295,8 +307,9 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
         kv_cache: torch.Tensor,
         m: KVQMetadata,
         statics: tuple[StaticScale | None, StaticScale | None],
+        recent: dict[str, torch.Tensor],
     ) -> None:
-        """Call the kernels for the batch *m*."""
+        """Call the kernels for the batch *m*; *recent*: cache and block table of recent rows."""
         raise NotImplementedError
 
 
@@ -358,7 +371,7 @@ class KVQBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        return FORMATS.get(kv_cache_dtype) is cls.format
+        return SERVED.get(kv_cache_dtype) is cls.format
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -370,7 +383,7 @@ class KVQBackend(AttentionBackend):
 
     @classmethod
     def supports_non_causal(cls) -> bool:
-        return True
+        return cls.format.recent is None
 
     @classmethod
     def supports_per_head_quant_scales(cls) -> bool:
@@ -386,7 +399,7 @@ class KVQBackend(AttentionBackend):
 
         Raises ValueError when V's head size differs from K's.
         """
-        if spec.state_content_bytes is not None or spec.dtype not in _CODE_DTYPES:
+        if spec.state_content_bytes is not None or spec.dtype not in CODE_DTYPES:
             return spec
         if spec.head_size_v != spec.head_size:
             raise ValueError(
@@ -394,8 +407,10 @@ class KVQBackend(AttentionBackend):
                 f"sizes differ ({spec.head_size} and {spec.head_size_v}): expected equal ones; "
                 "use --kv-cache-dtype auto"
             )
-        return replace(
-            spec,
-            dtype=torch.uint8,
-            state_content_bytes=cls.format.bytes_per_token(spec.head_size),
-        )
+        rows = cls.format
+        if rows.recent is not None and isinstance(spec, SlidingWindowSpec):
+            rows = rows.recent  # see KVQImpl.kernel_format
+        # vLLM asks for blocks of one token where it wants the bytes of one.
+        tokens = spec.block_size if spec.block_size > 1 else cls.default_block_size
+        content = rows.bytes_per_token(spec.head_size, tokens)
+        return replace(spec, dtype=torch.uint8, state_content_bytes=content)

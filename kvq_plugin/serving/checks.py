@@ -15,16 +15,19 @@ import torch
 from safetensors import safe_open
 
 from kvq_plugin import hugepages
-from kvq_plugin.formats import FORMATS, KVFormat
+from kvq_plugin.formats import SERVED, KVFormat
 from kvq_plugin.serving import compat
+from kvq_plugin.serving.pages import min_block_size
 from kvq_plugin.serving.scales import keys
 from kvq_plugin.serving.scales.declared import declared_scheme
-from kvq_plugin.serving.selection import platform_backend, serves
+from kvq_plugin.serving.selection import platform_backend, platform_backends, serves
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
 #: (vLLM 0.32 picks its kernel by the model's dtype, whatever the cache's is).
 _UNQUANTIZED = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SKIP_KINDS = ("sliding_window",)
+#: The KV cache of a draft model beside a target with recent rows.
+DRAFT_DTYPE = "int8_per_token_head"
 _WITHOUT_ATTENTION = ("medusa", "mlp_speculator")  # methods whose draft model has no KV cache
 
 
@@ -43,7 +46,7 @@ def check(vllm_config: Any) -> None:
     ours = serves(vllm_config)
     if ours or compat.is_cpu():
         _check_speculation(asked, vllm_config.speculative_config, model)
-    format = FORMATS.get(asked)
+    format = SERVED.get(asked)
     if format is None:
         return
     if not ours:
@@ -52,9 +55,12 @@ def check(vllm_config: Any) -> None:
     hugepages.enabled()  # raises for a bad value, here rather than in a worker
     _check_device(asked)
     _check_served(asked, vllm_config)
+    _check_shape(asked, format, model)
     _check_attention(asked, model)
     _check_engine(asked, vllm_config)
     _check_skip_layers(vllm_config)
+    if format.recent is not None:
+        _check_recent(asked, format, vllm_config)
     _check_static_scales(asked, format, vllm_config)
 
 
@@ -76,10 +82,10 @@ def _check_options(additional_config: Any) -> None:
 
 
 def _check_dtype(asked: str, flag: str, model_dtype: torch.dtype) -> None:
-    if asked in FORMATS or not compat.is_cpu():  # vLLM checks its own dtypes on GPUs
+    if asked in SERVED or not compat.is_cpu():  # vLLM checks its own dtypes on GPUs
         return
     if asked not in _UNQUANTIZED:
-        known = ", ".join((*_UNQUANTIZED, *FORMATS))
+        known = ", ".join((*_UNQUANTIZED, *SERVED))
         raise ValueError(
             f"{flag} {asked} is not implemented on the CPU platform, neither by vLLM nor by "
             f"kvq_plugin: supported are {known}; use int8_per_token_head for a quantized cache "
@@ -110,7 +116,7 @@ def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
         scales = declared_scheme(drafter.hf_config, Path(drafter.model))
         if scales or speculation.method in _WITHOUT_ATTENTION:
             return
-    format = FORMATS.get(draft or asked)
+    format = SERVED.get(draft or asked)
     if format is not None and not format.is_dynamic and format.default_scale is None:
         raise ValueError(
             f"the draft model's kv_cache_dtype {draft or asked} needs calibrated scales, which "
@@ -120,6 +126,8 @@ def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
 
 
 def _check_device(asked: str) -> None:
+    if SERVED[asked] not in platform_backends():
+        _refuse(asked, "a GPU", "CPUs", "use int8_per_token_head, or --kv-cache-dtype auto")
     capability = compat.current_platform.get_device_capability()
     if capability is None or platform_backend().supports_compute_capability(capability):
         return  # None on CPUs, and in a process that sees no device
@@ -249,6 +257,76 @@ def _check_skip_layers(vllm_config: Any) -> None:
         )
 
 
+def _check_shape(asked: str, format: KVFormat, model: Any) -> None:
+    head_size, step = model.get_head_size(), format.head_size_step
+    if head_size % step:
+        instead = "use another KV cache, or --kv-cache-dtype auto"
+        _refuse(asked, f"head size {head_size}", f"multiples of {step}", instead)
+
+
+def _check_recent(asked: str, format: KVFormat, vllm_config: Any) -> None:
+    """What a format needs whose newest rows lie in a cache of their own (serving/recent.py)."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    smallest = min_block_size(format, model.get_head_size())
+    if cache.user_specified_block_size and cache.block_size < smallest:
+        size = platform_backend().default_block_size
+        what = f"blocks of {cache.block_size} tokens with head size {model.get_head_size()}"
+        _refuse(asked, what, f"{smallest} and more", f"use --block-size {size}")
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        _refuse(
+            asked,
+            "an engine without the hybrid KV cache manager, which frees the recent rows",
+            "engines with it",
+            "drop --disable-hybrid-kv-cache-manager, or use --kv-cache-dtype int8_per_token_head",
+        )
+    if getattr(model, "attention_chunk_size", None) is not None:  # set late
+        _refuse(
+            asked,
+            "a model with chunked local attention",
+            "full attention and sliding windows",
+            "use --kv-cache-dtype int8_per_token_head",
+        )
+    _check_drafts(asked, format, vllm_config)
+
+
+def _check_drafts(asked: str, format: KVFormat, vllm_config: Any) -> None:
+    speculation = vllm_config.speculative_config
+    if speculation is None:
+        return
+    if vllm_config.num_speculative_tokens > format.window:
+        _refuse(
+            asked,
+            f"{vllm_config.num_speculative_tokens} speculative tokens",
+            f"up to {format.window}, the rows that are not sealed yet when drafts are rejected",
+            f'use at most {format.window} as "num_speculative_tokens" in --speculative-config',
+        )
+    if speculation.method == "draft_model" and not vllm_config.use_v2_model_runner:
+        _refuse(
+            asked,
+            "a draft model of its own, which vLLM's V1 model runner gives the block table of the "
+            "target's first layers",
+            "ngram, EAGLE and multi-token prediction",
+            "use another method in --speculative-config, or --kv-cache-dtype int8_per_token_head",
+        )
+    draft = SERVED.get(speculation.kv_cache_dtype)
+    if draft is not None and draft.recent is not None:
+        raise ValueError(
+            f"the draft model's kv_cache_dtype {speculation.kv_cache_dtype} was asked for: "
+            "supported are KV caches without recent rows, since vLLM has all layers of a draft "
+            f'model share one block table; use {DRAFT_DTYPE} as "kv_cache_dtype" in '
+            "--speculative-config, or leave it out"
+        )
+
+
+def settle_drafts(vllm_config: Any) -> None:
+    """Give a draft model, where the target's format has recent rows, a KV cache without."""
+    format, speculation = SERVED.get(vllm_config.cache_config.cache_dtype), None
+    if format is not None and format.recent is not None:
+        speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.kv_cache_dtype is None:
+        speculation.kv_cache_dtype = DRAFT_DTYPE
+
+
 # --- static scales ---------------------------------------------------------------------
 
 
@@ -270,7 +348,7 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
         f"--kv-cache-dtype {asked} needs calibrated scales, and {folder} has none: no KV scheme "
         "in its configuration and no k_scale or v_scale in its safetensors files. Supported "
         "without scales are "
-        f"{', '.join(n for n, f in FORMATS.items() if f.is_dynamic or f.default_scale)}; run "
+        f"{', '.join(n for n, f in SERVED.items() if f.is_dynamic or f.default_scale)}; run "
         "`kvq calibrate` to add scales, or use --kv-cache-dtype int8_per_token_head"
     )
 

@@ -151,7 +151,7 @@ class GPUImpl(KVQImpl):
         if current_platform.is_fp8_fnuz():
             self.kernel_format = fnuz(self.format)
 
-    def _attend(self, out, query, kv_cache, m, statics) -> None:
+    def _attend(self, out, query, kv_cache, m, statics, recent) -> None:
         for part in m.parts:
             ops.attend(
                 out,
@@ -165,6 +165,7 @@ class GPUImpl(KVQImpl):
                 *statics,
                 causal=m.causal,
                 **self._options,
+                **recent,
                 max_query_len=part.max_query_len,
                 max_seq_len=m.max_seq_len,
                 workspace=m.workspace,

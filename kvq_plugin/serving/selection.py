@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED, KVFormat
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import patches
 
@@ -39,6 +39,15 @@ def platform_backend() -> type[KVQBackend]:
     return GPUBackend
 
 
+def platform_backends() -> dict[KVFormat, type[KVQBackend]]:
+    """The formats that this platform has kernels for, and their backends."""
+    if compat.is_cpu():
+        from kvq_plugin.serving.backend import BACKENDS
+    else:
+        from kvq_plugin.serving.gpu import BACKENDS
+    return BACKENDS
+
+
 # --- runs ------------------------------------------------------------------------------
 
 
@@ -49,7 +58,7 @@ def serves(vllm_config: Any) -> bool:
     Raises ValueError for a scheme of the checkpoint that no format of ours serves.
     """
     given = vllm_config.cache_config.cache_dtype
-    name = given if given in FORMATS else _declared(vllm_config)
+    name = given if given in SERVED else _declared(vllm_config)
     if name is None:
         return False
     if not compat.is_cpu():
@@ -62,7 +71,7 @@ def serves(vllm_config: Any) -> bool:
     from kvq_plugin.serving.checks import unserved
 
     why = unserved(vllm_config)
-    return why is None or (given in FORMATS and not why.vllm_serves)
+    return why is None or (given in SERVED and not why.vllm_serves)
 
 
 def is_ours_alone(kv_cache_dtype: str) -> bool:
@@ -105,8 +114,8 @@ def choose_on_cpu(selected: Any, config: Any) -> str | None:
     Raises ValueError for a layer that the plugin should serve and cannot.
     """
     run = compat.get_current_vllm_config_or_none()
-    if config.kv_cache_dtype not in FORMATS and (
-        run is None or run.cache_config.cache_dtype not in FORMATS
+    if config.kv_cache_dtype not in SERVED and (
+        run is None or run.cache_config.cache_dtype not in SERVED
     ):
         return None
     if run is not None and not serves(run):
@@ -122,7 +131,7 @@ def choose_on_cpu(selected: Any, config: Any) -> str | None:
 def choose_on_gpu(selected: Any, config: Any) -> str | None:
     """As :func:`choose_on_cpu`."""
     name = config.kv_cache_dtype
-    if name not in FORMATS:
+    if name not in SERVED:
         return None
     if not _is_named((selected,)):
         if not is_ours_alone(name):
@@ -179,7 +188,7 @@ def require_own_backends(model: torch.nn.Module, vllm_config: Any) -> None:
 
     for layer in (m for m in model.modules() if isinstance(m, compat.Attention)):
         name = layer.kv_cache_dtype
-        if name not in FORMATS or not is_ours_alone(name):
+        if name not in SERVED or not is_ours_alone(name):
             continue
         if base.layer_format(name, layer.attn_type) is None:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 from kvq_plugin.serving.compat import (
     AttentionType,
     CPUAttentionBackend,
@@ -19,7 +19,7 @@ class StockBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         stated = vllm_config
-        if vllm_config.cache_config.cache_dtype in FORMATS:
+        if vllm_config.cache_config.cache_dtype in SERVED:
             stated = copy.copy(vllm_config)
             stated.cache_config = copy.copy(vllm_config.cache_config)
             stated.cache_config.cache_dtype = "auto"
@@ -51,7 +51,7 @@ class StockImpl(CPUAttentionBackendImpl):
             num_kv_heads,
             alibi_slopes,
             sliding_window,
-            "auto" if kv_cache_dtype in FORMATS else kv_cache_dtype,
+            "auto" if kv_cache_dtype in SERVED else kv_cache_dtype,
             logits_soft_cap,
             attn_type,
             kv_sharing_target_layer_name,

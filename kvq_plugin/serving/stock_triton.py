@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 from kvq_plugin.serving.compat import (
     AttentionType,
     TritonAttentionBackend,
@@ -38,7 +38,7 @@ class StockTritonImpl(TritonAttentionImpl):
         *args,
         **kwargs,
     ) -> None:
-        if kv_cache_dtype in FORMATS:
+        if kv_cache_dtype in SERVED:
             if attn_type not in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
                 raise ValueError(
                     f"a {attn_type} layer of KV-cache dtype {kv_cache_dtype} was given vLLM's own "
@@ -66,7 +66,7 @@ class StockTritonBackend(TritonAttentionBackend):
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = [
         *TritonAttentionBackend.supported_kv_cache_dtypes,
-        *(n for n in FORMATS if n not in TritonAttentionBackend.supported_kv_cache_dtypes),
+        *(n for n in SERVED if n not in TritonAttentionBackend.supported_kv_cache_dtypes),
     ]
 
     @staticmethod

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 from kvq_plugin.serving import compat
 
 _ABSENT = object()
@@ -76,7 +76,7 @@ def _for_ours_alone(kv_cache_dtype: str | None, backend: Any = None) -> Iterator
     except Exception as error:
         says = f"kvq_plugin failed on vLLM {compat.vllm_version()}: {type(error).__name__}: {error}"
         asked = backend is not None and backend in _added_backends.values()
-        if asked or kv_cache_dtype in (FORMATS if compat.is_cpu() else _own_dtypes):
+        if asked or kv_cache_dtype in (SERVED if compat.is_cpu() else _own_dtypes):
             raise ValueError(
                 f"--kv-cache-dtype {kv_cache_dtype}: {says}; supported are vLLM "
                 f"{compat.SUPPORTED}; use --kv-cache-dtype auto"
@@ -342,6 +342,24 @@ def on_kv_cache_allocation(undo: ExitStack, surround: Callable[[list[Any]], Any]
         return allocate_kv_cache
 
     _once_imported(undo, "vllm.v1.worker.utils", "allocate_kv_cache", "kv_cache_config", wrap)
+
+
+def on_capacity(undo: ExitStack, hook: Callable[[Any, Any, float], float]) -> None:
+    """Let ``hook(vllm_config, kv_cache_config, stated)`` say how many requests of max_model_len
+    tokens fit, where vLLM *stated* a number for its log and its metrics; what is admitted does not
+    depend on it."""
+
+    def wrap(stock: Callable[..., float]) -> Callable[..., float]:
+        def get_max_concurrency_for_kv_cache_config(vllm_config, kv_cache_config):
+            stated = stock(vllm_config, kv_cache_config)
+            with _for_ours_alone(None):
+                return hook(vllm_config, kv_cache_config, stated)
+            return stated
+
+        return get_max_concurrency_for_kv_cache_config
+
+    name = "get_max_concurrency_for_kv_cache_config"
+    _once_imported(undo, "vllm.v1.core.kv_cache_utils", name, "vllm_config", wrap)
 
 
 def layer_specs(kv_cache_config: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import QuantizationConfig, register_quantization_config
 from kvq_plugin.serving.scales.declared import KVScheme, declared_scheme, quantization_section
@@ -144,7 +144,7 @@ def wrap_quant_config(vllm_config: Any) -> None:
     resolve_cache_dtype(vllm_config)
     asked = vllm_config.cache_config.cache_dtype
     scheme = _scheme_of(vllm_config.quant_config, vllm_config.model_config)
-    format = FORMATS.get(asked)
+    format = SERVED.get(asked)
     if format is not None and scheme is not None:
         scheme.check(format, asked)
     if format is None and (scheme is None or not _is_unquantized(asked)):
@@ -159,11 +159,11 @@ def wrap_draft_config(config: Any, model_config: Any) -> Any:
     cache dtype in force is ours. Raises ValueError as :func:`wrap_quant_config` does."""
     vllm_config = compat.get_current_vllm_config_or_none()
     asked = AUTO if vllm_config is None else vllm_config.cache_config.cache_dtype
-    if asked not in FORMATS or model_config is None or not serves(vllm_config):
+    if asked not in SERVED or model_config is None or not serves(vllm_config):
         return config
     scheme = _scheme_of(config, model_config)
     if scheme is not None:
-        scheme.check(FORMATS[asked], asked)
+        scheme.check(SERVED[asked], asked)
     return _with_scale_loading(config, scheme)
 
 

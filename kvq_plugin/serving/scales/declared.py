@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvq_plugin.formats import FORMATS, Code, Kind, KVFormat
+from kvq_plugin.formats import SERVED, Code, Kind, KVFormat
 
 #: compressed-tensors' ``type`` -> how such codes decode. Its int4 is symmetric, unlike ours.
 _KINDS = {"float": Kind.FLOAT, "int": Kind.SIGNED}
@@ -22,7 +22,7 @@ _MODELOPT = {"FP8": ("float", 8), "NVFP4": ("float", 4)}
 #: Where it is in ModelOpt's files, and what vLLM's own config objects call it.
 _ALGORITHM = ("kv_cache_quant_algo", "kv_cache_quant_method")
 _SIDECAR = "hf_quant_config.json"  # ModelOpt's, until config.json held the same
-NO_SCALES_NEEDED = ", ".join(sorted(n for n, f in FORMATS.items() if f.is_dynamic))
+NO_SCALES_NEEDED = ", ".join(sorted(n for n, f in SERVED.items() if f.is_dynamic))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class KVScheme:
 
         Float-8 is ``fp8`` whether dynamic or not, as in vLLM. ValueError when no format fits.
         """
-        for format in FORMATS.values():
+        for format in SERVED.values():
             dynamic = self.dynamic and format.key.code.kind is not Kind.FLOAT
             if self.fits(format.key.code) and format.is_dynamic is dynamic:
                 return (*format.aliases, format.name)[0]

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from kvq_plugin.formats import FORMATS, FP8_E4M3, Kind, KVFormat, get_format
+from kvq_plugin.formats import FP8_E4M3, SERVED, Kind, KVFormat, get_format
 from kvq_plugin.reference import StaticScale
-from kvq_plugin.serving import compat
+from kvq_plugin.serving import compat, recent
 from kvq_plugin.serving.base import KVQImpl, keep_buffer, require_same_cache
 from kvq_plugin.serving.compat import AttentionType, CompressedTensorsKVCacheMethod
 from kvq_plugin.serving.scales.keys import SCALES, ZERO_POINTS, layer_number
@@ -60,6 +60,8 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
         """
         # Here, because every attention layer passes, whichever backend it was given.
         require_same_cache(layer.kv_cache_dtype, _sharing_target(layer))
+        if (config := compat.get_current_vllm_config_or_none()) is not None:  # no reload
+            recent.prepare(layer, config)
         if not hasattr(layer, "kvq_key_static"):
             layer.kvq_key_static = layer.kvq_value_static = None
         for name in (*SCALES, *ZERO_POINTS):
@@ -168,7 +170,7 @@ def _static_format(layer: torch.nn.Module) -> KVFormat | None:
     """The layer's format if its scales come from the checkpoint; None for dynamic formats, an
     unquantized cache, and encoder layers, which have none."""
     encoder = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
-    if layer.kv_cache_dtype not in FORMATS or getattr(layer, "attn_type", None) in encoder:
+    if layer.kv_cache_dtype not in SERVED or getattr(layer, "attn_type", None) in encoder:
         return None
     format = get_format(layer.kv_cache_dtype)
     return None if format.is_dynamic else format

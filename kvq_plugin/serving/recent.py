@@ -1,0 +1,113 @@
+"""Where the newest rows of a layer live in stock vLLM: in a layer beside it, that only vLLM sees.
+
+A format with recent rows (:attr:`~kvq_plugin.formats.KVFormat.recent`) has two caches a layer. The
+second one belongs to ``<layer>.recent``, which vLLM takes for a layer with a sliding window: it
+allocates, frees, prefix-caches and preempts those rows by itself. Block tables and slots of both
+are in the forward context under their names, and blocks of both are multiples of GROUP tokens, so
+which tokens complete a group can be told from the slots alone.
+
+What they cost and how many tokens fit beside them is in :mod:`kvq_plugin.serving.pages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kvq_plugin.formats import SERVED, KVFormat
+from kvq_plugin.serving import base, compat
+from kvq_plugin.serving.pages import SUFFIX, block_size_within, sealed_page, window
+
+
+class RecentRows(compat.AttentionLayerBase):
+    """The recent rows of one attention layer, as a layer of vLLM's.
+
+    Attributes:
+        name: what vLLM knows it by.
+        format: of the layer, whose ``recent`` these rows have.
+        kv_cache: ``[B, H, N, C]`` uint8, bound by vLLM.
+    """
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.name = layer.layer_name + SUFFIX
+        self.kv_cache = torch.tensor([])
+        self._layer_spec = layer.get_kv_cache_spec
+        self.format = layer.impl.kernel_format
+        self._backend = layer.attn_backend
+
+    def get_attn_backend(self) -> type[base.KVQBackend]:
+        return self._backend  # which tells recent rows from sealed ones by the spec's window
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        """The layer's own spec, but for a window; vLLM has the backend add the bytes per token."""
+        spec = self._layer_spec(vllm_config)
+        page = sealed_page(self.format, spec.head_size, spec.block_size)
+        content = self.format.recent.bytes_per_token(spec.head_size)
+        return compat.SlidingWindowSpec(
+            block_size=block_size_within(page, content, spec.block_size),
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            head_size_v=spec.head_size_v,
+            dtype=spec.dtype,
+            kv_quant_mode=spec.kv_quant_mode,
+            sliding_window=window(self.format, vllm_config.num_speculative_tokens),
+        )
+
+    def caches(self) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+        """This step's metadata, the cache and the slots; the first and last None while vLLM
+        measures memory."""
+        metadata, _, cache, slots = compat.get_attention_context(self.name)
+        return metadata, cache, slots
+
+
+def prepare(layer: torch.nn.Module, vllm_config: Any) -> None:
+    """Give an attention layer that vLLM has just built what a run of a format with recent rows
+    needs: its recent rows (of its own, or those of the layer whose cache it reads), or, if it
+    keeps none, blocks that leave the page size to those that do.
+
+    Sets ``layer.kvq_recent``: a :class:`RecentRows` or None. Does nothing when called again.
+    """
+    if hasattr(layer, "kvq_recent"):
+        return
+    layer.kvq_recent = None
+    layers = vllm_config.compilation_config.static_forward_context
+    run = SERVED.get(vllm_config.cache_config.cache_dtype)
+    if run is None or run.recent is None:  # but the layers may be a draft model's
+        run = next((x.format for x in layers.values() if isinstance(x, RecentRows)), None)
+    if run is None:
+        return
+    if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
+        target = layers.get(layer.kv_sharing_target_layer_name)
+        layer.kvq_recent = getattr(target, "kvq_recent", None)
+    elif is_sealed(layer):
+        recent = RecentRows(layer)
+        layers[recent.name] = recent
+        layer.kvq_recent = recent
+    else:
+        layer.get_kv_cache_spec = _narrow(layer.get_kv_cache_spec, run)
+
+
+def is_sealed(layer: torch.nn.Module) -> bool:
+    """Whether *layer*'s cache holds sealed rows: then it has recent ones beside them."""
+    impl = getattr(layer, "impl", None)
+    return isinstance(impl, base.KVQImpl) and impl.kernel_format.recent is not None
+
+
+def _narrow(stock: Callable[[Any], Any], run: KVFormat) -> Callable[[Any], Any]:
+    def get_kv_cache_spec(vllm_config: Any) -> Any:
+        spec = stock(vllm_config)
+        if spec is None:
+            return None
+        full = vllm_config.cache_config.block_size
+        page = sealed_page(run, spec.head_size, full)
+        if spec.dtype in base.CODE_DTYPES:
+            content = run.recent.bytes_per_token(spec.head_size)
+        else:
+            content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
+        block_size = block_size_within(page, content, full)
+        return replace(spec, block_size=block_size, page_size_padded=None)
+
+    return get_kv_cache_spec
