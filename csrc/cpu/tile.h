@@ -9,8 +9,8 @@
 namespace kvq {
 namespace {
 
-constexpr int kTile = 64;                // tokens attended at once: K and V of it fit L1
-constexpr int kGroups = kTile / kLanes;  // 16-token groups; each lies in one page
+constexpr int kTile = 64;                        // tokens attended at once: K and V of it fit L1
+constexpr int kGroups = kTile / kLanes;          // 16-token groups; each lies in one page
 constexpr int kSealedGroups = kSealed / kLanes;  // that share the scales of sealed K
 constexpr int kMaxRows = 32;  // query rows (tokens x heads that share a kv head) of an item
 
