@@ -73,7 +73,7 @@ def by_schedule(request, models):
     base = {"model": models["gqa"], "kv_cache_dtype": name, "dtype": dtype}
     base |= {"num_gpu_blocks_override": 120}
     batches = [Batch(PROMPTS, ASKED), Batch(PROMPTS, ASKED), Batch([], {"max_tokens": 8})]
-    jobs = [Job({**base, **changes}, batches) for changes in SCHEDULES.values()]
+    jobs = [Job({**base, **changes}, list(batches)) for changes in SCHEDULES.values()]
     if name not in WINDOWED:  # its requests hold sealed blocks alone
         jobs[2].llm["num_gpu_blocks_override"] = 12
     jobs[2].batches[1:] = [Batch([prompt], ASKED) for prompt in PROMPTS]

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvq_plugin.codes import AMAX_FLOOR, FP16_MAX
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.kernels import launch
 from kvq_plugin.kernels.codec import (
@@ -24,11 +25,11 @@ from kvq_plugin.kernels.codec import (
 )
 from kvq_plugin.kernels.triton_rotate import rotate
 from kvq_plugin.layout import GPU_V1, PageLayout
-from kvq_plugin.reference import AMAX_FLOOR, FP16_MAX, FP32_MAX, StaticScale
+from kvq_plugin.reference import StaticScale
 
 _AMAX_FLOOR = tl.constexpr(AMAX_FLOOR)
 _FP16_MAX = tl.constexpr(FP16_MAX)
-_FP32_MAX = tl.constexpr(FP32_MAX)
+_FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
