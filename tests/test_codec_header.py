@@ -35,12 +35,14 @@ using Encode = void (*)(const float*, uint8_t*, long);
 using Decode = void (*)(const uint8_t*, float*, long);
 EXPORT void encode_code(int code, const float* x, uint8_t* y, long n) {
   static const Encode table[] = {encode<kvq::Code(0)>, encode<kvq::Code(1)>, encode<kvq::Code(2)>,
-                                 encode<kvq::Code(3)>, encode<kvq::Code(4)>};
+                                 encode<kvq::Code(3)>, encode<kvq::Code(4)>, encode<kvq::Code(5)>,
+                                 encode<kvq::Code(6)>};
   table[code](x, y, n);
 }
 EXPORT void decode_code(int code, const uint8_t* x, float* y, long n) {
   static const Decode table[] = {decode<kvq::Code(0)>, decode<kvq::Code(1)>, decode<kvq::Code(2)>,
-                                 decode<kvq::Code(3)>, decode<kvq::Code(4)>};
+                                 decode<kvq::Code(3)>, decode<kvq::Code(4)>, decode<kvq::Code(5)>,
+                                 decode<kvq::Code(6)>};
   table[code](x, y, n);
 }
 EXPORT void from_half(const uint16_t* x, float* y, long n) {

@@ -32,6 +32,9 @@ BATCHES = [
 ]
 #: The same of ``int4``, whose layers with a window keep int8.
 INT4_CHANGE = 0.25
+#: One code of 4 bits that flips, because vLLM's products depend on the batch, moves a log-probability
+#: by up to 0.3; test_engine_recent.py has products that do not, and allows nothing.
+INT4_DECODE_DRIFT = 0.3
 #: (feature, cache dtype, activations) beside every feature in DTYPE.
 MORE = [
     *((feature, "int4", "auto") for feature in CONFIGS),
@@ -91,7 +94,8 @@ def test_feature_matches_the_unquantized_engine(results, feature, dtype, activat
 def test_decode_equals_prefill(results, feature, dtype, activations):
     decoded, scored = results[feature, dtype, activations]
     for before, after in zip(decoded, scored, strict=True):
-        assert before.logprobs == pytest.approx(after.prompt_logprobs[-NEW:], abs=MAX_DECODE_DRIFT)
+        drift = INT4_DECODE_DRIFT if dtype == "int4" else MAX_DECODE_DRIFT
+        assert before.logprobs == pytest.approx(after.prompt_logprobs[-NEW:], abs=drift)
 
 
 @pytest.mark.parametrize("feature", WITHOUT)

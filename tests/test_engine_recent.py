@@ -32,12 +32,12 @@ random.seed(2)
 #: Across blocks of 128 and of 64, short of them, and shorter than the window.
 PROMPTS = [[random.randrange(3, 500) for _ in range(n)] for n in (300, 127, 121, 124, 64, 33, 5)]
 ASKED = {"max_tokens": 40}
+TOO_FEW_BLOCKS = {"int4": 18, "k3v2": 16, "k8v4": 12}
 #: How an engine may differ from the plain one without changing any answer.
 SCHEDULES = {
     "plain": {"max_num_batched_tokens": 2048},
     "chunks": {"max_num_batched_tokens": 48, "max_num_seqs": 8},
     "preempted": {
-        "num_gpu_blocks_override": 18,
         "max_num_batched_tokens": 128,
         "enable_prefix_caching": False,
     },
@@ -74,8 +74,7 @@ def by_schedule(request, models):
     base |= {"num_gpu_blocks_override": 120}
     batches = [Batch(PROMPTS, ASKED), Batch(PROMPTS, ASKED), Batch([], {"max_tokens": 8})]
     jobs = [Job({**base, **changes}, list(batches)) for changes in SCHEDULES.values()]
-    if name not in WINDOWED:  # its requests hold sealed blocks alone
-        jobs[2].llm["num_gpu_blocks_override"] = 12
+    jobs[2].llm["num_gpu_blocks_override"] = TOO_FEW_BLOCKS[name]
     jobs[2].batches[1:] = [Batch([prompt], ASKED) for prompt in PROMPTS]
     # The engine with n-gram drafts comes last: one after it ends in an error of vLLM's.
     results = only(run(jobs, script=exact_engine.__file__, env=CORES))
