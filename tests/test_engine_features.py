@@ -32,7 +32,7 @@ BATCHES = [
 ]
 #: The same of ``int4``, whose layers with a window keep int8.
 INT4_CHANGE = 0.25
-#: One code of 4 bits that flips, because vLLM's products depend on the batch, moves a log-probability
+#: One code of 4 bits that flips, as vLLM's products depend on the batch, moves a log-probability
 #: by up to 0.3; test_engine_recent.py has products that do not, and allows nothing.
 INT4_DECODE_DRIFT = 0.3
 #: (feature, cache dtype, activations) beside every feature in DTYPE.
