@@ -54,7 +54,7 @@ ATTENTION_SHAPES = (
 )
 STORE_SHAPES = (
     Shape(1, 4096, 32, 8, 128, new=4096),
-    Shape(256, 4096, 32, 8, 128),
+    Shape(256, 1024, 32, 8, 128),  # at 4,096 tokens ten caches took 23 GB
     Shape(1, 4096, 9, 3, 64, new=4096),
 )
 
@@ -67,6 +67,10 @@ class Candidate:
     bytes: int
 
 
+#: Of tokens: in the cache, and in that of recent rows.
+Slots = tuple[torch.Tensor, torch.Tensor]
+
+
 class _Batch:
     """Inputs all candidates of one shape share."""
 
@@ -77,6 +81,10 @@ class _Batch:
         # Scattered blocks, as a server that has run for a while has them.
         order = torch.randperm(self.blocks, generator=generator)
         self.block_table = order.to(torch.int32).view(s.batch, -1)
+        # Recent rows take turns in as many blocks as an engine would have for them.
+        held = (s.new + 64) // BLOCK + 2
+        turn = torch.arange(self.block_table.shape[1], dtype=torch.int32) % held
+        self.recent_table = torch.arange(s.batch, dtype=torch.int32)[:, None] * held + turn
         self.seq_lens = torch.full((s.batch,), s.context, dtype=torch.int32)
         self.starts = torch.arange(s.batch + 1, dtype=torch.int32) * s.new
         queries = s.batch * s.new
@@ -91,22 +99,28 @@ class _Batch:
         self.key, self.value = kv
         self.scale = s.head_size**-0.5
 
-    def slots(self, sequence: int) -> torch.Tensor:
+    def slots(self, sequence: int) -> Slots:
+        """Of every token of a sequence."""
         positions = torch.arange(self.shape.context)
-        blocks = self.block_table[sequence].long()[positions // BLOCK]
-        return blocks * BLOCK + positions % BLOCK
+        tables = (self.block_table[sequence], self.recent_table[sequence])
+        return tuple(t.long()[positions // BLOCK] * BLOCK + positions % BLOCK for t in tables)
 
-    def new_slots(self) -> torch.Tensor:
-        """Slots of the last ``new`` tokens of every sequence."""
-        return torch.cat([self.slots(i)[-self.shape.new :] for i in range(self.shape.batch)])
+    def new_slots(self) -> Slots:
+        """Of the last ``new`` tokens of every sequence."""
+        each = [self.slots(i) for i in range(self.shape.batch)]
+        return tuple(
+            torch.cat([s[-self.shape.new :] for s in of]) for of in zip(*each, strict=True)
+        )
 
 
 class _Ours:
     def __init__(self, batch: _Batch, format: KVFormat) -> None:
         s = batch.shape
         self.batch, self.format = batch, format
-        self.cache = self._pages(format)
-        self.recent = None if format.recent is None else self._pages(format.recent)
+        self.cache = self._pages(format, batch.blocks)
+        self.recent = None
+        if format.recent is not None:
+            self.recent = self._pages(format.recent, int(batch.recent_table.max()) + 1)
         self.bytes_per_token = self.cache.shape[-1] * s.kv_heads
         self.static = None
         if not format.is_dynamic:
@@ -114,26 +128,25 @@ class _Ours:
             scale = 1.0 if code.kind is Kind.FLOAT else STATIC_RANGE / code.qmax
             self.static = StaticScale.expand(scale, s.kv_heads, s.head_size)
 
-    def _pages(self, format: KVFormat) -> torch.Tensor:
+    def _pages(self, format: KVFormat, blocks: int) -> torch.Tensor:
         shape = self.batch.shape
         content = format.bytes_per_token(shape.head_size, BLOCK)
-        size = (self.batch.blocks, shape.kv_heads, BLOCK, content)
+        size = (blocks, shape.kv_heads, BLOCK, content)
         with hugepages.HugePages():  # as in an engine
             return torch.zeros(size, dtype=torch.uint8)
 
     def _recent(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Recent rows of all tokens lie in blocks like the sealed ones, for simplicity."""
         return {} if self.recent is None else {"recent_cache": self.recent, name: value}
 
-    def store(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        recent = self._recent("recent_slot_mapping", slots)
-        ops.store(key, value, self.cache, slots, self.format, self.static, self.static, **recent)
+    def store(self, key: torch.Tensor, value: torch.Tensor, slots: Slots) -> None:
+        recent = self._recent("recent_slot_mapping", slots[1])
+        ops.store(key, value, self.cache, slots[0], self.format, self.static, self.static, **recent)
 
     def attend(self) -> None:
         b = self.batch
         tables = (b.block_table, b.seq_lens, b.starts)
         statics = (self.static, self.static)
-        recent = self._recent("recent_block_table", b.block_table)
+        recent = self._recent("recent_block_table", b.recent_table)
         ops.attend(b.out, b.query, self.cache, *tables, self.format, b.scale, *statics, **recent)
 
 
@@ -164,13 +177,13 @@ class _Stock:
             kv_cache_dtype=kv_cache_dtype,
         )
 
-    def store(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    def store(self, key: torch.Tensor, value: torch.Tensor, slots: Slots) -> None:
         compat.cpu_attn_reshape_and_cache(
             key,
             value,
             self.key_cache,
             self.value_cache,
-            slots,
+            slots[0],
             self.isa,
             k_scale=1.0,
             v_scale=1.0,
@@ -220,11 +233,11 @@ def store(shape: Shape, names: list[str]) -> dict[str, Candidate]:
     """Writing the ``new`` tokens of every sequence of *shape*."""
     batch = _Batch(shape)
     slots = batch.new_slots()
-    rows = torch.arange(slots.numel()) % shape.context
+    rows = torch.arange(slots[0].numel()) % shape.context
     key, value = batch.key[rows], batch.value[rows]
 
     def candidate(made: _Ours | _Stock) -> Candidate:
-        size = slots.numel() * made.bytes_per_token
+        size = len(rows) * made.bytes_per_token
         return Candidate(lambda: made.store(key, value, slots), size)
 
     return {name: candidate(c) for name, c in _candidates(batch, names).items()}
