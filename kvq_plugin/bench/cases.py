@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq_plugin import hugepages, ops
+from kvq_plugin import _native, hugepages, ops
 from kvq_plugin.formats import SERVED, Kind, KVFormat
 from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving import compat
@@ -215,6 +215,8 @@ class _Stock:
 
 
 def _candidates(batch: _Batch, names: list[str]) -> dict[str, _Ours | _Stock]:
+    # Asks Linux for AMX tiles where there are any, which vLLM's kernels use without asking.
+    _native.isa()
     stock = {name: _Stock(batch, dtype) for name, dtype in STOCK.items()}
     return stock | {name: _Ours(batch, SERVED[name]) for name in names}
 
