@@ -1,6 +1,7 @@
 // Entry points that launch.
 #include <utility>
 
+#include "../formats.h"
 #include "launch.h"
 
 namespace kvq {
