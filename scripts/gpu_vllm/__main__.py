@@ -4,8 +4,9 @@
     run FILE --out FOLDER    there: start the engines, one process each, and write the findings
     summarize FOLDER         from whatever a run has left in its folder
 
-``run --dry`` makes a CPU pass for an H100: all of vLLM's and the plugin's Python runs, on a tiny
-model; ``docs/performance.md`` says what has run on which GPU.
+``run --dry interpret`` makes a CPU pass for an H100: all of vLLM's and the plugin's Python runs, on
+a tiny model. ``run --dry compile --keep-cache FOLDER`` compiles Triton's kernels on the way, which
+``bundle --triton-cache FOLDER`` takes along.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def main() -> int:
     c.add_argument("--seconds", type=float, default=150.0, help="for all")
     c.add_argument("--limit", type=float, default=100.0, help="seconds for one engine")
     c.add_argument("--slots", type=int, default=4, help="engines side by side (timed alone)")
-    c.add_argument("--dry", action="store_true")
+    c.add_argument("--dry", choices=("", "interpret", "compile"), default="")
+    c.add_argument("--keep-cache", type=Path, help="copy Triton's cache here at the end")
     c = commands.add_parser("summarize")
     c.add_argument("folder", type=Path)
     a = p.parse_args()

@@ -85,7 +85,8 @@ def _describe_plugin(site: Path) -> None:
 def _download(folder: Path, *requirements: str) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir",
                "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp",
-               "--abi", "cp312", "--abi", "abi3", "--abi", "none", "--dest", str(folder)]  # fmt: skip
+               "--abi", "cp312", "--abi", "abi3", "--abi", "none",
+               "--dest", str(folder)]  # fmt: skip
     for name in PLATFORMS:
         command += ["--platform", f"{name}_x86_64"]
     done = subprocess.run([*command, *requirements], capture_output=True, text=True)

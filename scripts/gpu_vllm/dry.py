@@ -1,5 +1,8 @@
-"""A CPU that vLLM takes for an H100, for a dry run: its Python runs, kernels run in Triton's
-interpreter, ours by the reference in the pages of GPUs. Graphs are only recorded as taken.
+"""A CPU that vLLM takes for an H100: its Python runs, and graphs count as captured.
+
+Kernels either run in Triton's interpreter, ours by the reference in the pages of GPUs; or Triton
+compiles all that are launched, for sm_90, and none runs. What is compiled so is there when a GPU
+of that kind, with the same Triton, launches it (a bundle takes it along).
 
 ``become_cuda`` comes before anything of vLLM is imported.
 """
@@ -8,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import types
+from pathlib import Path
 
 import torch
 
@@ -40,7 +45,7 @@ def _give(value):
 
 
 def become_cuda() -> None:
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "VLLM_PLUGINS": "kvq"}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "VLLM_PLUGINS": "kvq"}
     properties = types.SimpleNamespace(
         name="dry", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132,
         is_integrated=False, shared_memory_per_block_optin=232448, warp_size=32,
@@ -102,6 +107,8 @@ def __getattr__(name: str):
             self.init_snapshot = types.SimpleNamespace(free_memory=70 << 30, total_memory=80 << 30)
             self.requested_memory = 8 << 30
             self._init_workspace_and_model_runner()
+            if os.environ.get("TRITON_INTERPRET") != "1":
+                return
             # Triton's interpreter fails in this kernel of vLLM's.
             from vllm.v1.sample.ops import topk_topp_sampler
 
@@ -132,3 +139,44 @@ def reference_kernels() -> None:
 
     kernels.workspace_size = lambda *args: 1024
     base.ops = gpu.ops = types.SimpleNamespace(store=store, attend=attend)
+
+
+def compile_only(folder: Path) -> None:
+    """Let Triton compile what is launched, for an H100, and launch nothing."""
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.runtime import build, driver
+
+    # Launchers are linked to CUDA's library, which a machine without a GPU lacks.
+    stub = folder / "libcuda.so.1"
+    command = ["gcc", "-shared", f"-Wl,-soname,{stub.name}", "-o", str(stub), "-x", "c", os.devnull]
+    subprocess.run(command, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    loaded = types.SimpleNamespace(
+        load_binary=lambda *a: (1, 1, 32, 0, 1024),
+        launch=lambda *a: None,
+        get_device_properties=lambda *a: {"max_shared_mem": 232448, "multiprocessor_count": 132,
+                                          "warpSize": 32, "sm_clock_rate": 1, "mem_clock_rate": 1,
+                                          "mem_bus_width": 1, "max_num_regs": 65536},
+        cuOccupancyMaxActiveClusters=None, set_printf_fifo_size=None, fill_tma_descriptor=None,
+        PyCUtensorMap=None, PyKernelArg=None, ARG_CONSTEXPR=None, ARG_KERNEL=None, ARG_TUPLE=None,
+    )  # fmt: skip
+    build._load_module_from_path = lambda name, path: loaded
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
+    driver.set_active(CudaDriver())
+    # Kernels leave their outputs as they were allocated; vLLM takes some for indices.
+    torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
+    torch.Tensor.new_empty = torch.Tensor.new_zeros
+
+
+def compiled_kernels() -> None:
+    """Our Triton kernels as on an H100; the CUDA C++ kernels take their share and do nothing."""
+    from kvq_plugin import kernels
+    from kvq_plugin.kernels import codec, cuda, launch
+    from kvq_plugin.serving import base, gpu
+
+    cuda.supports = lambda *args: True
+    cuda.store = cuda.attend = lambda *args, **kwargs: None
+    cuda._multiprocessors = launch.multiprocessors = lambda device: 132
+    launch.decoder = lambda device: codec.SM89.value
+    launch.interpreted = lambda: True  # so that a cache on a CPU is taken
+    base.ops = gpu.ops = types.SimpleNamespace(store=kernels.store, attend=kernels.attend)

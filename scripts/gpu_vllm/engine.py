@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 #: Prompts of the stage tokens, in tokens: some within a block, most over several chunks.
 LENGTHS = (5, 17, 64, 129, 300, 777, 1500, 2600)
@@ -59,14 +60,14 @@ class Evidence:
         return row
 
 
-def start(spec: dict, model: Path, dry: bool) -> dict:
+def start(spec: dict, model: Path, dry: str) -> dict:
     from vllm import LLM, ModelRegistry
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
+    fit_torch()
     # Else vLLM looks at the class in a process of its own, which takes 10 s.
     ModelRegistry.register_model("LlamaForCausalLM", LlamaForCausalLM)
-    lengths = {"max_num_batched_tokens": 64, "max_model_len": 256} if dry else {
-        "max_num_batched_tokens": CHUNK, "max_model_len": MAX_LEN}  # fmt: skip
+    chunk, longest = (64, 256) if dry == "interpret" else (CHUNK, MAX_LEN)
     graphs = spec.get("graphs", "NONE")
     llm = LLM(
         model=str(model),
@@ -76,6 +77,8 @@ def start(spec: dict, model: Path, dry: bool) -> dict:
         attention_backend=spec["backend"],
         enforce_eager=graphs == "NONE",
         max_num_seqs=SEQS,
+        max_num_batched_tokens=chunk,
+        max_model_len=longest,
         kv_cache_memory_bytes=(64 << 20) if dry else (6 << 30),
         gpu_memory_utilization=0.05,
         enable_prefix_caching=False,
@@ -83,16 +86,24 @@ def start(spec: dict, model: Path, dry: bool) -> dict:
         compilation_config={
             "mode": spec.get("mode", 0),
             "cudagraph_mode": graphs,
-            "cudagraph_capture_sizes": [*range(1, SEQS + 1), *([] if dry else (256, CHUNK))],
+            "cudagraph_capture_sizes": [*range(1, SEQS + 1), *(() if dry else (256, CHUNK))],
             "custom_ops": ["none"],
         },
         kernel_config={
             "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}
         },
-        **lengths,
-        **spec.get("more", {}),
     )
     return {"_llm": llm, **describe(llm)}
+
+
+def fit_torch() -> None:
+    """What this vLLM asks of a torch newer than 2.11."""
+    import torch
+
+    if not hasattr(torch._C, "_accelerator_getAllocatorSettings"):
+        from vllm.v1.worker.gpu_worker import Worker
+
+        Worker._scoped_allocator_max_split = lambda *args, **kwargs: nullcontext()
 
 
 def describe(llm) -> dict:
@@ -134,7 +145,9 @@ def tokens(llm, lengths, new: int) -> dict:
         done = output.outputs[0]
         ids.append(list(done.token_ids))
         best = [sorted((x.logprob for x in row.values()), reverse=True) for row in done.logprobs]
-        logprobs.append([round(row[t].logprob, 4) for row, t in zip(done.logprobs, ids[-1])])
+        logprobs.append(
+            [round(row[t].logprob, 4) for row, t in zip(done.logprobs, ids[-1], strict=True)]
+        )
         gaps.append([round(row[0] - row[1], 4) for row in best])
     return {"seconds": round(took, 2), "tokens": ids, "logprobs": logprobs, "gaps": gaps}
 
@@ -147,7 +160,7 @@ def drift(llm, lengths) -> dict:
     outputs = llm.generate(prompts(lengths, vocab(llm)), params, use_tqdm=False)
     rows = []
     for output in outputs:
-        pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:])
+        pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
         rows.append([round(row[t].logprob, 4) for t, row in pairs])
     return {"prompt_logprobs": rows}
 
@@ -226,7 +239,7 @@ def main() -> None:
     p.add_argument("--model", type=Path, required=True)
     p.add_argument("--lines", type=Path, required=True)
     p.add_argument("--work", type=Path, required=True)
-    p.add_argument("--dry", action="store_true")
+    p.add_argument("--dry", choices=("", "interpret", "compile"), default="")
     a = p.parse_args()
     evidence = Evidence(a.lines, a.spec["name"])
     evidence.write("process", "begin", pid=os.getpid())
@@ -236,8 +249,14 @@ def main() -> None:
         import dry
 
         dry.become_cuda()
-        dry.reference_kernels()
-        lengths, new, timing = (5, 17, 40, 70), 4, (2, 24, 2)
+        if a.dry == "compile":
+            dry.compile_only(a.work)
+            dry.compiled_kernels()
+            new, timing = 6, (SEQS, 300, 2)
+        else:
+            os.environ["TRITON_INTERPRET"] = "1"
+            dry.reference_kernels()
+            lengths, new, timing = (5, 17, 40, 70), 4, (2, 24, 2)
 
     def imported() -> dict:
         import torch

@@ -27,6 +27,7 @@ def engines() -> list[dict]:
     graphs = {"graphs": "FULL_DECODE_ONLY"}
     int8, fp8 = {**ours, "dtype": "int8_per_token_head"}, {**ours, "dtype": "fp8"}
     int4 = {**ours, "dtype": "int4_per_token_head"}
+    breakable = {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}  # pieces without torch.compile
     auto = {"dtype": "auto", "backend": "TRITON_ATTN"}
     plan = {
         "auto": auto,
@@ -40,10 +41,10 @@ def engines() -> list[dict]:
         "static": {**ours, "dtype": "int8", "model": "scaled"},
         "static-graphs": {**ours, **graphs, "dtype": "int8", "model": "scaled", "like": "static"},
         "int8-full": {**int8, "graphs": "FULL", "like": "int8"},
-        "int8-both": {**int8, "graphs": "FULL_AND_PIECEWISE", "mode": 3, "like": "int8"},
+        "int8-both": {**int8, "graphs": "FULL_AND_PIECEWISE", "like": "int8", "env": breakable},
         "vllm-fp8": {**auto, **graphs, "dtype": "fp8", "like": "auto"},
-        "int8-v1": {**int8, **graphs, "v1": True, "like": "int8"},
-        "int8-triton": {**int8, **graphs, "kernels": "triton", "like": "int8"},
+        "int8-v1": {**int8, **graphs, "like": "int8", "env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}},
+        "int8-triton": {**int8, **graphs, "like": "int8", "env": {"KVQ_GPU_KERNELS": "triton"}},
     }
     return [{"name": name, **spec} for name, spec in plan.items()]
 
@@ -65,7 +66,8 @@ def main(a) -> int:
     waiting = [s for s in engines() if s["name"] in wanted]
     cache = work / "triton"
     if (site / "triton-cache").is_dir():
-        shutil.copytree(site / "triton-cache", cache)
+        move_cache(site / "triton-cache", cache)
+    known = {d.name for d in cache.glob("*")}
     env = dict(
         os.environ,
         PYTHONPATH=os.pathsep.join((str(site), str(HERE), str(ROOT))),
@@ -97,10 +99,24 @@ def main(a) -> int:
     finally:
         for engine in running:
             engine.kill()
+    new = [d.name for d in cache.glob("*") if d.name not in known and any(d.glob("*.json"))]
+    say(begin, f"Triton: {len(known)} folders came along, {len(new)} kernels were compiled here")
+    if a.keep_cache:
+        shutil.copytree(cache, a.keep_cache, dirs_exist_ok=True)
     text = summarize(a.out)
     (a.out / "vllm-summary.txt").write_text(text + "\n")
     print(text, flush=True)
     return 0
+
+
+def move_cache(source: Path, target: Path) -> None:
+    """Triton notes whole paths in its cache."""
+    source.rename(target)
+    for file in target.glob("*/__grp__*.json"):
+        group = json.loads(file.read_text())
+        paths = group["child_paths"]
+        group["child_paths"] = {name: str(file.parent / name) for name in paths}
+        file.write_text(json.dumps(group))
 
 
 def say(begin: float, text: str) -> None:
@@ -114,16 +130,12 @@ class Engine:
         self.name, self.log = spec["name"], work / f"{spec['name']}.log"
         model = work / "model" / spec.get("model", "plain")
         command = [sys.executable, str(HERE / "engine.py"), "--spec", json.dumps(spec),
-                   "--model", str(model), "--lines", str(a.out / LINES), "--work", str(work)]  # fmt: skip
-        env = dict(env)
-        if "kernels" in spec:
-            env["KVQ_GPU_KERNELS"] = spec["kernels"]
-        if spec.get("v1"):
-            env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+                   "--model", str(model), "--lines", str(a.out / LINES), "--work", str(work),
+                   "--dry", a.dry]  # fmt: skip
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command + ["--dry"] * a.dry, env=env, stdout=log, stderr=subprocess.STDOUT,
-                process_group=0, cwd=work,
+                command, env={**env, **spec.get("env", {})}, stdout=log,
+                stderr=subprocess.STDOUT, process_group=0, cwd=work,
             )  # fmt: skip
         self.end = time.monotonic() + a.limit
         self.how = ""
@@ -190,16 +202,16 @@ def same_tokens(mine: dict, theirs: dict) -> str:
         mine["tokens"], theirs["tokens"], mine["logprobs"], theirs["logprobs"], theirs["gaps"],
         strict=True,
     ):  # fmt: skip
-        n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+        n = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
         equal, total = equal + n, total + len(a)
-        errors += [abs(x - y) for x, y in zip(la[:n], lb[:n])]
+        errors += [abs(x - y) for x, y in zip(la[:n], lb[:n], strict=True)]
         if n < len(a):
             left += 1
             far += gaps[n] > NEAR
     mean = statistics.mean(errors) if errors else float("nan")
     return (
-        f"tokens: {equal} of {total} before the first that differs; {left} of {len(mine['tokens'])} "
-        f"sequences part, {far} of them where the choice was not near; "
+        f"tokens: {equal} of {total} before the first that differs; {left} of "
+        f"{len(mine['tokens'])} sequences part, {far} of them where the choice was not near; "
         f"log-probabilities differ by {mean:.4f}"
     )
 
@@ -210,4 +222,5 @@ def same_prompts(mine: dict, theirs: dict) -> str:
         for a, b in zip(mine["prompt_logprobs"], theirs["prompt_logprobs"], strict=True)
         for x, y in zip(a, b, strict=True)
     )
-    return f"prompts: log-probabilities differ by {statistics.mean(errors):.4f}, at most {errors[-1]:.3f}"
+    mean = statistics.mean(errors)
+    return f"prompts: log-probabilities differ by {mean:.4f}, at most {errors[-1]:.3f}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 
-def write(folder: Path, dry: bool = False) -> None:
+def write(folder: Path, dry: str = "") -> None:
     """The model in *folder*/plain, and again with scales of static int8 in *folder*/scaled."""
     import torch
     from safetensors.torch import save_file
 
     hidden, layers, heads, kv_heads, size, inner, vocab = 1024, 8, 32, 8, 128, 2048, 4096
-    if dry:
+    if dry == "compile":
+        layers = 1
+    elif dry:
         hidden, layers, heads, kv_heads, size, inner, vocab = 64, 2, 4, 2, 32, 128, 128
     device = "cuda" if torch.cuda.is_available() and not dry else "cpu"
     g = torch.Generator(device).manual_seed(0)
@@ -55,3 +58,7 @@ def write(folder: Path, dry: bool = False) -> None:
     }  # fmt: skip
     for target in (plain, scaled):
         (target / "config.json").write_text(json.dumps(config, indent=1))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), sys.argv[2])
