@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo"),
     "VLLM_HOST_IP": "127.0.0.1",
 }
 #: Prompts of the stage tokens, in tokens: some within a block, most over several chunks.
@@ -97,13 +98,25 @@ def start(spec: dict, model: Path, dry: str) -> dict:
 
 
 def fit_torch() -> None:
-    """What this vLLM asks of a torch newer than 2.11."""
+    """What this vLLM asks of a torch newer than 2.11, and a way without the bundle's views of the
+    host's memory where they fail."""
     import torch
+    from vllm.utils import platform_utils
+    from vllm.v1.worker.gpu import buffer_utils
+    from vllm.v1.worker.gpu_worker import Worker
 
     if not hasattr(torch._C, "_accelerator_getAllocatorSettings"):
-        from vllm.v1.worker.gpu_worker import Worker
-
         Worker._scoped_allocator_max_split = lambda *args, **kwargs: nullcontext()
+    if not torch.cuda.is_available():
+        return
+    try:
+        host = torch.zeros(4, dtype=torch.int32, pin_memory=True)
+        torch.ops._C.get_cuda_view_from_cpu_tensor(host).add_(1)
+        torch.cuda.synchronize()
+        assert host.tolist() == [1] * 4, f"a GPU's writes are not in pinned memory: {host}"
+    except Exception:
+        traceback.print_exc()
+        buffer_utils.is_uva_available = platform_utils.is_uva_available = lambda: False
 
 
 def describe(llm) -> dict:
