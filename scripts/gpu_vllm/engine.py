@@ -23,6 +23,7 @@ ENVIRONMENT = {
 }
 #: Prompts of the stage tokens, in tokens: some within a block, most over several chunks.
 LENGTHS = (5, 17, 64, 129, 300, 777, 1500, 2600)
+DRY_LENGTHS = (5, 17, 40, 70)
 NEW = 48
 CHUNK = 2048
 MAX_LEN = 8192
@@ -73,7 +74,7 @@ def start(spec: dict, model: Path, dry: str) -> dict:
     llm = LLM(
         model=str(model),
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype="float32" if dry == "interpret" else "bfloat16",  # the interpreter errs in bf16
         kv_cache_dtype=spec["dtype"],
         attention_backend=spec["backend"],
         enforce_eager=graphs == "NONE",
@@ -178,6 +179,23 @@ def drift(llm, lengths) -> dict:
     return {"prompt_logprobs": rows}
 
 
+def reference_drift(model: Path, lengths) -> dict:
+    """As :func:`drift`, by transformers in float32: whether vLLM without its library is right."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
+    rows = []
+    for prompt in prompts(lengths, llama.config.vocab_size):
+        ids = torch.tensor([prompt["prompt_token_ids"]], device=device)
+        with torch.inference_mode():
+            logprobs = llama(ids).logits[0, :-1].log_softmax(-1)
+        found = logprobs.gather(1, ids[0, 1:, None])[:, 0]
+        rows.append([round(x, 4) for x in found.tolist()])
+    return {"prompt_logprobs": rows}
+
+
 def vocab(llm) -> int:
     return llm.llm_engine.model_config.get_vocab_size()
 
@@ -258,18 +276,24 @@ def main() -> None:
     evidence.write("process", "begin", pid=os.getpid())
     os.environ |= ENVIRONMENT
     lengths, new, timing = LENGTHS, NEW, (SEQS, CONTEXT, STEPS)
+    if a.spec["name"] == "transformers":
+        lengths = DRY_LENGTHS if a.dry else LENGTHS
+        with gpu(a.work, exclusive=False):
+            evidence.stage("drift", reference_drift, a.model, lengths)
+        return evidence.write("process", "end")
     if a.dry:
         import dry
 
+        if a.dry == "interpret":
+            os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
         dry.become_cuda()
         if a.dry == "compile":
             dry.compile_only(a.work)
             dry.compiled_kernels()
             new, timing = 6, (SEQS, 300, 2)
         else:
-            os.environ["TRITON_INTERPRET"] = "1"
             dry.reference_kernels()
-            lengths, new, timing = (5, 17, 40, 70), 4, (2, 24, 2)
+            lengths, new, timing = DRY_LENGTHS, 4, (2, 24, 2)
 
     def imported() -> dict:
         import torch

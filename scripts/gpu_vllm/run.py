@@ -28,11 +28,12 @@ def engines() -> list[dict]:
     int8, fp8 = {**ours, "dtype": "int8_per_token_head"}, {**ours, "dtype": "fp8"}
     int4 = {**ours, "dtype": "int4_per_token_head"}
     breakable = {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}  # pieces without torch.compile
-    auto = {"dtype": "auto", "backend": "TRITON_ATTN"}
+    auto = {"dtype": "auto", "backend": "TRITON_ATTN", "like": "transformers"}
     plan = {
         "auto": auto,
         "int8": int8,
         "int8-graphs": {**int8, **graphs, "like": "int8"},
+        "transformers": {},
         "auto-graphs": {**auto, **graphs, "like": "auto"},
         "fp8": fp8,
         "fp8-graphs": {**fp8, **graphs, "like": "fp8"},
@@ -50,7 +51,7 @@ def engines() -> list[dict]:
 
 
 #: What a run does unless told otherwise.
-DEFAULT = 11
+DEFAULT = 12
 
 
 def main(a) -> int:
