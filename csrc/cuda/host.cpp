@@ -32,9 +32,10 @@ int64_t kvq_cuda_plan(AttendParams* p, int64_t max_seq_len, int32_t multiprocess
 
 int32_t kvq_cuda_layout(int32_t which, int64_t* offsets, int32_t room) {
 #define AT(field) static_cast<int64_t>(offsetof(StoreParams, field))
-  static const int64_t store[] = {sizeof(StoreParams), AT(key),         AT(value), AT(cache),
-                                  AT(key_scale),       AT(value_scale), AT(slots), AT(num_tokens),
-                                  AT(activation),      AT(aligned)};
+  static const int64_t store[] = {sizeof(StoreParams), AT(key),        AT(value),
+                                  AT(cache),           AT(key_scale),  AT(value_scale),
+                                  AT(slots),           AT(num_tokens), AT(recent),
+                                  AT(recent_slots),    AT(activation), AT(aligned)};
 #undef AT
 #define AT(field) static_cast<int64_t>(offsetof(AttendParams, field))
   static const int64_t attend[] = {sizeof(AttendParams),
@@ -51,6 +52,9 @@ int32_t kvq_cuda_layout(int32_t which, int64_t* offsets, int32_t room) {
                                    AT(workspace),
                                    AT(block_table_stride),
                                    AT(num_tokens),
+                                   AT(recent),
+                                   AT(recent_table),
+                                   AT(recent_table_stride),
                                    AT(num_seqs),
                                    AT(num_heads),
                                    AT(max_query_len),

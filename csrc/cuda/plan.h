@@ -32,6 +32,21 @@ struct Shape {
   static constexpr int kTile = 16 * kM;
   // Blocks that share a multiprocessor: what the accumulators leave of its registers.
   static constexpr int kBlocks = kHead > 128 || kRowTiles > 1 ? 2 : kHead > 64 ? 3 : 4;
+
+  // Whether scores have a part that no code decides: offsets, mins or zero points (integers only).
+  static constexpr bool kBias = kKey.code == Code::kInt8 || kKey.code == Code::kInt4;
+  // What its running sums hold: outputs relative to V's loudest token, mins of V.
+  static constexpr bool kLoud = kValue.per_token || kFormat.recent;
+  static constexpr bool kMinimum = kValue.per_token && kValue.code == Code::kInt4;
+
+  // Dim of the output that lane 4 g + t holds in place i, and of the next one: as V's codes lie.
+  static KVQ_CONSTEXPR int value_dim(int g, int i) {
+    if (kFormat.recent) return g * (kHead / 8) + 2 * i;
+    constexpr int kCodes = 32 / code_bits(kValue.code);
+    constexpr int kWords = kValueLoad < 4 ? 1 : kValueLoad / 4;
+    const int word = i / (kCodes / 2), at = (word / kWords * 8 + g) * kWords + word % kWords;
+    return at * kCodes + i % (kCodes / 2) * 2;
+  }
 };
 
 // Head sizes above 128 take 8 rows at a time: 16 would need more registers than there are.
@@ -79,6 +94,26 @@ KVQ_HD RowTile row_tile(const AttendParams& p, int x, int z) {
   return r;
 }
 
+// Tiles of formats with recent rows, kSealed tokens each and in this order: sealed ones from
+// `sealed_begin` on, one for the sequence's first row, recent ones from `recent_begin` on. Where
+// rows of one block differ in what is sealed to them, both kinds have tiles of the same tokens.
+struct Ranges {
+  int sealed_begin, sealed, first, recent_begin, recent;
+};
+
+KVQ_HD Ranges ranges_of(const RowTile& r, Span tokens) {
+  const int offset = r.length - r.queries;
+  const int low = static_cast<int>(sealed_before(offset + r.query(0)));
+  const int high = static_cast<int>(sealed_before(offset + r.query(r.count - 1)));
+  Ranges x;
+  x.sealed_begin = tokens.begin / kSealed * kSealed;
+  x.sealed = max_of(0, high - x.sealed_begin) / kSealed;
+  x.first = tokens.begin == 0 && high > 0 ? 1 : 0;
+  x.recent_begin = max_of(x.sealed_begin, low);
+  x.recent = max_of(0, tokens.end - x.recent_begin + kSealed - 1) / kSealed;
+  return x;
+}
+
 // The tokens any of the rows sees, cut into splits of whole tiles. Splits get shorter until each
 // has kSplitTokens, so that short sequences of a long launch do not pay for the merge.
 constexpr int kSplitTokens = 256;
@@ -94,6 +129,11 @@ KVQ_HD Splits splits_of(const AttendParams& p, const RowTile& r) {
   s.first_tile = s.tokens.begin / p.tile_tokens;
   const int end = (s.tokens.end + p.tile_tokens - 1) / p.tile_tokens;
   s.tiles = max_of(0, end - s.first_tile);
+  if (p.recent_table != nullptr) {
+    const Ranges x = ranges_of(r, s.tokens);
+    s.first_tile = 0;
+    s.tiles = x.sealed + x.first + x.recent;
+  }
   const int shortest = (kSplitTokens + p.tile_tokens - 1) / p.tile_tokens;
   s.per_split = max_of((s.tiles + p.splits - 1) / p.splits, shortest);
   s.active = max_of(1, (s.tiles + s.per_split - 1) / s.per_split);

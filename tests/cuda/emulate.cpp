@@ -2,11 +2,11 @@
 // buffer an allocation of its own. tests/emulator.py records the calls that
 // kvq_plugin/kernels/cuda.py would launch. (-shared makes a library of it with the entry points of
 // csrc/cuda/api.h.)
-#include "attend.h"
 #include "choose.h"
 #include "host.cpp"
 #include "host_lane.h"
-#include "store.h"
+#include "seal.h"
+#include "sealed.h"
 
 namespace kvq {
 namespace gpu {
@@ -37,9 +37,9 @@ constexpr bool emulated(int format, int head, int row_tiles) {
   return format >= 0 && head > 0 && row_tiles > 0;
 #else
   const int shape = head * 10 + row_tiles;
-  return shape == 641 || (shape == 642 && (format == 2 || format == 3)) ||
-         (shape == 1281 && format >= 3) || (shape == 1282 && format == 5) ||
-         (shape == 2561 && format == 4);
+  return shape == 641 || (shape == 642 && (format == 2 || format == 3 || format >= 8)) ||
+         (shape == 1281 && format >= 3) || (shape == 1282 && (format == 5 || format >= 8)) ||
+         (shape == 2561 && (format == 4 || format >= 8));
 #endif
 }
 
@@ -56,7 +56,7 @@ void attend_if(const AttendParams& p, int x) {
 
 template <int kFormatRow = 0>
 void attend_host(const AttendParams& p, int x) {
-  if constexpr (kFormatRow + 1 < kNumGpuFormats) {
+  if constexpr (kFormatRow + 1 < kNumFormats) {
     if (p.cache.format != kFormatRow) return attend_host<kFormatRow + 1>(p, x);
   }
   const int head = p.cache.head_size;
@@ -70,10 +70,17 @@ void attend_host(const AttendParams& p, int x) {
 
 template <int kFormatRow = 0>
 void store_host(const StoreParams& p, int blocks) {
-  if constexpr (kFormatRow + 1 < kNumGpuFormats) {
+  if constexpr (kFormatRow + 1 < kNumFormats) {
     if (p.cache.format != kFormatRow) return store_host<kFormatRow + 1>(p, blocks);
   }
-  run_grid(blocks, 1, 1, [&] { store_block<HostLane, kFormatRow>(p); });
+  if constexpr (kFormats[kFormatRow].recent) {
+    const StoreParams rows = recent_rows(p);
+    run_grid(blocks, 1, 1, [&] { store_block<HostLane, kRecentFormat>(rows); });
+    const SealGrid grid = seal_grid(p);
+    run_grid(grid.x, grid.y, grid.z, [&] { seal_block<HostLane, kFormatRow>(p); });
+  } else {
+    run_grid(blocks, 1, 1, [&] { store_block<HostLane, kFormatRow>(p); });
+  }
 }
 
 }  // namespace

@@ -155,6 +155,7 @@ struct HostLane {
   static int block_z() { return block().z_; }
   static int blocks_y() { return block().blocks_y_; }
   static void sync() { block().sync(); }
+  static void sync_warp() { block().exchange(0); }
 
   template <class T>
   static T shuffle_xor(T x, int mask) {
