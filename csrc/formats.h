@@ -27,6 +27,11 @@ KVQ_CONSTEXPR int code_bits(Code c) {
   return c == Code::kInt4 ? 4 : c == Code::kInt3 ? 3 : c == Code::kInt2 ? 2 : 8;
 }
 
+// Whether some code stands for no finite number.
+KVQ_CONSTEXPR bool has_nan(Code c) {
+  return c == Code::kFp8E4M3 || c == Code::kFp8E5M2 || c == Code::kFp8E4M3Fnuz;
+}
+
 // Tokens that are sealed together, and channels of kTokenLite that share a scale.
 constexpr int kSealed = 32;
 

@@ -153,7 +153,7 @@ def test_store_writes_the_reference_s_bytes(tmp_path, format, dtype):
             for _ in "kv"
         ]
     rows = 4.0 * torch.randn(2, tokens, heads, head_size, generator=g)
-    rows[0, 0, 0, 3], rows[1, 1, 1, 5] = float("nan"), float("inf")
+    rows[0, 0, 0, 3], rows[0, 0, 0, 4], rows[1, 1, 1, 5] = float("nan"), -float("nan"), float("inf")
     rows[0, 2], rows[1, 3], rows[0, 4, 0] = 0.0, -0.0, -float("inf")
     rows[1, 5] = 1e-30
     key, value = rows.to(dtype)

@@ -73,25 +73,26 @@ def value(code: Code, byte: np.ndarray, high: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("code", "program", "high"),
+    ("program", "code", "high", "center"),
     (
-        (INT8, codec._INT8_PTX, False),
-        (INT4, codec._INT4_LOW_PTX, False),
-        (INT4, codec._INT4_HIGH_PTX, True),
-        (FP8_E5M2, codec._E5M2_PTX, False),
-        (FP8_E4M3, codec._E4M3_SM80_PTX, False),
+        ("INT8", INT8, False, 0),
+        ("INT4_LOW", INT4, False, 0),
+        ("INT4_HIGH", INT4, True, 0),
+        ("INT4_LOW_CENTERED", INT4, False, 8),
+        ("INT4_HIGH_CENTERED", INT4, True, 8),
+        ("E5M2", FP8_E5M2, False, 0),
+        ("E4M3_SM80", FP8_E4M3, False, 0),
     ),
-    ids=("int8", "int4_low", "int4_high", "fp8_e5m2", "fp8_e4m3_sm80"),
 )
-def test_decoder_over_every_byte(code, program, high):
+def test_decoder_over_every_byte(program, code, high, center):
     """Each byte in each of the four places, among random others."""
     g = np.random.default_rng(0)
     bytes_ = g.integers(0, 256, (4, 256, 4)).astype(np.uint8)
     for place in range(4):
         bytes_[place, :, place] = np.arange(256)
     bytes_ = bytes_.reshape(-1, 4)
-    got = run(program.value, bytes_.view(U32).reshape(-1))
-    expected = value(code, bytes_.astype(np.int64), high)
+    got = run(getattr(codec, f"_{program}_PTX").value, bytes_.view(U32).reshape(-1))
+    expected = value(code, bytes_.astype(np.int64), high) - center
     assert np.array_equal(got.astype(np.float64), expected, equal_nan=True)
 
 

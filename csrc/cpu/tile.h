@@ -60,11 +60,6 @@ KVQ_HD void for_each_pass(int rows, const Visit& visit) {
   });
 }
 
-// Whether some code stands for no finite number.
-constexpr bool has_nan(Code c) {
-  return c == Code::kFp8E4M3 || c == Code::kFp8E5M2 || c == Code::kFp8E4M3Fnuz;
-}
-
 // Largest integer whose two 8-bit limbs, 256 * high + low with both in [-128, 127], stay in range.
 constexpr float kLimbMax = 32639.0f;
 

@@ -144,6 +144,7 @@ struct Lane {
   static __device__ float max(float a, float b) { return fmaxf(a, b); }
   static __device__ float min(float a, float b) { return fminf(a, b); }
   static __device__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+  static __device__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 };
 
 #endif

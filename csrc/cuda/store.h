@@ -87,11 +87,15 @@ KVQ_HD void encode_row(const float (&x)[kShare], const RowScale& row, uint32_t (
   }
 }
 
-template <Code C>
+template <class L, Code C>
 KVQ_HD void encode_channels(const float (&x)[kShare], const StaticScale& scale, int64_t channel,
                             uint32_t (&codes)[kShare]) {
   KVQ_UNROLL for (int i = 0; i < kShare; ++i) {
-    float y = x[i] * scale.factor[channel + i];
+    float y = L::multiply(x[i], scale.factor[channel + i]);
+    if constexpr (has_nan(C)) {
+      // The product of a NaN loses its sign on a GPU; a positive scale keeps that of any other.
+      y = bits_float((float_bits(y) & 0x7FFFFFFFu) | (float_bits(x[i]) & 0x80000000u));
+    }
     if (scale.zero_point != nullptr) {
       // Round before adding the zero point, so that it does not move ties.
       constexpr float kLimit = 4 * Codec<C>::kMax;
@@ -135,7 +139,7 @@ KVQ_HD void store_row(const StoreParams& p, const Rows& rows, const StaticScale&
     if (L::id() == 0) *reinterpret_cast<uint32_t*>(metadata_at) = row.metadata;
   } else if (real) {
     const int64_t channel = static_cast<int64_t>(head) * p.cache.head_size + L::id() * kShare;
-    encode_channels<C>(x, scale, channel, codes);
+    encode_channels<L, C>(x, scale, channel, codes);
   }
   if (!real) return;
   uint32_t words[code_bits(C) / 4];

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from kvq_plugin.kernels.codec import (
     INT4,
+    INT4_CENTER,
     bits_float,
     decode,
     dims_of,
@@ -287,7 +288,8 @@ def attend_kernel(
         if V_DYNAMIC:
             # A hidden token's scale may be NaN, and 0 * NaN is NaN.
             if V_PACKED:
-                lift = tl.where(visible, p * _high_half(word)[None, :], 0.0)
+                offset = _high_half(word) + INT4_CENTER * v_scale
+                lift = tl.where(visible, p * offset[None, :], 0.0)
                 minima = minima * shrink + tl.sum(lift, 1)
             p = tl.where(visible, p * v_scale[None, :], 0.0)
         p = _operand(p.to(tl.float16), EXACT_DOT)

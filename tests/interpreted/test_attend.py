@@ -185,14 +185,15 @@ def test_workspace():
         run(p, workspace=room[:64])
 
 
+@pytest.mark.parametrize("in_place", (False, True))
 @pytest.mark.parametrize("code", [c for c in CODES.values() if c.bits in (4, 8)], ids=name_of)
-def test_decoding_every_byte(code):
+def test_decoding_every_byte(code, in_place):
     """The portable decoder; test_ptx.py has those of NVIDIA."""
     import decoding
 
-    got = decoding.decode_all(code)
+    got = decoding.decode_all(code, in_place)
     if code.bits == 4:
-        expected = torch.tensor([[b & 15, b >> 4] for b in range(256)]).float()
+        expected = torch.tensor([[b & 15, b >> 4] for b in range(256)]).float() - 8 * in_place
     elif code.kind is Kind.SIGNED:
         expected = torch.arange(-128.0, 128.0)[:, None]
     else:
