@@ -164,8 +164,8 @@ def attend(
             ``[S, blocks]`` int32, in which only blocks that hold rows some query reads need to be
             right. Attention must be causal then. None otherwise.
         max_query_len, max_seq_len, workspace: read on GPUs only. Bounds of the batch, by default
-            what the shapes of query and block_table allow, and scratch memory of
-            :func:`kvq_plugin.kernels.workspace_size` bytes, by default allocated for the call.
+            what the shapes of query and block_table allow, and scratch memory,
+            a :func:`kvq_plugin.kernels.new_workspace`, by default allocated for the call.
 
     Raises ValueError naming what was expected and what came.
     """

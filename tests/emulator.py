@@ -88,7 +88,7 @@ def host_library():
     return library
 
 
-def run(path: Path, params: ctypes.Structure, reads=(), writes=()) -> None:
+def run(path: Path, params: ctypes.Structure, reads=(), writes=(), order="") -> None:
     """Run the kernel that takes *params* over copies of the storages behind the tensors *reads*
     and *writes*; those of *writes* are copied back. Fails with the program's own words."""
     regions = {}
@@ -102,7 +102,11 @@ def run(path: Path, params: ctypes.Structure, reads=(), writes=()) -> None:
         for address, size in regions.items():
             file.write(struct.pack("2q", address, size) + ctypes.string_at(address, size))
     # Leaks: a fiber's stack is released while its frames still are on it.
-    env = dict(os.environ, ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0")
+    env = dict(
+        os.environ,
+        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
+        KVQ_EMULATED_ORDER=order,
+    )
     done = subprocess.run(
         [str(program()), str(path)], capture_output=True, text=True, timeout=280, env=env
     )
@@ -117,18 +121,23 @@ def run(path: Path, params: ctypes.Structure, reads=(), writes=()) -> None:
         at += size
 
 
-def attend(path: Path, out: torch.Tensor, arguments, *, multiprocessors: int = 4, **options):
-    """As :func:`kvq_plugin.kernels.cuda.attend`, emulated. Returns the struct."""
+def attend(path: Path, out: torch.Tensor, arguments, *, multiprocessors: int = 4, order="",
+           **options):  # fmt: skip
+    """As :func:`kvq_plugin.kernels.cuda.attend`, emulated. Returns the struct. *order*: of the
+    blocks, "backwards" or a seed."""
     max_seq_len = options.pop("max_seq_len")
     params = cuda.attend_params(out, *arguments, **options)
-    need = cuda.plan(host_library(), params, max_seq_len, multiprocessors, None)
+    need = cuda.plan(host_library(), params, max_seq_len, multiprocessors)
     workspace = torch.full((need // 4,), float("nan")) if need else None
-    params.workspace = None if workspace is None else workspace.data_ptr()
+    counters = torch.zeros(params.blocks, dtype=torch.int32) if need else None
+    params.workspace, params.counters = map(cuda._pointer, (workspace, counters))
     query, cache, *tables, _, _, key, value = arguments
     statics = [t for s in (key, value) if s is not None for t in (s.scale, s.zero_point)]
     names = ("alibi_slopes", "sinks", "recent_cache", "recent_block_table")
     options = [*(options.get(name) for name in names), workspace]
-    run(path, params, [query, cache, *tables, *statics, *options], [out])
+    writes = [out] if counters is None else [out, counters]
+    run(path, params, [query, cache, *tables, *statics, *options], writes, order)
+    assert counters is None or not counters.any(), "counters are not zeros again"
     return params
 
 

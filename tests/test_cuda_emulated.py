@@ -5,6 +5,7 @@ masks, splits and rounding are all the kernel's own; the instructions are emulat
 """
 
 import ctypes
+import itertools
 
 import emulator
 import numpy as np
@@ -30,18 +31,22 @@ def bound(dtype) -> float:
     return OPERANDS + OUTPUT_ROUNDING[dtype] / 3**0.5
 
 
-def check(tmp_path, format, batch, *, multiprocessors=4, **kwargs):
-    """One emulated call against float64. Returns the struct it was launched with."""
+def check(tmp_path, format, batch, *, multiprocessors=4, orders=("",), **kwargs):
+    """One emulated call against float64, the same to the bit for every order of blocks in *orders*.
+    Returns the struct it was launched with."""
     problem = oracle.build(format, batch, kind=GPU_V1, **kwargs)
     expected = problem.expected()
-    out = torch.full_like(problem.query, float("nan"))
     lengths, counts = zip(*batch, strict=True)
-    params = emulator.attend(
-        tmp_path / "call", out, problem.arguments(), multiprocessors=multiprocessors,
-        max_query_len=max(counts), max_seq_len=max(lengths), **problem.options,
-    )  # fmt: skip
-    error = (out.double() - expected).square().mean().sqrt()
-    assert error <= bound(out.dtype) * expected.square().mean().sqrt()
+    outs = []
+    for order in orders:
+        outs.append(torch.full_like(problem.query, float("nan")))
+        params = emulator.attend(
+            tmp_path / "call", outs[-1], problem.arguments(), multiprocessors=multiprocessors,
+            max_query_len=max(counts), max_seq_len=max(lengths), order=order, **problem.options,
+        )  # fmt: skip
+        assert torch.equal(outs[0], outs[-1])
+    error = (outs[0].double() - expected).square().mean().sqrt()
+    assert error <= bound(outs[0].dtype) * expected.square().mean().sqrt()
     return params
 
 
@@ -114,13 +119,37 @@ def test_options(tmp_path, options):
     check(tmp_path, FORMATS["int8_per_token_head"], batch, **options)
 
 
+#: Blocks come in the order of the GPU's choosing.
+ORDERS = ("", "backwards", "1")
+
+
 @pytest.mark.parametrize("name", ("int8", "int4_per_token_head"))
-def test_splits(tmp_path, name):
-    """A long and a short sequence, split for many multiprocessors: the short one is not."""
+def test_a_long_sequence_among_short_ones(tmp_path, name):
+    """Shares that hold several sequences, and one that holds a part of one."""
     sinks = torch.linspace(-2.0, 3.0, 4)
-    params = check(tmp_path, FORMATS[name], ((700, 1), (30, 1)), multiprocessors=32, kv_heads=1,
-                   sinks=sinks)  # fmt: skip
-    assert params.splits == 3
+    batch = ((30, 1), (1400, 1), (0, 0), (1, 1), (300, 1), (0, 1))
+    params = check(tmp_path, FORMATS[name], batch, multiprocessors=3, kv_heads=1, sinks=sinks,
+                   orders=ORDERS)  # fmt: skip
+    assert params.abreast == 1 and params.blocks == 12
+
+
+@pytest.mark.parametrize(
+    "options", ({}, {"window": 100}, {"causal": False}), ids=lambda o: "-".join(o)
+)
+def test_tiles_of_rows_abreast(tmp_path, options):
+    """36 rows a kv head are 3 tiles, in blocks beside each other."""
+    batch = ((400, 9), (500, 1), (9, 9))
+    params = check(tmp_path, FORMATS["int8_per_token_head"], batch, group=4, kv_heads=2,
+                   multiprocessors=12, orders=ORDERS, **options)  # fmt: skip
+    assert params.abreast == 3 and params.blocks == 24
+
+
+def test_a_decode_beside_a_prompt(tmp_path):
+    """A prompt's tiles of rows are too many to lie abreast; the decode is still cut."""
+    batch = ((1200, 1), (40, 36))
+    params = check(tmp_path, FORMATS["int8_per_token_head"], batch, group=4, kv_heads=1,
+                   multiprocessors=6, orders=ORDERS[:2])  # fmt: skip
+    assert params.abreast == 1 and params.blocks == 12
 
 
 def test_a_nan_reaches_its_own_output_only(tmp_path):
@@ -228,23 +257,23 @@ def test_structs_match(which):
 
 
 def test_plans_fit_the_workspace(monkeypatch):
-    """No batch needs more than workspace_size, and less room means fewer splits."""
+    """No batch needs more than workspace_size, nor more counters than there is room for."""
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
     library, device = emulator.host_library(), torch.device("cuda")
-    for sequences in (1, 2, 3, 7, 17, 64, 300):
-        for heads, kv_heads, head_size in ((8, 8, 128), (32, 8, 128), (32, 2, 64), (16, 1, 256)):
+    shapes = ((8, 8, 128), (32, 8, 128), (32, 2, 64), (16, 1, 256))
+    for sequences, queries in itertools.product((1, 2, 3, 7, 17, 64, 300), (1, 2, 8, 300)):
+        for heads, kv_heads, head_size in shapes:
             params = cuda.AttendParams(
                 cache=cuda.Cache(None, 0, 0, 16, kv_heads, head_size, 3), num_tokens=sequences,
-                num_seqs=sequences, num_heads=heads, max_query_len=1,
+                num_seqs=sequences, num_heads=heads, max_query_len=queries,
             )  # fmt: skip
-            need = cuda.plan(library, params, 131072, 132, None)
-            assert need <= cuda.workspace_size(head_size, device)
-            splits = params.splits
-            assert (splits > 1) == (need > 0)
-            if sequences == 1:
-                assert splits * kv_heads >= 0.9 * 132  # one sequence keeps the device busy
-            assert cuda.plan(library, params, 131072, 132, need // 2) <= need // 2
-            assert params.splits <= max(1, splits // 2)
+            need = cuda.plan(library, params, 131072, 132)
+            assert 0 < need <= cuda.workspace_size(head_size, device) - cuda.COUNTER_BYTES
+            assert 4 * params.blocks <= cuda.COUNTER_BYTES
+            # One sequence keeps the device busy; nothing is cut where nothing is long.
+            slots = 132 * {1: 3, 2: 2}[-(-params.tile_rows // 8)] if head_size == 128 else 132
+            assert params.blocks >= 0.95 * slots
+            assert cuda.plan(library, params, 60, 132) == 0
 
 
 def test_attend_brings_its_workspace_or_takes_one(monkeypatch):
@@ -255,14 +284,19 @@ def test_attend_brings_its_workspace_or_takes_one(monkeypatch):
     monkeypatch.setattr(cuda, "_launch", lambda name, params, device: launched.append(params))
     problem = oracle.build(FORMATS["int8_per_token_head"], ((40, 1),), kind=GPU_V1)
     out = torch.empty_like(problem.query)
-    whole, small = (torch.empty(n, dtype=torch.uint8) for n in (1 << 24, 64))
-    for workspace in (None, whole, small):
+    whole, small = (torch.zeros(n, dtype=torch.uint8) for n in (1 << 24, 64))
+
+    def call(workspace):
         cuda.attend(
             out, *problem.arguments(), max_query_len=1, max_seq_len=131072, workspace=workspace
         )
-    assert launched[0].splits == launched[1].splits > 1 and launched[0].workspace
-    assert launched[1].workspace == whole.data_ptr()
-    assert launched[2].splits == 1 and not launched[2].workspace
+
+    call(None), call(whole)
+    assert launched[0].blocks == launched[1].blocks > 1 and launched[0].workspace
+    assert launched[1].counters == whole.data_ptr()
+    assert launched[1].workspace == whole.data_ptr() + cuda.COUNTER_BYTES
+    with pytest.raises(ValueError, match=r"workspace must hold \d+ bytes, got 64.*new_workspace"):
+        call(small)
 
 
 def test_refusals_say_what_to_do():

@@ -37,14 +37,14 @@ def _built(format, key):
     return problem, tuple(caches), problem.expected()
 
 
-def attend(tmp_path, problem, caches, multiprocessors=4):
+def attend(tmp_path, problem, caches, **launch):
     out = torch.full_like(problem.query, float("nan"))
     arguments = (
         problem.query, caches[0], problem.tables[0], problem.seq_lens, problem.query_start_loc,
         problem.format, problem.scale, None, None,
     )  # fmt: skip
     params = emulator.attend(
-        tmp_path / "call", out, arguments, multiprocessors=multiprocessors,
+        tmp_path / "call", out, arguments, **launch,
         max_query_len=int(problem.query_start_loc.diff().max()),
         max_seq_len=int(problem.seq_lens.max()), recent_cache=caches[1],
         recent_block_table=problem.tables[1], **problem.options,
@@ -52,10 +52,12 @@ def attend(tmp_path, problem, caches, multiprocessors=4):
     return out, params
 
 
-def check(tmp_path, format, batch, *, multiprocessors=4, **kwargs):
+def check(tmp_path, format, batch, *, multiprocessors=4, order="", **kwargs):
     """One emulated call against float64. Returns the struct it was launched with."""
     problem, caches, expected = _built(format, (("batch", batch), *kwargs.items()))
-    out, params = attend(tmp_path, problem, caches, multiprocessors)
+    out, params = attend(
+        tmp_path, problem, caches, multiprocessors=multiprocessors, order=order
+    )
     error = (out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error <= OPERANDS + OUTPUT_ROUNDING[out.dtype] / 3**0.5, float(error)
     return params
@@ -111,10 +113,13 @@ def test_options(tmp_path, format, options):
 
 
 @every_format
-def test_splits(tmp_path, format):
-    """Sealed tiles in one split, the first row and recent rows in others."""
-    params = check(tmp_path, format, ((1100, 1), (30, 1)), multiprocessors=32, kv_heads=1)
-    assert params.splits > 1
+def test_pieces(tmp_path, format):
+    """Sealed tiles in one piece, the first row and recent rows in others; a whole context of five
+    tiles is two rounds."""
+    batch = ((1100, 1), (30, 1), (70, 6))
+    params = check(tmp_path, format, batch, multiprocessors=32, kv_heads=1, order="backwards")
+    assert params.blocks > 3
+    check(tmp_path, format, ((128, 1),), multiprocessors=32, kv_heads=1)
 
 
 @every_format

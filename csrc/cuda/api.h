@@ -9,8 +9,9 @@
 
 using kvq_stream = void*;  // a cudaStream_t
 
-// Splits, tiles and workspace of a call whose shapes are filled in, on `multiprocessors` of them;
-// `max_seq_len` bounds seq_lens. Returns the bytes that p->workspace must hold.
+// Blocks, tiles and workspace of a call whose shapes are filled in, on `multiprocessors` of them;
+// `max_seq_len` bounds seq_lens. Returns the bytes that p->workspace must hold; 0: neither it nor
+// p->counters, of which there is one a block otherwise, is looked at.
 KVQ_EXPORT int64_t kvq_cuda_plan(kvq::gpu::AttendParams* p, int64_t max_seq_len,
                                  int32_t multiprocessors);
 // Loads all kernels onto the current device, which the first launch of each would do otherwise, and

@@ -27,7 +27,7 @@ template __global__ void attend_kernel<Shape<KVQ_FORMAT, KVQ_HEAD, 2>>(
 
 template <class S>
 static cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
-  attend_kernel<S><<<attend_grid(p, p.splits), kThreads, 0, stream>>>(p);
+  attend_kernel<S><<<p.blocks, kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

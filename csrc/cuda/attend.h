@@ -1,7 +1,8 @@
 // Split-KV attention of a few query rows per kv head over quantized pages, for decoding.
 //
-// A block of four warps owns one (sequence, kv head, up to 16 rows, split); its warps take tiles in
-// turn and never wait for each other until the end. Tokens are the M dimension of both products and
+// A block of four warps owns up to 16 rows of one (sequence, kv head) at a time, over all tiles of
+// tokens or some (plan.h); its warps take tiles in turn and never wait for each other until the
+// end. Tokens are the M dimension of both products and
 // rows (query token x head of the group) the N dimension, so that a group of 4 heads wastes half of
 // a tile and not three quarters:
 //
@@ -21,6 +22,7 @@
 // V's tokens onto the weights, of V's channels onto the output; mins and zero points are rank-1.
 #pragma once
 
+#include "deal.h"
 #include "finish.h"
 #include "tile.h"
 
@@ -238,13 +240,11 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, const Span* 
 
 // One warp's tiles: first, first + kWarps, ... below last.
 template <class L, class S>
-KVQ_HD void attend_tiles(const AttendParams& p, const RowTile& r, const Splits& splits, int first,
-                         int last, const Query<L, S>& query, const Shared<S>& shared,
-                         Running<L, S>& run) {
+KVQ_HD void attend_tiles(const AttendParams& p, const RowTile& r, Span seen, int first, int last,
+                         const Query<L, S>& query, const Shared<S>& shared, Running<L, S>& run) {
   constexpr Format kFormat = S::kFormat;
   const PageLayout at = page_layout(kFormat, p.cache.head_size, p.cache.block_size);
   const int32_t* table = p.block_table + r.sequence * p.block_table_stride;
-  const Span seen = splits.tokens;
   // What every row sees: tiles inside need no mask.
   const int all_begin = shared.span[r.count - 1].begin, all_end = shared.span[0].end;
   Tile<L, S> tile;
@@ -305,10 +305,11 @@ KVQ_HD void put(const Running<L, S>& run, Shared<S>& shared) {
   }
 }
 
-// The warps' results together: the output, or one split's share of it.
-template <class L, class S>
-KVQ_HD void combine(const AttendParams& p, const RowTile& r, const Splits& splits, int split,
-                    Shared<S>& shared) {
+// The warps' results together: element(i, exponent, sum, out) of each element i of the tile of
+// rows, all in units of 2^exponent.
+template <class L, class S, class Element>
+KVQ_HD void combine(const AttendParams& p, const RowTile& r, const Shared<S>& shared,
+                    const Element& element) {
   const int d = p.cache.head_size;
   for (int i = L::thread(); i < r.count * d; i += kThreads) {
     const int row = i / d, dim = i % d;
@@ -322,24 +323,25 @@ KVQ_HD void combine(const AttendParams& p, const RowTile& r, const Splits& split
       sum += shared.sum[w][row] * share;
       out += shared.out[w][row][dim] * share;
     }
-    if (splits.active == 1) {
-      const float x = result<L>(p, r, row, dim, exponent, sum, out);
-      if constexpr (S::kValue.rotated) {
-        shared.out[0][row][dim] = x;  // nobody else reads this element
-      } else {
-        put_out(p, r, row, dim, x);
-      }
-      continue;
-    }
-    const int64_t at = partial(p, r, row, split);
-    p.workspace[at * d + dim] = out;
-    if (dim == 0) {
-      statistics(p)[2 * at] = exponent;
-      statistics(p)[2 * at + 1] = sum;
-    }
+    element(row, dim, exponent, sum, out);
   }
+}
+
+// One element of the output; those of rotated V, which finish_rows() turns back, by way of
+// shared.out[0].
+template <class S>
+KVQ_HD void finish(const AttendParams& p, const RowTile& r, int row, int dim, float x,
+                   Shared<S>& shared) {
   if constexpr (S::kValue.rotated) {
-    if (splits.active > 1) return;
+    shared.out[0][row][dim] = x;
+  } else {
+    put_out(p, r, row, dim, x);
+  }
+}
+
+template <class L, class S>
+KVQ_HD void finish_rows(const AttendParams& p, const RowTile& r, Shared<S>& shared) {
+  if constexpr (S::kValue.rotated) {
     L::sync();
     for (int row = L::warp(); row < r.count; row += kWarps) {
       put_rotated<L>(p, r, row, [&](int dim) { return shared.out[0][row][dim]; });
@@ -352,32 +354,91 @@ template <class L, class S>
 KVQ_HD void attend_ranges(const AttendParams& p, const RowTile& r, Span tokens, int first, int last,
                           Shared<S>& shared, Running<L, S>& run);
 
+// A piece's result is written down; the block that does so last of the item's merges them, in the
+// order of the tokens whichever it is.
 template <class L, class S>
-KVQ_HD void attend_block(const AttendParams& p, Shared<S>& shared) {
-  const RowTile r = row_tile(p, L::block_x(), L::block_z());
-  if (r.count <= 0) return;
-  const Splits splits = splits_of(p, r);
-  const int split = L::block_y();
-  if (split >= splits.active) return;
-  const int first = splits.first_tile + split * splits.per_split;
-  const int last = min_of(first + splits.per_split, splits.first_tile + splits.tiles);
+KVQ_HD void hand_in(const AttendParams& p, Shared<S>& shared) {
+  const RowTile& r = shared.rows;
+  const Piece& piece = shared.share.piece;
+  const Deal& deal = shared.share.deal;
+  const int d = p.cache.head_size, member = shared.share.member;
+  float* mine = partial(p, L::block(), piece.first == 0);
+  combine<L, S>(p, r, shared, [&](int row, int dim, float exponent, float sum, float out) {
+    mine[row * d + dim] = out;
+    if (dim == 0) {
+      mine[p.tile_rows * d + 2 * row] = exponent;
+      mine[p.tile_rows * d + 2 * row + 1] = sum;
+    }
+  });
+  const int64_t begin = piece.at - piece.first;
+  const int first = deal.holder(begin), pieces = deal.holder(begin + piece.rounds - 1) - first + 1;
+  uint32_t* counter = p.counters + first * p.abreast + member;
+  L::sync();
+  if (L::thread() == 0) shared.before = L::arrive(counter);
+  L::sync();
+  if (shared.before + 1 != static_cast<uint32_t>(pieces)) return;
+  if (L::thread() == 0) *counter = 0;
+  const auto find = [&](int i) { return partial(p, (first + i) * p.abreast + member, i == 0); };
+  const int vectors = d / kVector;
+  for (int i = L::thread(); i < r.count * vectors; i += kThreads) {
+    const int row = i / vectors, dim = i % vectors * kVector;
+    merged<L>(p, r, row, dim, pieces, find,
+              [&](int j, float x) { finish<S>(p, r, row, dim + j, x, shared); });
+  }
+  finish_rows<L, S>(p, r, shared);
+}
+
+// The tiles of one piece. What is known of it lies in shared memory: the loop over tiles needs all
+// registers.
+template <class L, class S>
+KVQ_HD void attend_piece(const AttendParams& p, Shared<S>& shared) {
   if constexpr (S::kKey.rotated) {
-    rotate_queries<L, S>(p, r, shared);
+    rotate_queries<L, S>(p, shared.rows, shared);
     L::sync();
   }
   Running<L, S> run;
+  const int first = shared.tiles.begin + L::warp(), last = shared.tiles.end;
   if constexpr (S::kFormat.recent) {
-    attend_ranges<L, S>(p, r, splits.tokens, first + L::warp(), last, shared, run);
+    attend_ranges<L, S>(p, shared.rows, shared.seen, first, last, shared, run);
   } else {
     Query<L, S> query;
-    query.load(p, r, shared);
+    query.load(p, shared.rows, shared);
     L::sync();
     run.clear();
-    attend_tiles<L, S>(p, r, splits, first + L::warp(), last, query, shared, run);
+    attend_tiles<L, S>(p, shared.rows, shared.seen, first, last, query, shared, run);
   }
   put<L, S>(run, shared);
   L::sync();
-  combine<L, S>(p, r, splits, split, shared);
+  if (!shared.share.piece.whole()) return hand_in<L, S>(p, shared);
+  const RowTile& r = shared.rows;
+  combine<L, S>(p, r, shared, [&](int row, int dim, float exponent, float sum, float out) {
+    finish<S>(p, r, row, dim, result<L>(p, r, row, dim, exponent, sum, out), shared);
+  });
+  finish_rows<L, S>(p, r, shared);
+}
+
+template <class L, class S>
+KVQ_HD void attend_block(const AttendParams& p, Shared<S>& shared) {
+  take_share<L>(p, shared.share);
+  for (;;) {
+    if (L::thread() == 0) {
+      shared.rows.count = 0;
+      while (shared.rows.count <= 0 && shared.share.next(p)) {
+        shared.rows = shared.share.piece.rows(p, shared.share.member);
+      }
+      if (shared.rows.count > 0) {
+        const Piece& piece = shared.share.piece;
+        shared.seen = tokens_of(p, shared.rows);
+        const Span all = tiles_of(p, shared.rows, shared.seen);
+        shared.tiles.begin = all.begin + piece.first * kWarps;
+        shared.tiles.end = min_of(all.end, shared.tiles.begin + piece.count * kWarps);
+      }
+    }
+    L::sync();
+    if (shared.rows.count <= 0) return;
+    attend_piece<L, S>(p, shared);
+    L::sync();
+  }
 }
 
 }  // namespace

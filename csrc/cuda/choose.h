@@ -1,4 +1,4 @@
-// Which kernel runs a call and how far its sequences are split: from the launch's shapes alone.
+// Which kernel runs a call, and with how many blocks: from the launch's shapes alone.
 #pragma once
 
 #include "plan.h"
@@ -39,28 +39,9 @@ Choice choose(int format, int head_size, int rows) {
   return choose_in<kFormatRow>(head_size, rows);
 }
 
-// Splits of every sequence, when `blocks` blocks are there without and `slots` run at a time. The
-// fewest that keep nearly as many slots busy as any number would, because each costs a partial
-// result; of sequences as long as they may be. At most kWaves of blocks, which bounds the workspace
-// whatever the batch.
-constexpr int kWaves = 4;
-
-inline int splits_for(int64_t blocks, int64_t max_seq_len, int64_t slots) {
-  constexpr double kEnough = 0.95;
-  if (blocks <= 0) return 1;
-  const int64_t longest = (max_seq_len + kSplitTokens - 1) / kSplitTokens;
-  const int64_t room = kWaves * slots / blocks;
-  const int most = static_cast<int>(longest < room ? longest : room);
-  const auto busy = [&](int splits) {
-    const int64_t work = blocks * splits, waves = (work + slots - 1) / slots;
-    return static_cast<double>(work) / static_cast<double>(waves * slots);
-  };
-  double best = 0.0;
-  for (int s = 1; s <= most; ++s) best = busy(s) > best ? busy(s) : best;
-  int s = 1;
-  while (busy(s) < kEnough * best) ++s;
-  return s;
-}
+// Tiles of rows that lie abreast, at most: those of 8 tokens of 16 heads. With more, as prompts
+// have them, one after the other, because the decodes beside them need all blocks.
+constexpr int kAbreast = 8;
 
 }  // namespace
 }  // namespace gpu

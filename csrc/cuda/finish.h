@@ -1,4 +1,5 @@
-// From sums to outputs: V's static scales, sinks, the division, and the merge of splits.
+// From sums to outputs: V's static scales, sinks and the division, and the merge of an item's
+// pieces.
 #pragma once
 
 #include "plan.h"
@@ -52,42 +53,30 @@ KVQ_HD void put_rotated(const AttendParams& p, const RowTile& r, int row, const 
   }
 }
 
-// One element of all splits together.
-template <class L>
-KVQ_HD float merged(const AttendParams& p, const RowTile& r, int row, int dim, int active) {
-  const float* stats = statistics(p);
-  const int d = p.cache.head_size;
-  const int64_t at = partial(p, r, row, 0);
-  float exponent = -__builtin_inff();
-  // Unrolled, so that the loads of several splits are under way at once.
-  KVQ_UNROLL_BY(16)
-  for (int s = 0; s < active; ++s) exponent = L::max(exponent, stats[2 * (at + s)]);
-  float sum = 0.0f, out = 0.0f;
-  KVQ_UNROLL_BY(16) for (int s = 0; s < active; ++s) {
-    const float share = share_of<L>(stats[2 * (at + s)], exponent);
-    sum += stats[2 * (at + s) + 1] * share;
-    out += p.workspace[(at + s) * d + dim] * share;
-  }
-  return result<L>(p, r, row, dim, exponent, sum, out);
-}
+// kVector elements of a row over all pieces of an item, which `piece` finds: element(i, x) for
+// each.
+constexpr int kVector = 4;
 
-// One block per (sequence, kv head, row tile), after attend_block of all splits.
-template <class L, bool kRotated>
-KVQ_HD void merge_block(const AttendParams& p) {
-  const RowTile r = row_tile(p, L::block_x(), L::block_z());
-  if (r.count <= 0) return;
-  const int active = splits_of(p, r).active, d = p.cache.head_size;
-  if (active == 1) return;
-  if constexpr (kRotated) {
-    const int stride = kWarps * L::blocks_y();
-    for (int row = L::block_y() * kWarps + L::warp(); row < r.count; row += stride) {
-      put_rotated<L>(p, r, row, [&](int dim) { return merged<L>(p, r, row, dim, active); });
-    }
-    return;
+template <class L, class Find, class Element>
+KVQ_HD void merged(const AttendParams& p, const RowTile& r, int row, int dim, int pieces,
+                   const Find& piece, const Element& element) {
+  const int d = p.cache.head_size;
+  const int64_t statistics = static_cast<int64_t>(p.tile_rows) * d + 2 * row;
+  const int64_t elements = static_cast<int64_t>(row) * d + dim;
+  float exponent = -__builtin_inff(), sum = 0.0f, out[kVector] = {};
+  // Unrolled, so that the loads of several pieces are under way at once.
+  KVQ_UNROLL_BY(8)
+  for (int i = 0; i < pieces; ++i) exponent = L::max(exponent, L::load_new(piece(i) + statistics));
+  KVQ_UNROLL_BY(8) for (int i = 0; i < pieces; ++i) {
+    const float* from = piece(i);
+    const float share = share_of<L>(L::load_new(from + statistics), exponent);
+    float x[kVector];
+    L::load_new(from + elements, x);
+    sum += L::load_new(from + statistics + 1) * share;
+    KVQ_UNROLL for (int j = 0; j < kVector; ++j) out[j] += x[j] * share;
   }
-  const int stride = kThreads * L::blocks_y();
-  for (int i = L::block_y() * kThreads + L::thread(); i < r.count * d; i += stride) {
-    put_out(p, r, i / d, i % d, merged<L>(p, r, i / d, i % d, active));
+  KVQ_UNROLL for (int j = 0; j < kVector; ++j) {
+    element(j, result<L>(p, r, row, dim + j, exponent, sum, out[j]));
   }
 }
 

@@ -1,5 +1,6 @@
 // The library's part that needs no GPU: plans and struct layouts. Plain C++, so that it is tested
 // where there is no nvcc.
+#include <algorithm>
 #include <cstddef>
 
 #include "api.h"
@@ -18,16 +19,24 @@ int32_t copy(const int64_t (&values)[kCount], int64_t* out, int32_t room) {
 }  // namespace
 
 int64_t kvq_cuda_plan(AttendParams* p, int64_t max_seq_len, int32_t multiprocessors) {
-  const int group = p->num_heads / p->cache.num_kv_heads;
-  const int rows = group * (p->max_query_len > 0 ? p->max_query_len : 1);
+  p->group = p->num_heads / p->cache.num_kv_heads;
+  const int rows = p->group * (p->max_query_len > 0 ? p->max_query_len : 1);
   const Choice choice = choose(p->cache.format, p->cache.head_size, rows);
   p->tile_tokens = choice.tile_tokens;
   p->tile_rows = choice.tile_rows;
-  const int64_t row_tiles = (rows + choice.tile_rows - 1) / choice.tile_rows;
-  const int64_t blocks = p->num_seqs * row_tiles * p->cache.num_kv_heads;
-  p->splits = splits_for(blocks, max_seq_len, int64_t{multiprocessors} * choice.blocks);
-  if (p->splits == 1) return 0;
-  return p->num_tokens * p->num_heads * p->splits * (p->cache.head_size + 2) * 4;
+  const int row_tiles = (rows + choice.tile_rows - 1) / choice.tile_rows;
+  p->abreast = row_tiles <= kAbreast ? row_tiles : 1;
+  // As many blocks as run at a time, or as the longest sequences can use.
+  const int most = std::max(1, multiprocessors * choice.blocks / p->abreast);
+  const int64_t tiles = (max_seq_len + choice.tile_tokens - 1) / choice.tile_tokens +
+                        tiles_besides(*p, p->max_query_len, max_seq_len > kvq::kWindow);
+  const int64_t rounds = std::max<int64_t>(1, (tiles + kWarps - 1) / kWarps);
+  const int64_t items =
+      int64_t{p->num_seqs} * p->cache.num_kv_heads * ((row_tiles + p->abreast - 1) / p->abreast);
+  const int64_t shares = std::min<int64_t>(most, shares_for(*p, items * rounds, items));
+  p->blocks = static_cast<int32_t>(std::max<int64_t>(1, shares)) * p->abreast;
+  if (rounds == 1) return 0;
+  return p->blocks * 2 * partial_size(*p) * static_cast<int64_t>(sizeof(float));
 }
 
 int32_t kvq_cuda_layout(int32_t which, int64_t* offsets, int32_t room) {
@@ -50,6 +59,7 @@ int32_t kvq_cuda_layout(int32_t which, int64_t* offsets, int32_t room) {
                                    AT(alibi_slopes),
                                    AT(sinks),
                                    AT(workspace),
+                                   AT(counters),
                                    AT(block_table_stride),
                                    AT(num_tokens),
                                    AT(recent),
@@ -63,9 +73,11 @@ int32_t kvq_cuda_layout(int32_t which, int64_t* offsets, int32_t room) {
                                    AT(softcap),
                                    AT(causal),
                                    AT(activation),
-                                   AT(splits),
+                                   AT(group),
                                    AT(tile_tokens),
-                                   AT(tile_rows)};
+                                   AT(tile_rows),
+                                   AT(abreast),
+                                   AT(blocks)};
 #undef AT
   return which == 0 ? copy(store, offsets, room) : copy(attend, offsets, room);
 }

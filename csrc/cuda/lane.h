@@ -34,10 +34,7 @@ struct Lane {
   static __device__ int id() { return threadIdx.x % kWarp; }
   static __device__ int warp() { return threadIdx.x / kWarp; }
   static __device__ int thread() { return threadIdx.x; }
-  static __device__ int block_x() { return blockIdx.x; }
-  static __device__ int block_y() { return blockIdx.y; }
-  static __device__ int block_z() { return blockIdx.z; }
-  static __device__ int blocks_y() { return gridDim.y; }
+  static __device__ int block() { return blockIdx.x; }
   static __device__ void sync() { __syncthreads(); }
   static __device__ void sync_warp() { __syncwarp(); }
 
@@ -78,6 +75,23 @@ struct Lane {
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
   }
   static __device__ int load_index(const int32_t* from) { return __ldg(from); }
+
+  // Counts this block in, after what all its threads wrote before a sync(). Returns how many were
+  // before it; what they wrote is there for all threads after the next sync(), by load_new().
+  static __device__ uint32_t arrive(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(counter)
+                 : "memory");
+    return before;
+  }
+  // Written by another block of this launch: past L1.
+  static __device__ float load_new(const float* from) { return __ldcg(from); }
+  static __device__ void load_new(const float* from, float (&to)[4]) {
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  }
 
   static __device__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);

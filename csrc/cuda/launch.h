@@ -25,11 +25,5 @@ cudaError_t load_kernel(void (*kernel)(Params...)) {
   return cudaFuncGetAttributes(&attributes, kernel);
 }
 
-inline dim3 attend_grid(const AttendParams& p, int y) {
-  const int rows = p.max_query_len * (p.num_heads / p.cache.num_kv_heads);
-  const int row_tiles = (rows + p.tile_rows - 1) / p.tile_rows;
-  return dim3(row_tiles * p.cache.num_kv_heads, y, p.num_seqs);
-}
-
 }  // namespace gpu
 }  // namespace kvq

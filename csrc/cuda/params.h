@@ -52,9 +52,10 @@ struct AttendParams {
   const int32_t* query_start;  // [seqs + 1] prefix sums of query lengths
   const float* alibi_slopes;   // [heads] or null
   const float* sinks;          // [heads] or null
-  // Partial results: fp32 [tokens, heads, splits, D], then [tokens, heads, splits, 2] (the exponent
-  // they are in units of, and the sum of weights). Null if splits is 1.
+  // plan.h's partial results, and a counter a block of those that are in: zeros before the first
+  // launch, and again after each. Null if plan() wants none.
   float* workspace;
+  uint32_t* counters;
   int64_t block_table_stride, num_tokens;  // num_tokens: rows of query
   // Of formats with recent rows, else null.
   Cache recent;
@@ -64,8 +65,9 @@ struct AttendParams {
   float scale, softcap;  // softcap 0: none. window 0: none
   int32_t causal;
   Activation activation;
-  // Filled by plan(): the grid's splits, and the tokens and rows of one tile.
-  int32_t splits, tile_tokens, tile_rows;
+  // Filled by plan(): query heads per kv head, the tokens and rows of one tile, tiles of rows
+  // abreast, and the grid's blocks.
+  int32_t group, tile_tokens, tile_rows, abreast, blocks;
 };
 
 }  // namespace gpu

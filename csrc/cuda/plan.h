@@ -1,5 +1,12 @@
-// How attention is cut into blocks of threads. Everything here follows from the launch's shapes or
-// is computed on the device from seq_lens: the host looks at no data.
+// How attention is dealt to blocks of threads. Everything here follows from the launch's shapes or
+// is computed on the device from seq_lens and query_start: the host looks at no data.
+//
+// An item is one kv head of one sequence and up to `abreast` tiles of its query rows; a round is
+// one tile of tokens for each of a block's warps. The rounds of all items, one item after the
+// other, are dealt out in equal shares (stream-K, arXiv:2301.03598), each to as many blocks as
+// tiles of rows lie abreast: they read the same pages at the same time, the first from memory and
+// the others from L2. A share ends where it ends, so most cut an item at either end; such pieces
+// are merged by the block that finishes last (attend.h).
 #pragma once
 
 #include "lane.h"
@@ -71,7 +78,7 @@ KVQ_HD Span visible(const AttendParams& p, int length, int count, int index) {
   return {min_of(begin, end), end};
 }
 
-// One block's rows: (query token, head) pairs of one sequence and kv head, token-major.
+// A tile of rows: (query token, head) pairs of one sequence and kv head, token-major.
 struct RowTile {
   int sequence, kv_head, first, count;  // first row and number of rows
   int start, length, queries, group;    // first query token, cached tokens, query tokens, G
@@ -80,16 +87,16 @@ struct RowTile {
   KVQ_HD int head(int row) const { return kv_head * group + (first + row) % group; }
 };
 
-// Of blocks (x, ., z): x counts row tiles and kv heads, and has no limit that a prompt reaches.
-KVQ_HD RowTile row_tile(const AttendParams& p, int x, int z) {
+// Tile `tile` of the rows; its count is not positive if there are fewer.
+KVQ_HD RowTile row_tile(const AttendParams& p, int sequence, int kv_head, int tile) {
   RowTile r;
-  r.sequence = z;
-  r.kv_head = x % p.cache.num_kv_heads;
-  r.start = p.query_start[z];
-  r.queries = p.query_start[z + 1] - r.start;
-  r.length = p.seq_lens[z];
-  r.group = p.num_heads / p.cache.num_kv_heads;
-  r.first = x / p.cache.num_kv_heads * p.tile_rows;
+  r.sequence = sequence;
+  r.kv_head = kv_head;
+  r.start = p.query_start[sequence];
+  r.queries = p.query_start[sequence + 1] - r.start;
+  r.length = p.seq_lens[sequence];
+  r.group = p.group;
+  r.first = tile * p.tile_rows;
   r.count = min_of(p.tile_rows, r.queries * r.group - r.first);
   return r;
 }
@@ -114,39 +121,138 @@ KVQ_HD Ranges ranges_of(const RowTile& r, Span tokens) {
   return x;
 }
 
-// The tokens any of the rows sees, cut into splits of whole tiles. Splits get shorter until each
-// has kSplitTokens, so that short sequences of a long launch do not pay for the merge.
-constexpr int kSplitTokens = 256;
-struct Splits {
-  Span tokens;
-  int first_tile, tiles, per_split, active;
+// The tokens any of the rows sees.
+KVQ_HD Span tokens_of(const AttendParams& p, const RowTile& r) {
+  return {visible(p, r.length, r.queries, r.query(0)).begin,
+          visible(p, r.length, r.queries, r.query(r.count - 1)).end};
+}
+
+// Tiles that hold them.
+KVQ_HD Span tiles_of(const AttendParams& p, Span tokens) {
+  return {tokens.begin / p.tile_tokens, (tokens.end + p.tile_tokens - 1) / p.tile_tokens};
+}
+
+// The tiles of a tile of rows; those of formats with recent rows are numbered as Ranges says.
+KVQ_HD Span tiles_of(const AttendParams& p, const RowTile& r, Span tokens) {
+  if (p.recent_table == nullptr) return tiles_of(p, tokens);
+  const Ranges x = ranges_of(r, tokens);
+  return {0, x.sealed + x.first + x.recent};
+}
+
+// Tiles that Ranges may have beside those that hold a tile of rows' tokens: the first row's, and
+// second ones of tokens that are sealed to some of the rows alone.
+KVQ_HD int tiles_besides(const AttendParams& p, int queries, bool first) {
+  if (p.recent_table == nullptr) return 0;
+  const int span = min_of(queries, (p.tile_rows + p.group - 2) / p.group + 1);
+  return (first ? 1 : 0) + (span + kSealed - 2) / kSealed;
+}
+
+// One sequence's items, and rounds of each: as many as the longest of its tiles of rows needs. A
+// window's tiles are bounded apart from each other, so that a long prompt's are not as long as it.
+struct Work {
+  int items, rounds;
 };
 
-KVQ_HD Splits splits_of(const AttendParams& p, const RowTile& r) {
-  Splits s;
-  s.tokens.begin = visible(p, r.length, r.queries, r.query(0)).begin;
-  s.tokens.end = visible(p, r.length, r.queries, r.query(r.count - 1)).end;
-  s.first_tile = s.tokens.begin / p.tile_tokens;
-  const int end = (s.tokens.end + p.tile_tokens - 1) / p.tile_tokens;
-  s.tiles = max_of(0, end - s.first_tile);
-  if (p.recent_table != nullptr) {
-    const Ranges x = ranges_of(r, s.tokens);
-    s.first_tile = 0;
-    s.tiles = x.sealed + x.first + x.recent;
+KVQ_HD Work work_of(const AttendParams& p, int sequence) {
+  const int queries = p.query_start[sequence + 1] - p.query_start[sequence];
+  if (queries <= 0) return {0, 1};
+  const int length = p.seq_lens[sequence];
+  const int rows = p.tile_rows * p.abreast;
+  const Span all = tiles_of(
+      p, {visible(p, length, queries, 0).begin, visible(p, length, queries, queries - 1).end});
+  int tiles = all.end - all.begin;
+  if (p.window > 0) {
+    // Of the queries of one tile of rows, the first sees this far back and the last this far on.
+    const int reach = min_of(p.window, length), more = (p.tile_rows + p.group - 2) / p.group;
+    const int seen = (p.causal ? reach : 2 * reach) + more;
+    tiles = min_of(tiles, (seen + p.tile_tokens - 2) / p.tile_tokens + 1);
   }
-  const int shortest = (kSplitTokens + p.tile_tokens - 1) / p.tile_tokens;
-  s.per_split = max_of((s.tiles + p.splits - 1) / p.splits, shortest);
-  s.active = max_of(1, (s.tiles + s.per_split - 1) / s.per_split);
-  return s;
+  tiles += tiles_besides(p, queries, all.begin == 0 && sealed_before(length - 1) > 0);
+  return {(queries * p.group + rows - 1) / rows * p.cache.num_kv_heads,
+          max_of(1, (tiles + kWarps - 1) / kWarps)};
 }
 
-// Where row `row` keeps split `split`: index of its D floats, and of its two statistics over 2.
-KVQ_HD int64_t partial(const AttendParams& p, const RowTile& r, int row, int split) {
-  const int64_t token = r.start + r.query(row);
-  return (token * p.num_heads + r.head(row)) * p.splits + split;
+// How `total` rounds are dealt out. No more shares than the launch has blocks for, nor than there
+// are items or rounds to make them worth kShareTokens: a share costs some microseconds.
+constexpr int kShareTokens = 256;
+
+struct Deal {
+  int64_t total;
+  int shares;
+
+  // First round of a share, and the share that a round is in.
+  KVQ_HD int64_t begin(int share) const { return total * share / shares; }
+  KVQ_HD int holder(int64_t round) const {
+    return static_cast<int>(((round + 1) * shares - 1) / total);
+  }
+};
+
+KVQ_HD int64_t shares_for(const AttendParams& p, int64_t rounds, int64_t items) {
+  const int64_t least = max_of(1, kShareTokens / (p.tile_tokens * kWarps));
+  return rounds / least > items ? rounds / least : items;
 }
-KVQ_HD float* statistics(const AttendParams& p) {
-  return p.workspace + p.num_tokens * p.num_heads * p.splits * p.cache.head_size;
+
+KVQ_HD Deal deal_out(const AttendParams& p, int64_t rounds, int64_t items) {
+  const int64_t shares = shares_for(p, rounds, items), most = p.blocks / p.abreast;
+  return {rounds, static_cast<int>(shares < most ? shares : most)};
+}
+
+// Rounds [first, first + count) of an item of `rounds`; the first of them is round `at` of all.
+struct Piece {
+  int sequence, item, first, count, rounds;
+  int64_t at;
+
+  KVQ_HD bool whole() const { return count == rounds; }
+  KVQ_HD RowTile rows(const AttendParams& p, int member) const {
+    const int heads = p.cache.num_kv_heads;
+    return row_tile(p, sequence, item % heads, item / heads * p.abreast + member);
+  }
+};
+
+// One share's pieces, one after the other: from round `at` of all to `end`, which is round `round`
+// of an item.
+struct Share {
+  Deal deal;
+  int member;  // which of the tiles of rows abreast
+  int64_t at, end;
+  int sequence, item, round;
+  Piece piece;
+
+  // From `skipped` rounds into the sequence on.
+  KVQ_HD void start(const Work& work, int first, int64_t skipped) {
+    sequence = first;
+    item = static_cast<int>(skipped / work.rounds);
+    round = static_cast<int>(skipped % work.rounds);
+  }
+
+  // On to the next piece, if there is one.
+  KVQ_HD bool next(const AttendParams& p) {
+    if (at >= end) return false;
+    Work work = work_of(p, sequence);
+    while (item >= work.items) {
+      item = 0;
+      work = work_of(p, ++sequence);
+    }
+    const int64_t left = end - at, rest = work.rounds - round;
+    piece = {sequence, item, round, static_cast<int>(left < rest ? left : rest), work.rounds, at};
+    at += piece.count;
+    round += piece.count;
+    if (round == work.rounds) {
+      round = 0;
+      ++item;
+    }
+    return true;
+  }
+};
+
+// Partial results: fp32 [tile_rows, D], then [tile_rows, 2] (the exponent they are in units of, and
+// the sum of weights), two of them a block: for a piece that it goes on with, and for one that it
+// begins.
+KVQ_HD int64_t partial_size(const AttendParams& p) {
+  return static_cast<int64_t>(p.tile_rows) * (p.cache.head_size + 2);
+}
+KVQ_HD float* partial(const AttendParams& p, int block, bool begins) {
+  return p.workspace + (2 * static_cast<int64_t>(block) + (begins ? 1 : 0)) * partial_size(p);
 }
 
 }  // namespace

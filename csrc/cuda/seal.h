@@ -1,10 +1,9 @@
 // Sealing: 32 tokens of the recent cache, int8 rows, become few bits of the sealed one, in the
 // bytes of kvq_plugin/sealed.py. Compile with -fmad=false, as store.h.
 //
-// Which groups are complete, the slots on the device tell. Blocks look at 32 tokens each; of the
-// groups that end there, warps 2 i and 2 i + 1 of a block seal every blocks_y() * kWarps / 2-th,
-// one its K and one its V. K's channels lie in the lanes, V's tokens: each finds its extremes
-// alone.
+// Which groups are complete, the slots on the device tell. A block looks at 32 tokens of a kv head;
+// of the groups that end there each pair of warps takes its share, one K and one V. K's channels
+// lie in the lanes, V's tokens do, so that each lane finds its extremes alone.
 #pragma once
 
 #include "store.h"
@@ -195,20 +194,18 @@ inline StoreParams recent_rows(const StoreParams& p) {
   return rows;
 }
 
-// Many sequences may complete a group in the same step, and each of them one that has decoded as
-// long as the others: a pair of warps for each of 32 tokens. A prompt completes one in 32 tokens.
-struct SealGrid {
-  unsigned x, y, z;
-};
-inline SealGrid seal_grid(const StoreParams& p) {
-  const int64_t blocks = (p.num_tokens + kWarp - 1) / kWarp;
-  return {static_cast<unsigned>(blocks), blocks <= 32 ? 16u : 1u,
-          static_cast<unsigned>(p.cache.num_kv_heads)};
+// Blocks that share the groups ending in 32 tokens of a kv head. Many sequences may complete one in
+// the same step, so there is a pair of warps for each; prompts complete one in 32 tokens.
+KVQ_HD int seal_width(const StoreParams& p) { return p.num_tokens <= 32 * kWarp ? 16 : 1; }
+inline unsigned seal_blocks(const StoreParams& p) {
+  const int64_t chunks = (p.num_tokens + kWarp - 1) / kWarp;
+  return static_cast<unsigned>(chunks * p.cache.num_kv_heads * seal_width(p));
 }
 
 template <class L, int kFormatRow>
 KVQ_HD void seal_block(const StoreParams& p) {
-  const int64_t first = static_cast<int64_t>(L::block_x()) * kWarp, mine = first + L::id();
+  const int width = seal_width(p), heads = p.cache.num_kv_heads, item = L::block() / width;
+  const int64_t first = static_cast<int64_t>(item / heads) * kWarp, mine = first + L::id();
   uint32_t ends = 0;
   if (mine < p.num_tokens) {
     const int64_t slot = p.slots[mine];
@@ -216,9 +213,10 @@ KVQ_HD void seal_block(const StoreParams& p) {
     ends = static_cast<uint32_t>(last) << L::id();
   }
   ends = reduce<L>(ends, 1, kWarp, [](uint32_t a, uint32_t b) { return a | b; });
-  const int head = L::block_z(), d = p.cache.head_size;
+  const int head = item % heads, d = p.cache.head_size;
   const bool is_value = L::warp() % 2 != 0;
-  const int stride = L::blocks_y() * kWarps / 2, turn = L::block_y() * kWarps / 2 + L::warp() / 2;
+  const int stride = width * kWarps / 2;
+  const int turn = L::block() % width * (kWarps / 2) + L::warp() / 2;
   const PageLayout recent = page_layout(kFormats[kRecentFormat], d, p.recent.block_size);
   int nth = 0;
   for (int i = 0; i < kWarp; ++i) {

@@ -31,8 +31,7 @@ cudaError_t store_format(const StoreParams& p, cudaStream_t stream) {
   } else {
     const cudaError_t error = store_rows<kRecentFormat>(recent_rows(p), stream);
     if (error != cudaSuccess) return error;
-    const SealGrid grid = seal_grid(p);
-    seal_kernel<kFormatRow><<<dim3(grid.x, grid.y, grid.z), kThreads, 0, stream>>>(p);
+    seal_kernel<kFormatRow><<<seal_blocks(p), kThreads, 0, stream>>>(p);
     return cudaGetLastError();
   }
 }

@@ -160,7 +160,7 @@ struct ValueOf {
 template <class L, int kFormatRow>
 KVQ_HD void store_block(const StoreParams& p) {
   constexpr Format kFormat = kFormats[kFormatRow];
-  const int64_t item = static_cast<int64_t>(L::block_x()) * kWarps + L::warp();
+  const int64_t item = static_cast<int64_t>(L::block()) * kWarps + L::warp();
   const int64_t token = item / p.cache.num_kv_heads;
   const int head = static_cast<int>(item % p.cache.num_kv_heads);
   if (token >= p.num_tokens) return;

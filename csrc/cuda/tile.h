@@ -2,8 +2,8 @@
 // fragments of PTX's mma.m16n8k16 (attend.h says how they are permuted).
 #pragma once
 
+#include "deal.h"
 #include "decode.h"
-#include "plan.h"
 #include "rotate.h"
 
 namespace kvq {
@@ -38,6 +38,11 @@ struct alignas(16) Shared {
   Span span[S::kRows];
   int position[S::kRows];
   SealedPart<S> sealed;
+  Dealing share;
+  // Of the piece at hand: its rows, the tokens they see, the tiles to go through.
+  RowTile rows;
+  Span seen, tiles;
+  uint32_t before;  // pieces of an item that came in before this one
 };
 
 // The queries of rotated K, rotated, in shared.out[0], which is free until the tiles are done.
@@ -87,6 +92,9 @@ struct Query {
           real ? (r.start + r.query(row)) * p.query.token_stride + r.head(row) * p.query.head_stride
                : 0;
       const int64_t channels = static_cast<int64_t>(r.kv_head) * p.cache.head_size;
+      const float* factor = S::kKey.per_token ? nullptr : p.key_scale.factor + channels;
+      const float* zero_point = p.key_scale.zero_point;
+      if (zero_point != nullptr) zero_point += channels;
       float x[2 * kSteps][2], peak = 0.0f;
       KVQ_UNROLL for (int i = 0; i < 2 * kSteps; ++i) {
         KVQ_UNROLL for (int j = 0; j < 2; ++j) {
@@ -95,7 +103,7 @@ struct Query {
           if (real && d < p.cache.head_size) {
             v = S::kKey.rotated ? shared.out[0][row][d]
                                 : load_activation(p.query.data, p.activation, at + d);
-            if constexpr (!S::kKey.per_token) v *= p.key_scale.factor[channels + d];
+            if constexpr (!S::kKey.per_token) v *= factor[d];
           }
           x[i][j] = v;
           peak = L::max(peak, v < 0.0f ? -v : v);
@@ -117,8 +125,8 @@ struct Query {
             const int d = dim(t, i / kPairs, i % kPairs, j);
             float offset = is_affine(S::kKey) ? 1.0f : -Key::kOffset;
             if constexpr (!S::kKey.per_token) {
-              if (p.key_scale.zero_point != nullptr && d < p.cache.head_size) {
-                offset -= p.key_scale.zero_point[channels + d];
+              if (zero_point != nullptr && d < p.cache.head_size) {
+                offset -= zero_point[d];
               }
             }
             bias += L::widen(j ? pair >> 16 : pair & 0xFFFFu) * Key::gain(i % kPairs) * offset;

@@ -11,6 +11,7 @@ import torch
 
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.gpu_check.candidates import ROWS
+from kvq_plugin.kernels.cuda import COUNTER_BYTES
 
 #: A case: its name, and a call that returns nothing, or values to write down, or raises.
 Case = tuple[str, Callable[[], dict | None]]
@@ -32,16 +33,16 @@ class Context:
     @cached_property
     def _scratch(self) -> torch.Tensor:
         if self.device.type == "cpu":
-            return torch.empty(1 << 16, dtype=torch.uint8)
+            return torch.zeros(1 << 16, dtype=torch.uint8)
         from kvq_plugin import kernels
 
-        size = kernels.workspace_size(256, self.device)
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+        return kernels.new_workspace(256, self.device)
 
     def scratch(self) -> torch.Tensor:
-        """The workspace, reserved once as vLLM's backend does, full of NaN: what a kernel reads
-        there without having written it shows."""
-        return self._scratch.fill_(0xFF)
+        """The workspace, reserved once as vLLM's backend does, full of NaN but for its counters:
+        what a kernel reads there without having written it shows."""
+        self._scratch[COUNTER_BYTES:].fill_(0xFF)
+        return self._scratch
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

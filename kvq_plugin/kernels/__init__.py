@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kvq_plugin.formats import KVFormat
+from kvq_plugin.kernels.cuda import COUNTER_BYTES
 from kvq_plugin.reference import StaticScale
 
 CHOICES = ("auto", "triton", "cuda")
@@ -96,8 +97,8 @@ def attend(
         max_query_len: bound of the batch, known on the host.
         options: the keywords of :func:`kvq_plugin.ops.attend`, and ``max_seq_len``, another such
             bound, which must be given. Grids and splits follow from the bounds and from shapes,
-            never from data on the device. ``workspace``: uint8, at least :func:`workspace_size`
-            bytes; allocated for the call if None.
+            never from data on the device. ``workspace``: a :func:`new_workspace`, for one call at
+            a time; allocated for the call if None.
 
     Raises ValueError for a head size, block size or alignment that the kernels cannot do.
     """
@@ -113,12 +114,20 @@ def attend(
 
         cuda.attend(*args, **options)
     else:
+        if options.get("workspace") is not None:
+            options["workspace"] = options["workspace"][COUNTER_BYTES:]
         _triton("triton_paged").attend(*args, **options)
 
 
 def workspace_size(head_size: int, device: torch.device) -> int:
-    """Bytes that :func:`attend` needs at most on *device*, whatever the batch: reserve them once
-    and pass them as ``workspace``."""
+    """Bytes that :func:`attend` needs at most on *device*, whatever the batch."""
     from kvq_plugin.kernels import cuda, launch
 
-    return max(module.workspace_size(head_size, device) for module in (cuda, launch))
+    triton = COUNTER_BYTES + launch.workspace_size(head_size, device)
+    return max(triton, cuda.workspace_size(head_size, device))
+
+
+def new_workspace(head_size: int, device: torch.device) -> torch.Tensor:
+    """Scratch memory to pass as ``workspace`` to :func:`attend`, reserved once: what CUDA C++
+    kernels count in it must be zeros the first time, and is so again after each call."""
+    return torch.zeros(workspace_size(head_size, device), dtype=torch.uint8, device=device)

@@ -24,9 +24,11 @@ LIBRARY = Path(__file__).parent.parent / "_kvq_cuda.so"
 ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 #: Compute capability from which mma.m16n8k16 and fp16 -> fp32 products exist.
 CAPABILITY = (8, 0)
-#: Bounds of :func:`workspace_size`: waves of blocks (choose.h), blocks that share a
-#: multiprocessor and rows of one (plan.h).
-_WAVES, _BLOCKS, _ROWS = 4, 3, 16
+#: Bytes at the start of a workspace that count which partial results are in: zeros before the first
+#: call and after each (plan.h: 4 bytes a block).
+COUNTER_BYTES = 4 * 4096
+#: Rows of all blocks that share a multiprocessor, at most (plan.h): 2 of 16, or 4 of 8.
+_ROWS = 32
 
 
 class Rows(Structure):
@@ -78,6 +80,7 @@ class AttendParams(Structure):
         ("alibi_slopes", c_void_p),
         ("sinks", c_void_p),
         ("workspace", c_void_p),
+        ("counters", c_void_p),
         ("block_table_stride", c_int64),
         ("num_tokens", c_int64),
         ("recent", Cache),
@@ -91,9 +94,11 @@ class AttendParams(Structure):
         ("softcap", c_float),
         ("causal", c_int32),
         ("activation", c_int32),
-        ("splits", c_int32),
+        ("group", c_int32),
         ("tile_tokens", c_int32),
         ("tile_rows", c_int32),
+        ("abreast", c_int32),
+        ("blocks", c_int32),
     ]
 
 
@@ -307,6 +312,7 @@ def attend_params(
         _pointer(alibi_slopes),
         _pointer(sinks),
         None,
+        None,
         block_table.stride(0),
         query.shape[0],
         _cache(recent_cache, format.recent, query.shape[-1]),
@@ -323,24 +329,31 @@ def attend_params(
     )
 
 
-def plan(library, params: AttendParams, max_seq_len: int, multiprocessors: int, room: int | None):
-    """Fill in how *params* is cut up. Returns the bytes of workspace it needs.
-
-    *room*: bytes there are, or None for as many as asked; with less than the best plan wants,
-    contexts are split less.
-    """
-    need = library.kvq_cuda_plan(byref(params), max_seq_len, multiprocessors)
-    if room is not None and need > room:
-        each = need // params.splits
-        params.splits = max(1, room // each)
-        need = each * params.splits if params.splits > 1 else 0
-    return need
+def plan(library, params: AttendParams, max_seq_len: int, multiprocessors: int) -> int:
+    """Fill in how *params* is dealt out. Returns the bytes of partial results it needs."""
+    return library.kvq_cuda_plan(byref(params), max_seq_len, multiprocessors)
 
 
 def workspace_size(head_size: int, device: torch.device) -> int:
-    """Bytes that :func:`attend` uses at most for split contexts, whatever the batch: reserve them
-    once and pass them as ``workspace``."""
-    return _WAVES * _BLOCKS * _multiprocessors(device) * _ROWS * (head_size + 2) * 4
+    """Bytes that :func:`attend` uses at most, whatever the batch: two partial results a block."""
+    rows = 2 * _ROWS * _multiprocessors(device)
+    return COUNTER_BYTES + rows * (head_size + 2) * 4
+
+
+def _place(params: AttendParams, need: int, workspace: torch.Tensor | None, device) -> object:
+    """Point *params* at *need* bytes in *workspace*, or in a new one. Returns what keeps it."""
+    if workspace is None:
+        workspace = torch.empty(COUNTER_BYTES + need, dtype=torch.uint8, device=device)
+        workspace[:COUNTER_BYTES].zero_()
+    room = workspace.numel() * workspace.element_size()
+    if room < COUNTER_BYTES + need:
+        raise ValueError(
+            f"the workspace must hold {COUNTER_BYTES + need} bytes, got {room}; reserve "
+            f"kvq_plugin.kernels.new_workspace(...)"
+        )
+    params.counters = workspace.data_ptr()
+    params.workspace = workspace.data_ptr() + COUNTER_BYTES
+    return workspace
 
 
 def store(
@@ -392,22 +405,20 @@ def attend(
 
     Args:
         max_query_len, max_seq_len: bounds of the batch, from shapes; no data is looked at.
-        workspace: uint8 of up to :func:`workspace_size` bytes, 16-byte aligned; allocated for
-            the call if None. A smaller one means fewer splits.
+        workspace: uint8, :func:`workspace_size` bytes, 16-byte aligned, the first
+            ``COUNTER_BYTES`` of them zeros, as they are again after the call; not for calls that
+            may run at the same time. Allocated for the call if None.
         options: causal, window, softcap, alibi_slopes, sinks, recent_cache and recent_block_table
             of :func:`kvq_plugin.ops.attend`.
 
-    Raises ValueError where :func:`refusal` names a reason.
+    Raises ValueError where :func:`refusal` names a reason, and for a workspace that is too small.
     """
     library = _require(format, query.shape[-1], cache, options.get("recent_cache"))
     params = attend_params(
         out, query, cache, block_table, seq_lens, query_start_loc, format, scale,
         key_static, value_static, max_query_len=max_query_len, **options,
     )  # fmt: skip
-    room = None if workspace is None else workspace.numel() * workspace.element_size()
-    need = plan(library, params, max_seq_len, _multiprocessors(cache.device), room)
-    if need:
-        if workspace is None:
-            workspace = torch.empty(need, dtype=torch.uint8, device=cache.device)
-        params.workspace = workspace.data_ptr()
+    need = plan(library, params, max_seq_len, _multiprocessors(cache.device))
+    kept = _place(params, need, workspace, cache.device) if need else None
     _launch("kvq_cuda_attend", params, cache.device)
+    del kept  # memory given back now is used again behind this launch

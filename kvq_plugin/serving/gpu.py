@@ -104,8 +104,7 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
         # Once, enough for any batch: a captured graph keeps the address, and nothing may be
         # allocated during capture. Like the scratch of vLLM's own Triton backend it lies outside
         # what vLLM measures before it sizes the cache.
-        size = kernels.workspace_size(kv_cache_spec.head_size, device)
-        self._workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        self._workspace = kernels.new_workspace(kv_cache_spec.head_size, device)
 
     def _describe(self, batch: CommonAttentionMetadata) -> GPUMetadata:
         return GPUMetadata.of(batch, workspace=self._workspace)

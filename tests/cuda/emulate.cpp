@@ -2,6 +2,11 @@
 // buffer an allocation of its own. tests/emulator.py records the calls that
 // kvq_plugin/kernels/cuda.py would launch. (-shared makes a library of it with the entry points of
 // csrc/cuda/api.h.)
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <string>
+
 #include "choose.h"
 #include "host.cpp"
 #include "host_lane.h"
@@ -12,22 +17,28 @@ namespace kvq {
 namespace gpu {
 namespace {
 
+// Blocks one after the other; KVQ_EMULATED_ORDER: "backwards", or the seed of a shuffle.
 template <class Body>
-void run_grid(int x, int y, int z, const Body& body) {
+void run_grid(int blocks, const Body& body) {
   static Block block;
   const std::function<void()> call = body;
-  for (int k = 0; k < z; ++k) {
-    for (int j = 0; j < y; ++j) {
-      for (int i = 0; i < x; ++i) block.run(i, j, k, y, call);
-    }
+  std::vector<int> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  const char* asked = getenv("KVQ_EMULATED_ORDER");
+  const std::string name = asked == nullptr ? "" : asked;
+  if (name == "backwards") {
+    std::reverse(order.begin(), order.end());
+  } else if (!name.empty()) {
+    std::shuffle(order.begin(), order.end(), std::mt19937(std::stoi(name)));
   }
+  for (const int i : order) block.run(i, call);
 }
 
 template <int kFormatRow, int kHead, int kRowTiles>
-void attend_shape(const AttendParams& p, int x) {
+void attend_shape(const AttendParams& p) {
   using S = Shape<kFormatRow, kHead, kRowTiles>;
   const auto shared = std::make_unique<Shared<S>>();
-  run_grid(x, p.splits, p.num_seqs, [&] { attend_block<HostLane, S>(p, *shared); });
+  run_grid(p.blocks, [&] { attend_block<HostLane, S>(p, *shared); });
 }
 
 // Compiling all kernels takes a minute: every format at head sizes up to 64, and of the larger
@@ -44,9 +55,9 @@ constexpr bool emulated(int format, int head, int row_tiles) {
 }
 
 template <int kFormatRow, int kHead, int kRowTiles>
-void attend_if(const AttendParams& p, int x) {
+void attend_if(const AttendParams& p) {
   if constexpr (emulated(kFormatRow, kHead, kRowTiles)) {
-    attend_shape<kFormatRow, kHead, kRowTiles>(p, x);
+    attend_shape<kFormatRow, kHead, kRowTiles>(p);
   } else {
     fprintf(stderr, "not emulated: format %d, head size %d, %d rows; see emulated()\n", kFormatRow,
             kHead, 8 * kRowTiles);
@@ -55,17 +66,17 @@ void attend_if(const AttendParams& p, int x) {
 }
 
 template <int kFormatRow = 0>
-void attend_host(const AttendParams& p, int x) {
+void attend_host(const AttendParams& p) {
   if constexpr (kFormatRow + 1 < kNumFormats) {
-    if (p.cache.format != kFormatRow) return attend_host<kFormatRow + 1>(p, x);
+    if (p.cache.format != kFormatRow) return attend_host<kFormatRow + 1>(p);
   }
   const int head = p.cache.head_size;
   const bool wide = p.tile_rows > 8;
-  if (head > 128) return attend_if<kFormatRow, 256, 1>(p, x);
+  if (head > 128) return attend_if<kFormatRow, 256, 1>(p);
   if (head > 64) {
-    return wide ? attend_if<kFormatRow, 128, 2>(p, x) : attend_if<kFormatRow, 128, 1>(p, x);
+    return wide ? attend_if<kFormatRow, 128, 2>(p) : attend_if<kFormatRow, 128, 1>(p);
   }
-  return wide ? attend_if<kFormatRow, 64, 2>(p, x) : attend_if<kFormatRow, 64, 1>(p, x);
+  return wide ? attend_if<kFormatRow, 64, 2>(p) : attend_if<kFormatRow, 64, 1>(p);
 }
 
 template <int kFormatRow = 0>
@@ -75,11 +86,10 @@ void store_host(const StoreParams& p, int blocks) {
   }
   if constexpr (kFormats[kFormatRow].recent) {
     const StoreParams rows = recent_rows(p);
-    run_grid(blocks, 1, 1, [&] { store_block<HostLane, kRecentFormat>(rows); });
-    const SealGrid grid = seal_grid(p);
-    run_grid(grid.x, grid.y, grid.z, [&] { seal_block<HostLane, kFormatRow>(p); });
+    run_grid(blocks, [&] { store_block<HostLane, kRecentFormat>(rows); });
+    run_grid(seal_blocks(p), [&] { seal_block<HostLane, kFormatRow>(p); });
   } else {
-    run_grid(blocks, 1, 1, [&] { store_block<HostLane, kFormatRow>(p); });
+    run_grid(blocks, [&] { store_block<HostLane, kFormatRow>(p); });
   }
 }
 
@@ -96,14 +106,7 @@ int32_t kvq_cuda_store(const StoreParams* p, kvq_stream) {
 int32_t kvq_cuda_attend(const AttendParams* p, kvq_stream) {
   using namespace kvq::gpu;
   if (p->num_seqs == 0 || p->num_tokens == 0 || p->max_query_len == 0) return 0;
-  const int rows = p->max_query_len * (p->num_heads / p->cache.num_kv_heads);
-  const int x = (rows + p->tile_rows - 1) / p->tile_rows * p->cache.num_kv_heads;
-  attend_host(*p, x);
-  if (p->splits > 1) {
-    const bool rotated = kvq::kFormats[p->cache.format].value.rotated;
-    run_grid(x, 2, p->num_seqs,
-             [&] { rotated ? merge_block<HostLane, true>(*p) : merge_block<HostLane, false>(*p); });
-  }
+  attend_host(*p);
   return 0;
 }
 

@@ -29,8 +29,8 @@ class Block {
 
   Block() : stacks_(new char[kThreads * kStack]) {}
 
-  void run(int x, int y, int z, int blocks_y, const std::function<void()>& body) {
-    x_ = x, y_ = y, z_ = z, blocks_y_ = blocks_y, body_ = &body;
+  void run(int index, const std::function<void()>& body) {
+    index_ = index, body_ = &body;
     current_block = this;
     arrived_ = 0, phase_ = 0, moved_ = true;
     for (auto& warp : warps_) warp.arrived = 0, warp.phase = 0;
@@ -82,7 +82,7 @@ class Block {
     }
   }
 
-  int thread_ = 0, x_ = 0, y_ = 0, z_ = 0, blocks_y_ = 1;
+  int thread_ = 0, index_ = 0;
   static inline Block* current_block = nullptr;
 
  private:
@@ -146,20 +146,17 @@ class Block {
 struct HostLane {
   static constexpr bool kNativeFp8 = false;  // the path of GPUs before sm_89; the other is one cvt
 
-  static Block& block() { return *Block::current_block; }
-  static int thread() { return block().thread_; }
+  static Block& here() { return *Block::current_block; }
+  static int thread() { return here().thread_; }
   static int id() { return thread() % kWarp; }
   static int warp() { return thread() / kWarp; }
-  static int block_x() { return block().x_; }
-  static int block_y() { return block().y_; }
-  static int block_z() { return block().z_; }
-  static int blocks_y() { return block().blocks_y_; }
-  static void sync() { block().sync(); }
-  static void sync_warp() { block().exchange(0); }
+  static int block() { return here().index_; }
+  static void sync() { here().sync(); }
+  static void sync_warp() { here().exchange(0); }
 
   template <class T>
   static T shuffle_xor(T x, int mask) {
-    return block().exchange(x)[id() ^ mask];
+    return here().exchange(x)[id() ^ mask];
   }
 
   static float half_of(uint32_t pair, int which) {
@@ -177,7 +174,7 @@ struct HostLane {
     struct Operands {
       uint32_t a[4], b[2];
     };
-    const Operands* all = block().exchange(Operands{{a0, a1, a2, a3}, {b0, b1}});
+    const Operands* all = here().exchange(Operands{{a0, a1, a2, a3}, {b0, b1}});
     const int g = id() / 4, t = id() % 4;
     for (int i = 0; i < 4; ++i) {
       const int column = 2 * t + i % 2, lower = i / 2;  // row g + 8 lower
@@ -193,7 +190,7 @@ struct HostLane {
   }
 
   static uint32_t transpose(uint32_t x) {
-    const uint32_t* all = block().exchange(x);
+    const uint32_t* all = here().exchange(x);
     const int g = id() / 4, t = id() % 4;
     uint32_t out = 0;
     for (int i = 0; i < 2; ++i) {  // element (2 t + i, g)
@@ -212,6 +209,9 @@ struct HostLane {
     memcpy(to, from, 4 * kWords);
   }
   static int load_index(const int32_t* from) { return *from; }
+  static uint32_t arrive(uint32_t* counter) { return (*counter)++; }
+  static float load_new(const float* from) { return *from; }
+  static void load_new(const float* from, float (&to)[4]) { memcpy(to, from, sizeof(to)); }
 
   static uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
