@@ -55,9 +55,7 @@ def attend(tmp_path, problem, caches, **launch):
 def check(tmp_path, format, batch, *, multiprocessors=4, order="", **kwargs):
     """One emulated call against float64. Returns the struct it was launched with."""
     problem, caches, expected = _built(format, (("batch", batch), *kwargs.items()))
-    out, params = attend(
-        tmp_path, problem, caches, multiprocessors=multiprocessors, order=order
-    )
+    out, params = attend(tmp_path, problem, caches, multiprocessors=multiprocessors, order=order)
     error = (out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error <= OPERANDS + OUTPUT_ROUNDING[out.dtype] / 3**0.5, float(error)
     return params

@@ -22,7 +22,7 @@ namespace {
 constexpr float kSubnormal = 0x1p-24f;  // an integer's worth when its bits are read as a half
 
 // Codes of 3 bits: a word of sixteen dims' two low bits, and their high bits in `high`, in the low
-// half of its bytes. Pair i: dims 4 (i / 2) + i % 2 and that + 2, times gain 4^(i / 2).
+// half of its bytes. Pair i: dims 4 (i / 2) + i % 2 and that + 2, times 4^(i / 2).
 template <class L>
 KVQ_HD void int3_along(uint32_t word, uint32_t high, uint32_t (&out)[8]) {
   KVQ_UNROLL for (int i = 0; i < 8; ++i) {
@@ -47,16 +47,20 @@ KVQ_HD void int2_across(uint32_t a, uint32_t b, int field, uint32_t (&out)[4]) {
   }
 }
 
-// Two lite words: scales as halves, and mins, which count LiteScale::kStep of them.
+// Two lite words: scales times `unit` (halves), and mins times `unit` and another. They are exact,
+// for scales have 4 bits and the mins' steps 7, as long as the units keep them below 65504.
 struct LitePair {
-  uint32_t scale, steps;
+  uint32_t scale, minimum;
 };
 
 template <class L>
-KVQ_HD LitePair lite_pair(uint32_t words) {
-  const uint32_t biased = (words >> 8 & 0x00FF00FFu) ^ 0x64806480u;  // 1024 + 128 + min
-  return {(words & 0x00FF00FFu) << 7, L::sub2(biased, 0x64806480u)};
+KVQ_HD LitePair lite_pair(uint32_t words, uint32_t unit, uint32_t unit_of_steps) {
+  const uint32_t biased = (words >> 8 & 0x00FF00FFu) ^ 0x64806480u;  // 1024 + 128 + steps
+  const uint32_t scale = L::mul2((words & 0x00FF00FFu) << 7, unit);
+  return {scale, L::mul2(L::sub2(biased, 0x64806480u), L::mul2(scale, unit_of_steps))};
 }
+constexpr uint32_t kOnes = 0x3C003C00u, kHalves = 0x38003800u, kQuarters = 0x34003400u;
+static_assert(LiteScale::kStep == 0.5f, "steps of mins are half scales");
 
 // Bytes past the largest finite scale, 0xF7: a NaN row's.
 KVQ_HD uint32_t no_scales(uint32_t words) {
@@ -86,13 +90,10 @@ struct KeyDims {
   static constexpr int kSteps = 8 / kLowBits;            // of a word: one for each of its fields
 
   static KVQ_CONSTEXPR int first(int t, int chunk) { return (4 * chunk + t) * kChunk; }
-  // What the codes of step `quad` of a chunk are multiples of, beside kSubnormal.
-  static KVQ_CONSTEXPR float gain(int quad) {
-    return static_cast<float>(1 << quad % kSteps * kLowBits);
-  }
-  // The same as two halves.
-  static KVQ_CONSTEXPR uint32_t gains(int quad) {
-    return 0x3C003C00u + 0x04000400u * (quad % kSteps * kLowBits);
+  // Products see codes of step `quad` times 2^(kLowBits (quad % kSteps)) kSubnormal; two halves of
+  // the inverse of the first factor.
+  static KVQ_CONSTEXPR uint32_t shrink(int quad) {
+    return 0x3C003C00u - 0x04000400u * (quad % kSteps * kLowBits);
   }
 };
 
@@ -124,11 +125,10 @@ struct SealedQuery {
       const float shrink = bits_float((254u - exponent) << 23);
       float sum = 0.0f;
       KVQ_UNROLL for (int f = 0; f < S::kD / 16; ++f) {
-        const float gain = Dims::gain(f % Dims::kQuads), factor = shrink / gain;
         KVQ_UNROLL for (int j = 0; j < 2; ++j) {
-          const uint32_t pair = L::pack_halves(x[f][j] * factor, x[f][j + 2] * factor);
+          const uint32_t pair = L::pack_halves(x[f][j] * shrink, x[f][j + 2] * shrink);
           fragment[n][f][j] = pair;
-          sum += (L::widen(pair & 0xFFFFu) + L::widen(pair >> 16)) * gain;
+          sum += L::widen(pair & 0xFFFFu) + L::widen(pair >> 16);
         }
       }
       sum = reduce<L>(sum, 1, 4, [](float a, float b) { return a + b; });
@@ -153,6 +153,17 @@ struct SealedQuery {
     shared.sealed.seals[row] = {max_of(seen.begin, 1), min_of(seen.end, sealed)};
     shared.sealed.firsts[row] = {seen.begin, min_of(min_of(seen.end, sealed), 1)};
   }
+};
+
+// Where a page's regions begin, in half the registers of PageLayout.
+struct Places {
+  int value_codes, key_metadata, value_metadata, first;
+
+  explicit KVQ_HD Places(const PageLayout& at)
+      : value_codes(static_cast<int>(at.value_codes)),
+        key_metadata(static_cast<int>(at.key_metadata)),
+        value_metadata(static_cast<int>(at.value_metadata)),
+        first(static_cast<int>(at.first)) {}
 };
 
 // A group's bytes, in registers.
@@ -181,12 +192,12 @@ struct SealedTile {
     return p.cache.data + block * p.cache.block_stride + kv_head * p.cache.head_stride;
   }
 
-  KVQ_HD void load_key(const AttendParams& p, const PageLayout& at, int kv_head, int token) {
+  KVQ_HD void load_key(const AttendParams& p, const Places& at, int kv_head, int token) {
     const int d = p.cache.head_size, g = L::id() / 4, t = L::id() % 4;
     const int position = static_cast<uint32_t>(token) % p.cache.block_size;
     const uint8_t* from = page(p, kv_head);
     const int row = d * Dims::kBits / 8;
-    const uint8_t* codes = from + at.key_codes + (position + 4 * g) * row;
+    const uint8_t* codes = from + (position + 4 * g) * row;
     KVQ_UNROLL for (int i = 0; i < 4; ++i, codes += row) {
       KVQ_UNROLL for (int c = 0; c < Dims::kChunks; ++c) {
         const int first = Dims::first(t, c);
@@ -212,7 +223,7 @@ struct SealedTile {
     L::load(words + g * sizeof(token_words), token_words);
   }
 
-  KVQ_HD void load_value(const AttendParams& p, const PageLayout& at, int kv_head, int token) {
+  KVQ_HD void load_value(const AttendParams& p, const Places& at, int kv_head, int token) {
     const int d = p.cache.head_size, g = L::id() / 4, t = L::id() % 4;
     const int position = static_cast<uint32_t>(token) % p.cache.block_size;
     const uint8_t* from = page(p, kv_head);
@@ -242,13 +253,15 @@ struct SealedTile {
       KVQ_UNROLL for (int j = 0; j < 2; ++j) {
         const uint32_t select = j ? 0x7632u : 0x5410u;
         if constexpr (kLite) {
-          const LitePair pair = lite_pair<L>(L::permute(scales[i][0], scales[i][1], select));
+          const LitePair pair =
+              lite_pair<L>(L::permute(scales[i][0], scales[i][1], select), kOnes, kQuarters);
           s.scale[j] = pair.scale;
-          s.minimum[j] = pair.steps;
+          s.minimum[j] = pair.minimum;
         } else {
           s.scale[j] = L::permute(scales[i][j], scales[i][j + 2], 0x5410u);
           s.minimum[j] = L::permute(scales[i][j], scales[i][j + 2], 0x7632u);
         }
+        s.scale[j] = L::mul2(s.scale[j], Dims::shrink(quad));
       }
       shared.sealed.scales[L::warp()][quad] = s;
     }
@@ -261,9 +274,7 @@ template <class L, class S>
 KVQ_HD void sealed_scores(const SealedTile<L, S>& tile, const SealedQuery<L, S>& query,
                           const Shared<S>& shared, float (&scores)[S::kM][S::kN][4]) {
   using Dims = KeyDims<S>;
-  constexpr bool kLite = SealedTile<L, S>::kLite;
-  constexpr int kPairs = 2 * Dims::kSteps;
-  float minimum[S::kN][2][4] = {};  // those of steps of gain 16 apart: 16 times a min overflows
+  float minimum[S::kN][4] = {};
   KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
     KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
       KVQ_UNROLL for (int j = 0; j < 4; ++j) scores[m][n][j] = 0.0f;
@@ -271,7 +282,7 @@ KVQ_HD void sealed_scores(const SealedTile<L, S>& tile, const SealedQuery<L, S>&
   }
   KVQ_UNROLL for (int c = 0; c < Dims::kChunks; ++c) {
     KVQ_UNROLL for (int w = 0; w < Dims::kWords; ++w) {
-      uint32_t codes[4][kPairs];
+      uint32_t codes[4][2 * Dims::kSteps];
       KVQ_UNROLL for (int i = 0; i < 4; ++i) {
         if constexpr (Dims::kBits == 3) {
           int3_along<L>(tile.key[i][c][w], tile.high[i][c] >> 4 * w, codes[i]);
@@ -280,37 +291,25 @@ KVQ_HD void sealed_scores(const SealedTile<L, S>& tile, const SealedQuery<L, S>&
         }
       }
       KVQ_UNROLL for (int s = 0; s < Dims::kSteps; ++s) {
-        const int quad = w * Dims::kSteps + s, f = c * Dims::kQuads + quad;
-        const int place = Dims::first(L::id() % 4, c) / 4 + quad;
-        const KeyScales scale = shared.sealed.scales[L::warp()][place];
-        uint32_t low = scale.minimum[0], high = scale.minimum[1];
-        if constexpr (kLite) {
-          if (s > 0) low = L::mul2(low, Dims::gains(quad)), high = L::mul2(high, Dims::gains(quad));
-        }
+        const int quad = w * Dims::kSteps + s, place = Dims::first(L::id() % 4, c) / 4 + quad;
+        const KeyScales k = shared.sealed.scales[L::warp()][place];
         KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
-          const uint32_t (&q)[2] = query.fragment[n][f];
-          const uint32_t b0 = L::mul2(q[0], scale.scale[0]), b1 = L::mul2(q[1], scale.scale[1]);
+          const uint32_t (&q)[2] = query.fragment[n][c * Dims::kQuads + quad];
+          const uint32_t b0 = L::mul2(q[0], k.scale[0]), b1 = L::mul2(q[1], k.scale[1]);
           KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
             L::mma(scores[m][n], codes[2 * m][2 * s], codes[2 * m + 1][2 * s],
                    codes[2 * m][2 * s + 1], codes[2 * m + 1][2 * s + 1], b0, b1);
           }
-          if constexpr (kLite) {
-            L::mma(minimum[n][0], low, low, high, high, b0, b1);
-          } else {
-            L::mma(minimum[n][s], low, low, high, high, q[0], q[1]);
-          }
+          L::mma(minimum[n], k.minimum[0], k.minimum[0], k.minimum[1], k.minimum[1], q[0], q[1]);
         }
       }
     }
   }
+  // Lite mins are halved, because the least of them may round to beyond fp16.
+  constexpr float kUnit = SealedTile<L, S>::kLite ? 2.0f * kSubnormal : kSubnormal;
   KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
-    KVQ_UNROLL for (int j = 0; j < 2; ++j) {
-      const float all = kLite ? LiteScale::kStep * minimum[n][0][j]
-                              : minimum[n][0][j] + Dims::gain(1) * minimum[n][1][j];
-      KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
-        scores[m][n][j] += kSubnormal * all;
-        scores[m][n][j + 2] += kSubnormal * all;
-      }
+    KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
+      KVQ_UNROLL for (int j = 0; j < 4; ++j) scores[m][n][j] += kUnit * minimum[n][j];
     }
   }
 }
@@ -327,9 +326,9 @@ KVQ_HD void accumulate_grouped(const SealedTile<L, S>& tile,
       uint32_t words =
           L::permute(tile.group_words[m], tile.group_words[m + 2], i ? 0x7632u : 0x5410u);
       words &= ~(no_scales(words) * 0xFFFFu);  // NaN already is in the score
-      const LitePair pair = lite_pair<L>(words);
-      scale[i] = L::mul2(pair.scale, 0x2C002C00u);
-      minimum[i] = L::mul2(pair.steps, L::mul2(scale[i], 0x38003800u));
+      const LitePair pair = lite_pair<L>(words, 0x2C002C00u, kHalves);
+      scale[i] = pair.scale;
+      minimum[i] = pair.minimum;
     }
     KVQ_UNROLL for (int w = 0; w < SealedTile<L, S>::kValueWords; ++w) {
       KVQ_UNROLL for (int field = 0; field < kFields; ++field) {
@@ -352,7 +351,8 @@ KVQ_HD void accumulate_grouped(const SealedTile<L, S>& tile,
 
 // Rows of int8: 32 of a recent page, or a first row; those outside `seen` are not read.
 struct Int8Rows {
-  const uint8_t *key, *value, *key_scale, *value_scale;
+  const uint8_t* key;
+  int value, key_scale, value_scale;  // bytes from there on
   Span seen;
 
   KVQ_HD bool sees(int token) const { return token >= seen.begin && token < seen.end; }
@@ -362,34 +362,28 @@ template <class L, class S>
 KVQ_HD void attend_int8(const AttendParams& p, const Int8Rows& rows, const SealedQuery<L, S>& query,
                         const Shared<S>& shared, const Span* spans, int token, Running<L, S>& run) {
   using Dims = KeyDims<S>;
-  constexpr int kWords = Dims::kChunk / 4, kValueWords = S::kD / 32;
+  constexpr int kValueWords = S::kD / 32;
   const int d = p.cache.head_size, g = L::id() / 4, t = L::id() % 4;
   const auto read = [&](const uint8_t* from, auto& words, bool real) {
     KVQ_UNROLL for (uint32_t& word : words) word = 0;
     if (real) L::load(from, words);
   };
   float scores[S::kM][S::kN][4] = {};
-  KVQ_UNROLL for (int c = 0; c < Dims::kChunks; ++c) {
-    uint32_t codes[4][kWords];
+  KVQ_UNROLL for (int f = 0; f < S::kD / 16; f += 4) {  // sixteen dims a lane at a time
+    uint32_t codes[4][4];
+    const int first = Dims::first(t, f / Dims::kQuads) + f % Dims::kQuads * 4;
     KVQ_UNROLL for (int i = 0; i < 4; ++i) {
-      KVQ_UNROLL for (int w = 0; w < kWords; w += 4) {
-        const int first = Dims::first(t, c) + 4 * w;
-        uint32_t words[4];
-        read(rows.key + (4 * g + i) * d + first, words, rows.sees(4 * g + i) && first < d);
-        KVQ_UNROLL for (int j = 0; j < 4; ++j) codes[i][w + j] = words[j];
-      }
+      read(rows.key + (4 * g + i) * d + first, codes[i], rows.sees(4 * g + i) && first < d);
     }
-    KVQ_UNROLL for (int w = 0; w < kWords; ++w) {
-      const int f = c * Dims::kQuads + w;
+    KVQ_UNROLL for (int w = 0; w < 4; ++w) {
       uint32_t a[4][2];
       KVQ_UNROLL for (int i = 0; i < 4; ++i) {
         a[i][0] = L::permute(codes[i][w], 0u, 0x4240u);
         a[i][1] = L::permute(codes[i][w], 0u, 0x4341u);
-        KVQ_UNROLL for (uint32_t& x : a[i]) x = L::mul2(x, Dims::gains(w));
       }
       KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
         KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
-          const uint32_t (&q)[2] = query.fragment[n][f];
+          const uint32_t (&q)[2] = query.fragment[n][f + w];
           L::mma(scores[m][n], a[2 * m][0], a[2 * m + 1][0], a[2 * m][1], a[2 * m + 1][1], q[0],
                  q[1]);
         }
@@ -399,9 +393,9 @@ KVQ_HD void attend_int8(const AttendParams& p, const Int8Rows& rows, const Seale
   uint32_t key_words[4], value_words[4], weights[S::kM][S::kN][2];
   KVQ_UNROLL for (int i = 0; i < 4; ++i) {
     uint32_t word[1];
-    read(rows.key_scale + 4 * (4 * g + i), word, rows.sees(4 * g + i));
+    read(rows.key + rows.key_scale + 4 * (4 * g + i), word, rows.sees(4 * g + i));
     key_words[i] = word[0];
-    read(rows.value_scale + 4 * (4 * g + i), word, rows.sees(4 * g + i));
+    read(rows.key + rows.value_scale + 4 * (4 * g + i), word, rows.sees(4 * g + i));
     value_words[i] = word[0];
   }
   softmax<L, S, RecentKind>(p, shared, spans, token + 4 * g, true, key_words, value_words, scores,
@@ -412,7 +406,8 @@ KVQ_HD void attend_int8(const AttendParams& p, const Int8Rows& rows, const Seale
     KVQ_UNROLL for (int w = 0; w < kValueWords; w += kLoad) {
       const int first = g * (S::kD / 8) + 4 * w;
       uint32_t words[kLoad];
-      read(rows.value + (8 * t + i) * d + first, words, rows.sees(8 * t + i) && first < d);
+      read(rows.key + rows.value + (8 * t + i) * d + first, words,
+           rows.sees(8 * t + i) && first < d);
       KVQ_UNROLL for (int j = 0; j < kLoad; ++j) value[i][w + j] = words[j];
     }
   }
@@ -423,7 +418,7 @@ KVQ_HD void attend_int8(const AttendParams& p, const Int8Rows& rows, const Seale
 template <class L, class S>
 KVQ_HD int attend_sealed(const AttendParams& p, const RowTile& r, const Ranges& x, int i, int last,
                          const SealedQuery<L, S>& query, Shared<S>& shared, Running<L, S>& run) {
-  const PageLayout at = page_layout(S::kFormat, p.cache.head_size, p.cache.block_size);
+  const Places at(page_layout(S::kFormat, p.cache.head_size, p.cache.block_size));
   const int32_t* table = p.block_table + r.sequence * p.block_table_stride;
   // What every row sees: tiles inside need no mask.
   const int all_begin = shared.sealed.seals[r.count - 1].begin,
@@ -479,7 +474,6 @@ KVQ_HD void attend_ranges(const AttendParams& p, const RowTile& r, Span tokens, 
   const Ranges x = ranges_of(r, tokens);
   int i = attend_sealed<L, S>(p, r, x, first, min_of(last, x.sealed), query, shared, run);
   const int d = p.cache.head_size;
-  const PageLayout at = page_layout(kFormats[kRecentFormat], d, p.recent.block_size);
   for (; i < last; i += kWarps) {
     Int8Rows rows;
     const int nth = i - x.sealed - x.first;
@@ -488,22 +482,22 @@ KVQ_HD void attend_ranges(const AttendParams& p, const RowTile& r, Span tokens, 
     if (is_first) {
       const int block = L::load_index(p.block_table + r.sequence * p.block_table_stride);
       rows.key = p.cache.data + block * p.cache.block_stride + r.kv_head * p.cache.head_stride +
-                 page_layout(S::kFormat, d, p.cache.block_size).first;
-      rows.value = rows.key + d;
-      rows.key_scale = rows.value + d;
-      rows.value_scale = rows.key_scale + 4;
+                 Places(page_layout(S::kFormat, d, p.cache.block_size)).first;
+      rows.value = d;
+      rows.key_scale = 2 * d;
+      rows.value_scale = 2 * d + 4;
       rows.seen = {0, 1};
     } else {
       const uint32_t size = p.recent.block_size;
       const int position = static_cast<uint32_t>(token) % size;
       const int block = L::load_index(p.recent_table + r.sequence * p.recent_table_stride +
                                       static_cast<uint32_t>(token) / size);
-      const uint8_t* page =
-          p.recent.data + block * p.recent.block_stride + r.kv_head * p.recent.head_stride;
-      rows.key = page + at.key_codes + position * d;
-      rows.value = page + at.value_codes + position * d;
-      rows.key_scale = page + at.key_metadata + 4 * position;
-      rows.value_scale = page + at.value_metadata + 4 * position;
+      const Places at(page_layout(kFormats[kRecentFormat], d, p.recent.block_size));
+      rows.key = p.recent.data + block * p.recent.block_stride + r.kv_head * p.recent.head_stride +
+                 position * d;
+      rows.value = at.value_codes;
+      rows.key_scale = at.key_metadata + position * (4 - d);
+      rows.value_scale = at.value_metadata + position * (4 - d);
       rows.seen = {tokens.begin - token, tokens.end - token};
     }
     const Span* spans = is_first ? shared.sealed.firsts : shared.span;
