@@ -57,7 +57,8 @@ def make(target: Path, cache: Path | None = None) -> None:
         shutil.copy2(HERE / "absent.py", site / "sitecustomize.py")
         _describe_plugin(site)
         if cache is not None:
-            shutil.copytree(cache, site / "triton-cache")
+            stages = shutil.ignore_patterns("*.source", "*.ttir", "*.ttgir", "*.llir", "*.ptx")
+            shutil.copytree(cache, site / "triton-cache", ignore=stages)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(target, "w:xz", preset=6) as archive:
             archive.add(site, "site")
