@@ -80,10 +80,8 @@ def main(a) -> int:
     # Before 16 cores import the same 2,000 files at once.
     subprocess.run([sys.executable, "-m", "compileall", "-q", "-j", "0", str(site / "vllm")],
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    made = (
-        f"import tiny; from pathlib import Path; tiny.write(Path({str(work / 'model')!r}), {a.dry})"
-    )
-    subprocess.run([sys.executable, "-c", made], env=env, check=True)
+    model = [sys.executable, str(HERE / "tiny.py"), str(work / "model"), a.dry]
+    subprocess.run(model, env=env, check=True)
     say(begin, "compiled its Python and wrote the model")
     running: list[Engine] = []
     try:
