@@ -15,7 +15,13 @@ HERE = Path(__file__).parent
 VLLM = "0.33.0"
 #: Imported by ``LLM(...)`` and ``generate`` and not on the machine (which has numpy, httpx, ...).
 NEEDS = (
-    *("annotated-types", "pydantic", "pydantic-core", "typing-extensions", "typing-inspection"),
+    *(
+        "annotated-types",
+        "pydantic==2.14.4",
+        "pydantic-core==2.50.5",
+        "typing-extensions",
+        "typing-inspection",
+    ),
     *("cachetools", "blake3", "cbor2", "dill", "depyf==0.20.0", "astor", "loguru", "msgspec"),
     *("orjson", "partial-json-parser", "pybase64", "python-json-logger", "pyzmq", "setproctitle"),
     *("compressed-tensors==0.17.0", "openai", "jiter", "distro", "sniffio", "httpx2", "httpcore2"),
