@@ -32,7 +32,7 @@ from kvq_plugin.kernels.codec import (
     int_to_float,
     to_output,
 )
-from kvq_plugin.kernels.triton_rotate import channels_of, fields_of, rotate, unrotate
+from kvq_plugin.kernels.triton_rotate import channels_of, fields_of, turn, turn_back
 
 LOG2E = tl.constexpr(1.4426950408889634)
 #: Exponent added to probabilities: the largest becomes 2**14 (2**15 with a token scale), and
@@ -130,7 +130,12 @@ def _tanh(y):
     return 1.0 - 2.0 / (tl.exp2(y * (2.0 * LOG2E)) + 1.0)
 
 
-@triton.jit
+# Numbers that change from batch to batch do not make a kernel of their own, nor does the alignment
+# of tables, which depends on how many decodes come before the rest.
+@triton.jit(
+    do_not_specialize=("window", "num_seqs", "table_stride"),
+    do_not_specialize_on_alignment=("block_table", "seq_lens", "query_start"),
+)
 def attend_kernel(
     out, query, cache, block_table, seq_lens, query_start, key_scale, key_zero, value_scale,
     value_zero, alibi, sinks, partial, partial_lse, scale, softcap, window, num_seqs,
@@ -198,7 +203,7 @@ def attend_kernel(
         channel = tl.arange(0, 2 * K_WIDTH)
         q = _load_query(query, rows, static_k, key_zero, channel, D, real)
         if K_ROTATED:
-            q = rotate(q, channel, BLOCK_M, 2 * K_WIDTH, STAGES, TURN)
+            q = turn(q, channel, BLOCK_M, 2 * K_WIDTH, STAGES, TURN)
         q0, q1 = fields_of(q, BLOCK_M, 2 * K_WIDTH)
         amax = tl.maximum(tl.max(tl.abs(q0), 1), tl.max(tl.abs(q1), 1))
     else:
@@ -332,7 +337,7 @@ def attend_kernel(
         o_dims = tl.arange(0, 2 * V_WIDTH)
         result = channels_of(acc0, acc1 * inverse[:, None], BLOCK_M, 2 * V_WIDTH)
         if V_ROTATED:
-            result = unrotate(result, o_dims, BLOCK_M, 2 * V_WIDTH, STAGES, TURN_BACK)
+            result = turn_back(result, o_dims, BLOCK_M, 2 * V_WIDTH, STAGES, TURN_BACK)
     if SPLIT:
         program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
         slot = (program * tl.num_programs(2) + tl.program_id(2)) * BLOCK_M + row
@@ -346,7 +351,10 @@ def attend_kernel(
     tl.store(target, to_output(result, target.dtype.element_ty, EXACT_DOT), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("num_seqs", "splits"),
+    do_not_specialize_on_alignment=("query_start", "seq_lens"),
+)
 def merge_kernel(
     out, query_start, seq_lens, partial, partial_lse, num_seqs, splits,
     out_stride_t, out_stride_h,
