@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kvq_plugin import kernels
-from kvq_plugin.kernels import cuda, launch, triton_store
+from kvq_plugin.kernels import cuda, launch, triton_attend, triton_rotate, triton_store
 from kvq_plugin.layout import GPU_V1
 
 

@@ -22,8 +22,8 @@ from kvq_plugin.kernels.cuda import COUNTER_BYTES
 from kvq_plugin.reference import StaticScale
 
 CHOICES = ("auto", "triton", "cuda")
-#: Tokens of a sequence that the CUDA C++ kernels take, those of speculative decoding, while they read
-#: the cache once, which they do for so many rows a kv head (choose.h).
+#: Tokens of a sequence that the CUDA C++ kernels take, those of speculative decoding, as long as
+#: they read the cache once, which they do for so many rows a kv head (choose.h).
 CUDA_TOKENS, CUDA_ROWS = 8, 128
 
 
