@@ -200,6 +200,8 @@ struct Codec<Code::kInt2> : AffineCodec<3> {};
 struct LiteScale {
   static constexpr uint32_t kNan = 0xFFu;
   static constexpr float kStep = 0.5f;  // a lite min counts these of its scale
+  // Scales are at least |min| over this, so that a byte can say the min (kvq_plugin/codes.py).
+  static constexpr float kRange = 112.0f * kStep;
   // The nearest, ties to even, of lanes of 0 and more, below 63488.
   template <class F, class U>
   static KVQ_HD U encode(F x) {

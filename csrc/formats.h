@@ -92,7 +92,6 @@ constexpr Format kFormats[] = {
 };
 constexpr int kNumFormats = sizeof(kFormats) / sizeof(kFormats[0]);
 constexpr int kNumPlainFormats = 8;  // the rows without recent rows come first
-constexpr int kNumGpuFormats = 6;    // the rows that CUDA kernels serve
 constexpr int kRecentFormat = 6;
 constexpr int kWindow = 32;  // a query reads at least this many recent rows
 

@@ -133,16 +133,24 @@ def attend(path: Path, out: torch.Tensor, arguments, *, multiprocessors: int = 4
     params.workspace, params.counters = map(cuda._pointer, (workspace, counters))
     query, cache, *tables, _, _, key, value = arguments
     statics = [t for s in (key, value) if s is not None for t in (s.scale, s.zero_point)]
-    options = [options.get("alibi_slopes"), options.get("sinks"), workspace]
+    names = ("alibi_slopes", "sinks", "recent_cache", "recent_block_table")
+    options = [*(options.get(name) for name in names), workspace]
     writes = [out] if counters is None else [out, counters]
     run(path, params, [query, cache, *tables, *statics, *options], writes, order)
     assert counters is None or not counters.any(), "counters are not zeros again"
     return params
 
 
-def store(path: Path, key, value, cache, slots, format, key_static=None, value_static=None):
+def store(
+    path: Path, key, value, cache, slots, format, key_static=None, value_static=None, *,
+    recent_cache=None, recent_slot_mapping=None,
+):  # fmt: skip
     """As :func:`kvq_plugin.kernels.cuda.store`, emulated."""
-    params = cuda.store_params(key, value, cache, slots, format, key_static, value_static)
+    params = cuda.store_params(
+        key, value, cache, slots, format, key_static, value_static,
+        recent_cache=recent_cache, recent_slot_mapping=recent_slot_mapping,
+    )  # fmt: skip
     statics = [s for s in (key_static, value_static) if s is not None]
-    reads = [key, value, slots, *(t for s in statics for t in (s.inverse, s.zero_point))]
-    run(path, params, reads, [cache])
+    reads = [key, value, slots, recent_slot_mapping]
+    reads += [t for s in statics for t in (s.inverse, s.zero_point)]
+    run(path, params, reads, [x for x in (cache, recent_cache) if x is not None])

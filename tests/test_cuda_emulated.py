@@ -12,14 +12,14 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import BATCHES, DYNAMIC_ROWS, OUTPUT_ROUNDING, ROWS, STATIC_ROWS, name_of
+from cases import BATCHES, DYNAMIC_ROWS, OUTPUT_ROUNDING, PLAIN_ROWS, STATIC_ROWS, name_of
 
 from kvq_plugin import reference
-from kvq_plugin.formats import CODES, FORMATS, Granularity
+from kvq_plugin.formats import CODES, FORMATS, Granularity, get_format
 from kvq_plugin.kernels import cuda
 from kvq_plugin.layout import GPU_V1, PageLayout
 
-every_format = pytest.mark.parametrize("format", ROWS, ids=name_of)
+every_format = pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 
 #: RMS error over RMS output on N(0, 1) data: q and P are fp16 (2**-12 / sqrt(3) of an element at
 #: most, once each), sums of many such errors are less than one of them, and int4's codes have 2.8
@@ -70,11 +70,13 @@ def test_decode(tmp_path, format):
         ("int8", 16, 16),
         ("int4_per_token_head", 48, 3),
         ("fp8", 80 - 32, 5),
+        ("k8v4", 128, 8),
+        ("k8v4", 96, 1),
     ),
 )
 def test_head_sizes_and_groups(tmp_path, name, head_size, group):
     """A class of head sizes takes all smaller ones; rows fill their tiles or not."""
-    format = FORMATS[name]
+    format = get_format(name)
     check(tmp_path, format, ((40, 1), (17, 1)), head_size=head_size, group=group, block_size=48,
           kv_heads=1, granularity=Granularity.CHANNEL)  # fmt: skip
 

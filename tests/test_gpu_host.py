@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kvq_plugin import kernels
-from kvq_plugin.kernels import cuda, launch, triton_attend, triton_rotate, triton_store
+from kvq_plugin.kernels import cuda, launch, triton_attend, triton_store
 from kvq_plugin.layout import GPU_V1
 
 
@@ -92,7 +92,6 @@ VARYING = {
     triton_attend.attend_kernel: (("num_seqs",), ("block_table", "seq_lens", "query_start")),
     triton_attend.merge_kernel: (("num_seqs", "splits"), ("seq_lens", "query_start")),
     triton_store.store_kernel: (("tokens",), ("slots",)),
-    triton_rotate.rotate_kernel: (("num_seqs", "tokens"), ()),
 }
 
 

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvq_plugin.formats import get_format
-from kvq_plugin.kernels import launch, prefill, triton_paged, triton_rotate, triton_store
+from kvq_plugin.kernels import launch, prefill, triton_paged, triton_store
 from kvq_plugin.kernels.triton_attend import attend_kernel, merge_kernel
 from kvq_plugin.kernels.triton_prefill import combine_kernel, gather_kernel, plan_kernel
 from kvq_plugin.kernels.triton_store import store_kernel
@@ -73,7 +73,6 @@ def attention(name: str, capability: int, long: bool, head_size: int, **changes)
     constants = {
         **dict.fromkeys(absent),
         **triton_paged.page_constants(format, head_size, 64),
-        **triton_paged.rotation_constants(format, head_size),
         **triton_paged.row_constants(rows, 4, long),
         **{"CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "SPLIT": not long},
         **{"MIN_TILES": 4, "BLOCK_N": choice.block_n, "EXACT_DOT": False},
@@ -172,20 +171,6 @@ def test_store_keeps_to_ieee_arithmetic(capability, tmp_path):
         assert not re.search(r"\bfma\.", ptx)
         assert ("div.rn.f32" in ptx) == format.is_dynamic
         assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx), "rows loaded in small pieces"
-
-
-@pytest.mark.parametrize("inverse", (False, True))
-@pytest.mark.parametrize("head_size", (80, 128, 256))
-@pytest.mark.parametrize("capability", SHARED)
-def test_rotation_adds_in_order(capability, head_size, inverse, tmp_path):
-    """The stages of a row in registers; the bytes of pages depend on each sum's rounding."""
-    constants = {**triton_rotate.kernel_constants(head_size, inverse), "INTERPRETED": False}
-    constants |= {} if inverse else {"query_start": None}
-    kernel = compiled(triton_rotate.rotate_kernel, capability, constants, triton_rotate.WARPS, 1,
-                      enable_fp_fusion=False)  # fmt: skip
-    check_resources(kernel, capability, tmp_path)
-    ptx = kernel.asm["ptx"]
-    assert re.search(r"\badd(\.rn)?\.f32", ptx) and not re.search(r"\bfma\.|\.ftz", ptx)
 
 
 @pytest.mark.parametrize("capability", SHARED)

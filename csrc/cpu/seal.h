@@ -11,7 +11,6 @@
 namespace kvq {
 namespace {
 
-constexpr float kLiteRange = 112.0f * LiteScale::kStep;
 constexpr uint32_t kHalfNans = 0x7E007E00u;
 // Scales up to this, and no NaN: values need neither clamping nor a look for NaNs.
 constexpr float kPlainScale = 515.0f;
@@ -44,7 +43,7 @@ KVQ_HD GroupScales group_scales(F16 low, F16 high, F16 poison) {
   const F16 step = (high + 0.0f - low) * (1.0f / Codec<C>::kMax);
   GroupScales s;
   if constexpr (kLite) {
-    const F16 least = abs16(low) * (1.0f / kLiteRange);
+    const F16 least = abs16(low) * (1.0f / LiteScale::kRange);
     const U16 byte = LiteScale::encode<F16, U16>(max16(least, step));
     const F16 scale = halves(byte << 7);
     s.inverse = select(scale > 0.0f, 1.0f / scale, F16{});

@@ -28,7 +28,7 @@ static cudaError_t load_all(std::integer_sequence<int, kRows...>) {
   (note(load_store<kRows>()), ...);
   return error;
 }
-using FormatRows = std::make_integer_sequence<int, kNumGpuFormats>;
+using FormatRows = std::make_integer_sequence<int, kNumFormats>;
 
 }  // namespace gpu
 }  // namespace kvq

@@ -1,8 +1,8 @@
 // Attention kernels of one format: -DKVQ_FORMAT=<row of kFormats>. -DKVQ_HEAD=<class> compiles
 // those of one class of head sizes only, for tests that look at the machine code.
-#include "attend.h"
 #include "choose.h"
 #include "launch.h"
+#include "sealed.h"
 
 namespace kvq {
 namespace gpu {

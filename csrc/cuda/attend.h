@@ -101,17 +101,17 @@ KVQ_HD void scores_of(const Tile<L, S>& tile, const Query<L, S>& query,
   }
 }
 
-template <class L, class S>
-KVQ_HD void accumulate(const Tile<L, S>& tile, const uint32_t (&weights)[S::kM][S::kN][2],
-                       Running<L, S>& run) {
-  using Value = Decoder<S::kValue.code>;
+// `words`: of each of a lane's tokens, codes of dims side by side.
+template <class L, class S, Code C = S::kValue.code, int kWords>
+KVQ_HD void accumulate(const uint32_t (&words)[4 * S::kM][kWords],
+                       const uint32_t (&weights)[S::kM][S::kN][2], Running<L, S>& run) {
+  using Value = Decoder<C>;
   constexpr int kPairs = Value::kCodes / 2;
   KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
-    KVQ_UNROLL for (int w = 0; w < Tile<L, S>::kValueWords; ++w) {
+    KVQ_UNROLL for (int w = 0; w < kWords; ++w) {
       uint32_t low[Value::kCodes], high[Value::kCodes];  // tokens 2 t, 2 t + 1 and those + 8
-      Value::template across<L>(tile.value[2 * m][w], tile.value[2 * S::kM + 2 * m][w], low);
-      Value::template across<L>(tile.value[2 * m + 1][w], tile.value[2 * S::kM + 2 * m + 1][w],
-                                high);
+      Value::template across<L>(words[2 * m][w], words[2 * S::kM + 2 * m][w], low);
+      Value::template across<L>(words[2 * m + 1][w], words[2 * S::kM + 2 * m + 1][w], high);
       KVQ_UNROLL for (int i = 0; i < kPairs; ++i) {
         KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
           L::mma(run.out[w * kPairs + i][n], low[2 * i], low[2 * i + 1], high[2 * i],
@@ -122,18 +122,19 @@ KVQ_HD void accumulate(const Tile<L, S>& tile, const uint32_t (&weights)[S::kM][
   }
 }
 
-// Rows n, j of a tile: products to log2 scores, with -inf for what the row does not see.
-template <class L, class S>
-KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row, int token,
-                         bool masked, const float (&scale)[2 * S::kM],
+// Rows n, j of a tile: products to log2 scores, with -inf for what the row does not see. K: what
+// the tile holds (kKey, kValue, kBias), which is S but for formats with recent rows.
+template <class L, class S, class K>
+KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row, Span seen,
+                         int token, bool masked, const float (&scale)[2 * S::kM],
                          const float (&minimum)[2 * S::kM], float (&x)[2 * S::kM]) {
-  const float factor = shared.factor[row], bias = Query<L, S>::kBias ? shared.bias[row] : 0.0f;
+  const float factor = shared.factor[row], bias = K::kBias ? shared.bias[row] : 0.0f;
   KVQ_UNROLL for (int i = 0; i < 2 * S::kM; ++i) {
-    if constexpr (is_affine(S::kKey)) {
+    if constexpr (is_affine(K::kKey)) {
       x[i] = scale[i] * x[i] + minimum[i] * bias;
     } else {
-      if constexpr (Query<L, S>::kBias) x[i] += bias;
-      if constexpr (S::kKey.per_token) x[i] *= scale[i];
+      if constexpr (K::kBias) x[i] += bias;
+      if constexpr (K::kKey.per_token) x[i] *= scale[i];
     }
     x[i] *= factor;
   }
@@ -151,32 +152,37 @@ KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row
     }
   }
   if (masked) {
-    const Span seen = shared.span[row];
     KVQ_UNROLL for (int i = 0; i < 2 * S::kM; ++i) {
       x[i] = token + i >= seen.begin && token + i < seen.end ? x[i] : kMinusInf;
     }
   }
 }
 
+// V's values of sealed tokens with scales of their own are held as 2^-kLift times theirs, within
+// fp16's range whatever they are.
+constexpr float kLift = 4.0f;
+
 // From products to weights, as the B operand of the second product; shrinks what `run` holds.
-template <class L, class S>
-KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, int tile, bool masked,
-                    const uint32_t (&key_words)[2 * S::kM],
+// `token`: of the first score this lane holds; `spans`: what each row sees. value_words of V with
+// scales per token and group of channels: a NaN (as bits) or 0, which joins the score.
+template <class L, class S, class K = S>
+KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, const Span* spans, int token,
+                    bool masked, const uint32_t (&key_words)[2 * S::kM],
                     const uint32_t (&value_words)[2 * S::kM],
                     const float (&scores)[S::kM][S::kN][4], uint32_t (&weights)[S::kM][S::kN][2],
                     Running<L, S>& run) {
   constexpr int kTokens = 2 * S::kM;
-  const int token = Tile<L, S>::key_token(tile);
+  constexpr bool kGrouped = K::kValue.grouping == Grouping::kTokenLite;
   float key_scale[kTokens] = {}, key_minimum[kTokens] = {};
   float value_log[kTokens] = {}, value_offset[kTokens] = {};
   KVQ_UNROLL for (int i = 0; i < kTokens; ++i) {
-    if constexpr (S::kKey.per_token) key_scale[i] = metadata_scale<L>(S::kKey, key_words[i]);
-    if constexpr (is_affine(S::kKey)) key_minimum[i] = L::widen(key_words[i] >> 16);
-    if constexpr (S::kValue.per_token) {
-      const float scale = metadata_scale<L>(S::kValue, value_words[i]);
+    if constexpr (K::kKey.per_token) key_scale[i] = metadata_scale<L>(K::kKey, key_words[i]);
+    if constexpr (is_affine(K::kKey)) key_minimum[i] = L::widen(key_words[i] >> 16);
+    if constexpr (K::kValue.per_token) {
+      const float scale = metadata_scale<L>(K::kValue, value_words[i]);
       value_log[i] = L::log2(scale);
-      if constexpr (is_affine(S::kValue)) {
-        constexpr float kCenter = Decoder<S::kValue.code>::kCenter;
+      if constexpr (is_affine(K::kValue)) {
+        constexpr float kCenter = Decoder<K::kValue.code>::kCenter;
         value_offset[i] = L::widen(value_words[i] >> 16) + kCenter * scale;
       }
     }
@@ -185,9 +191,12 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, int tile, bo
     float held[2][kTokens];  // weights of rows 2 t and 2 t + 1
     KVQ_UNROLL for (int j = 0; j < 2; ++j) {
       float x[kTokens];
-      KVQ_UNROLL for (int i = 0; i < kTokens; ++i) x[i] = scores[i / 2][n][i % 2 * 2 + j];
+      KVQ_UNROLL for (int i = 0; i < kTokens; ++i) {
+        x[i] = scores[i / 2][n][i % 2 * 2 + j];
+        if constexpr (kGrouped) x[i] += bits_float(value_words[i]);
+      }
       const int row = 8 * n + L::id() % 4 * 2 + j;
-      shape_scores<L, S>(p, shared, row, token, masked, key_scale, key_minimum, x);
+      shape_scores<L, S, K>(p, shared, row, spans[row], token, masked, key_scale, key_minimum, x);
       const float shrink = raise<L>(run.peak[n][j], x);
       const float base = unit(run.peak[n][j]);
       float sum = 0.0f, minimum = 0.0f, shrink_out = shrink;
@@ -195,11 +204,11 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, int tile, bo
         const float weight = L::exp2(x[i] - base);
         sum += weight;
         held[j][i] = weight;
-        if constexpr (is_affine(S::kValue)) {
+        if constexpr (is_affine(K::kValue)) {
           minimum += weight == 0.0f ? 0.0f : weight * value_offset[i];
         }
       }
-      if constexpr (S::kValue.per_token) {
+      if constexpr (K::kValue.per_token) {
         // Stale metadata of a token that is not seen may be NaN.
         KVQ_UNROLL for (int i = 0; i < kTokens; ++i) {
           x[i] = x[i] == kMinusInf ? kMinusInf : x[i] + value_log[i];
@@ -207,9 +216,15 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, int tile, bo
         shrink_out = raise<L>(run.loudest[n][j], x);
         const float loudest = unit(run.loudest[n][j]);
         KVQ_UNROLL for (int i = 0; i < kTokens; ++i) held[j][i] = L::exp2(x[i] - loudest);
+      } else if constexpr (S::kLoud) {
+        const float before = run.loudest[n][j];
+        run.loudest[n][j] = L::max(before, run.peak[n][j] + kLift);
+        const float loudest = unit(run.loudest[n][j]), share = L::exp2(base + kLift - loudest);
+        shrink_out = before == kMinusInf ? 0.0f : L::exp2(unit(before) - loudest);
+        KVQ_UNROLL for (int i = 0; i < kTokens; ++i) held[j][i] *= share;
       }
       run.sum[n][j] = run.sum[n][j] * shrink + sum;
-      if constexpr (is_affine(S::kValue)) {
+      if constexpr (S::kMinimum) {
         run.minimum[n][j] = run.minimum[n][j] * shrink + minimum;
       }
       KVQ_UNROLL for (int i = 0; i < S::kD / 16; ++i) {
@@ -251,8 +266,9 @@ KVQ_HD void attend_tiles(const AttendParams& p, const RowTile& r, Span seen, int
     if (next < last) tile.load_key(p, at, r.kv_head, seen, next);
     const bool masked = i * S::kTile < all_begin || (i + 1) * S::kTile > all_end;
     uint32_t weights[S::kM][S::kN][2];
-    softmax<L, S>(p, shared, i, masked, key_words, value_words, scores, weights, run);
-    accumulate<L, S>(tile, weights, run);
+    softmax<L, S>(p, shared, shared.span, tile.key_token(i), masked, key_words, value_words, scores,
+                  weights, run);
+    accumulate<L, S>(tile.value, weights, run);
     if (next < last) {
       tile.load_value(p, at, r.kv_head, seen, next);
       tile.look_up(p, table, seen, next + kWarps, last);
@@ -263,8 +279,6 @@ KVQ_HD void attend_tiles(const AttendParams& p, const RowTile& r, Span seen, int
 // This warp's result to shared memory, in units of its peak.
 template <class L, class S>
 KVQ_HD void put(const Running<L, S>& run, Shared<S>& shared) {
-  using Value = Decoder<S::kValue.code>;
-  constexpr int kWords = S::kValueLoad / 4, kPairs = Value::kCodes / 2;
   const int g = L::id() / 4, t = L::id() % 4, warp = L::warp();
   const auto add = [](float a, float b) { return a + b; };
   KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
@@ -273,15 +287,13 @@ KVQ_HD void put(const Running<L, S>& run, Shared<S>& shared) {
       const float sum = reduce<L>(run.sum[n][j], 4, 32, add);
       const float minimum = reduce<L>(run.minimum[n][j], 4, 32, add);
       float grow = 1.0f;
-      if constexpr (S::kValue.per_token) {
+      if constexpr (S::kLoud) {
         grow = run.loudest[n][j] == kMinusInf
                    ? 0.0f
                    : L::exp2(unit(run.loudest[n][j]) - unit(run.peak[n][j]));
       }
       KVQ_UNROLL for (int i = 0; i < S::kD / 16; ++i) {
-        const int word = i / kPairs, code = i % kPairs * 2;
-        const int at = (word / kWords * 8 + g) * kWords + word % kWords;
-        float* out = &shared.out[warp][row][at * Value::kCodes + code];
+        float* out = &shared.out[warp][row][S::value_dim(g, i)];
         out[0] = run.out[i][n][j] * grow + minimum;
         out[1] = run.out[i][n][j + 2] * grow + minimum;
       }
@@ -337,6 +349,11 @@ KVQ_HD void finish_rows(const AttendParams& p, const RowTile& r, Shared<S>& shar
   }
 }
 
+// The tiles of formats with recent rows, numbered as in Ranges (sealed.h).
+template <class L, class S>
+KVQ_HD void attend_ranges(const AttendParams& p, const RowTile& r, Span tokens, int first, int last,
+                          Shared<S>& shared, Running<L, S>& run);
+
 // A piece's result is written down; the block that does so last of the item's merges them, in the
 // order of the tokens whichever it is.
 template <class L, class S>
@@ -379,13 +396,17 @@ KVQ_HD void attend_piece(const AttendParams& p, Shared<S>& shared) {
     rotate_queries<L, S>(p, shared.rows, shared);
     L::sync();
   }
-  Query<L, S> query;
-  query.load(p, shared.rows, shared);
-  L::sync();
   Running<L, S> run;
-  run.clear();
-  attend_tiles<L, S>(p, shared.rows, shared.seen, shared.tiles.begin + L::warp(), shared.tiles.end,
-                     query, shared, run);
+  const int first = shared.tiles.begin + L::warp(), last = shared.tiles.end;
+  if constexpr (S::kFormat.recent) {
+    attend_ranges<L, S>(p, shared.rows, shared.seen, first, last, shared, run);
+  } else {
+    Query<L, S> query;
+    query.load(p, shared.rows, shared);
+    L::sync();
+    run.clear();
+    attend_tiles<L, S>(p, shared.rows, shared.seen, first, last, query, shared, run);
+  }
   put<L, S>(run, shared);
   L::sync();
   if (!shared.share.piece.whole()) return hand_in<L, S>(p, shared);
@@ -408,7 +429,7 @@ KVQ_HD void attend_block(const AttendParams& p, Shared<S>& shared) {
       if (shared.rows.count > 0) {
         const Piece& piece = shared.share.piece;
         shared.seen = tokens_of(p, shared.rows);
-        const Span all = tiles_of(p, shared.seen);
+        const Span all = tiles_of(p, shared.rows, shared.seen);
         shared.tiles.begin = all.begin + piece.first * kWarps;
         shared.tiles.end = min_of(all.end, shared.tiles.begin + piece.count * kWarps);
       }

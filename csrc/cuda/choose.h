@@ -33,7 +33,7 @@ Choice choose_in(int head_size, int rows) {
 
 template <int kFormatRow = 0>
 Choice choose(int format, int head_size, int rows) {
-  if constexpr (kFormatRow + 1 < kNumGpuFormats) {
+  if constexpr (kFormatRow + 1 < kNumFormats) {
     if (format != kFormatRow) return choose<kFormatRow + 1>(format, head_size, rows);
   }
   return choose_in<kFormatRow>(head_size, rows);

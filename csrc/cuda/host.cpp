@@ -28,8 +28,9 @@ int64_t kvq_cuda_plan(AttendParams* p, int64_t max_seq_len, int32_t multiprocess
   p->abreast = rows <= kAbreastRows ? row_tiles : 1;
   // As many blocks as run at a time, or as the longest sequences can use.
   const int most = std::max(1, multiprocessors * choice.blocks / p->abreast);
-  const int64_t round = choice.tile_tokens * kWarps;
-  const int64_t rounds = std::max<int64_t>(1, (max_seq_len + round - 1) / round);
+  const int64_t tiles = (max_seq_len + choice.tile_tokens - 1) / choice.tile_tokens +
+                        tiles_besides(*p, p->max_query_len, max_seq_len > kvq::kWindow);
+  const int64_t rounds = std::max<int64_t>(1, (tiles + kWarps - 1) / kWarps);
   const int64_t items =
       int64_t{p->num_seqs} * p->cache.num_kv_heads * ((row_tiles + p->abreast - 1) / p->abreast);
   const int64_t shares = std::min<int64_t>(most, shares_for(*p, items * rounds, items));
@@ -40,9 +41,10 @@ int64_t kvq_cuda_plan(AttendParams* p, int64_t max_seq_len, int32_t multiprocess
 
 int32_t kvq_cuda_layout(int32_t which, int64_t* offsets, int32_t room) {
 #define AT(field) static_cast<int64_t>(offsetof(StoreParams, field))
-  static const int64_t store[] = {sizeof(StoreParams), AT(key),         AT(value), AT(cache),
-                                  AT(key_scale),       AT(value_scale), AT(slots), AT(num_tokens),
-                                  AT(activation),      AT(aligned)};
+  static const int64_t store[] = {sizeof(StoreParams), AT(key),        AT(value),
+                                  AT(cache),           AT(key_scale),  AT(value_scale),
+                                  AT(slots),           AT(num_tokens), AT(recent),
+                                  AT(recent_slots),    AT(activation), AT(aligned)};
 #undef AT
 #define AT(field) static_cast<int64_t>(offsetof(AttendParams, field))
   static const int64_t attend[] = {sizeof(AttendParams),
@@ -60,6 +62,9 @@ int32_t kvq_cuda_layout(int32_t which, int64_t* offsets, int32_t room) {
                                    AT(counters),
                                    AT(block_table_stride),
                                    AT(num_tokens),
+                                   AT(recent),
+                                   AT(recent_table),
+                                   AT(recent_table_stride),
                                    AT(num_seqs),
                                    AT(num_heads),
                                    AT(max_query_len),

@@ -36,6 +36,7 @@ struct Lane {
   static __device__ int thread() { return threadIdx.x; }
   static __device__ int block() { return blockIdx.x; }
   static __device__ void sync() { __syncthreads(); }
+  static __device__ void sync_warp() { __syncwarp(); }
 
   template <class T>
   static __device__ T shuffle_xor(T x, int mask) {
@@ -192,6 +193,9 @@ KVQ_HD void save_activation(void* data, Activation type, int64_t at, float x) {
       static_cast<float*>(data)[at] = x;
   }
 }
+
+// By value: device code may not name a static member of a class by reference.
+KVQ_HD long bytes_of(Stream s, long head_size) { return s.metadata_bytes(head_size); }
 
 KVQ_HD int min_of(int a, int b) { return a < b ? a : b; }
 KVQ_HD int max_of(int a, int b) { return a > b ? a : b; }

@@ -36,6 +36,9 @@ struct StoreParams {
   StaticScale key_scale, value_scale;
   const int64_t* slots;  // [tokens]; negative ones are skipped
   int64_t num_tokens;
+  // Of formats with recent rows: where rows go; `cache` takes what is sealed.
+  Cache recent;
+  const int64_t* recent_slots;
   Activation activation;
   int32_t aligned;  // rows start at multiples of 16 bytes: loaded 16 bytes at a time
 };
@@ -54,6 +57,10 @@ struct AttendParams {
   float* workspace;
   uint32_t* counters;
   int64_t block_table_stride, num_tokens;  // num_tokens: rows of query
+  // Of formats with recent rows, else null.
+  Cache recent;
+  const int32_t* recent_table;
+  int64_t recent_table_stride;
   int32_t num_seqs, num_heads, max_query_len, window;
   float scale, softcap;  // softcap 0: none. window 0: none
   int32_t causal;

@@ -39,6 +39,21 @@ struct Shape {
   static constexpr int kTile = 16 * kM;
   // Blocks that share a multiprocessor: what the accumulators leave of its registers.
   static constexpr int kBlocks = kHead > 128 || kRowTiles > 1 ? 2 : kHead > 64 ? 3 : 4;
+
+  // Whether scores have a part that no code decides: offsets, mins or zero points (integers only).
+  static constexpr bool kBias = kKey.code == Code::kInt8 || kKey.code == Code::kInt4;
+  // What its running sums hold: outputs relative to V's loudest token, mins of V.
+  static constexpr bool kLoud = kValue.per_token || kFormat.recent;
+  static constexpr bool kMinimum = kValue.per_token && kValue.code == Code::kInt4;
+
+  // Dim of the output that lane 4 g + t holds in place i, and of the next one: as V's codes lie.
+  static KVQ_CONSTEXPR int value_dim(int g, int i) {
+    if (kFormat.recent) return g * (kHead / 8) + 2 * i;
+    constexpr int kCodes = 32 / code_bits(kValue.code);
+    constexpr int kWords = kValueLoad < 4 ? 1 : kValueLoad / 4;
+    const int word = i / (kCodes / 2), at = (word / kWords * 8 + g) * kWords + word % kWords;
+    return at * kCodes + i % (kCodes / 2) * 2;
+  }
 };
 
 // Head sizes above 128 take 8 rows at a time: 16 would need more registers than there are.
@@ -86,6 +101,26 @@ KVQ_HD RowTile row_tile(const AttendParams& p, int sequence, int kv_head, int ti
   return r;
 }
 
+// Tiles of formats with recent rows, kSealed tokens each and in this order: sealed ones from
+// `sealed_begin` on, one for the sequence's first row, recent ones from `recent_begin` on. Where
+// rows of one block differ in what is sealed to them, both kinds have tiles of the same tokens.
+struct Ranges {
+  int sealed_begin, sealed, first, recent_begin, recent;
+};
+
+KVQ_HD Ranges ranges_of(const RowTile& r, Span tokens) {
+  const int offset = r.length - r.queries;
+  const int low = static_cast<int>(sealed_before(offset + r.query(0)));
+  const int high = static_cast<int>(sealed_before(offset + r.query(r.count - 1)));
+  Ranges x;
+  x.sealed_begin = tokens.begin / kSealed * kSealed;
+  x.sealed = max_of(0, high - x.sealed_begin) / kSealed;
+  x.first = tokens.begin == 0 && high > 0 ? 1 : 0;
+  x.recent_begin = max_of(x.sealed_begin, low);
+  x.recent = max_of(0, tokens.end - x.recent_begin + kSealed - 1) / kSealed;
+  return x;
+}
+
 // The tokens any of the rows sees.
 KVQ_HD Span tokens_of(const AttendParams& p, const RowTile& r) {
   return {visible(p, r.length, r.queries, r.query(0)).begin,
@@ -95,6 +130,21 @@ KVQ_HD Span tokens_of(const AttendParams& p, const RowTile& r) {
 // Tiles that hold them.
 KVQ_HD Span tiles_of(const AttendParams& p, Span tokens) {
   return {tokens.begin / p.tile_tokens, (tokens.end + p.tile_tokens - 1) / p.tile_tokens};
+}
+
+// The tiles of a tile of rows; those of formats with recent rows are numbered as Ranges says.
+KVQ_HD Span tiles_of(const AttendParams& p, const RowTile& r, Span tokens) {
+  if (p.recent_table == nullptr) return tiles_of(p, tokens);
+  const Ranges x = ranges_of(r, tokens);
+  return {0, x.sealed + x.first + x.recent};
+}
+
+// Tiles that Ranges may have beside those that hold a tile of rows' tokens: the first row's, and
+// second ones of tokens that are sealed to some of the rows alone.
+KVQ_HD int tiles_besides(const AttendParams& p, int queries, bool first) {
+  if (p.recent_table == nullptr) return 0;
+  const int span = min_of(queries, (p.tile_rows + p.group - 2) / p.group + 1);
+  return (first ? 1 : 0) + (span + kSealed - 2) / kSealed;
 }
 
 // One sequence's items, and rounds of each: as many as the longest of its tiles of rows needs. A
@@ -117,6 +167,7 @@ KVQ_HD Work work_of(const AttendParams& p, int sequence) {
     const int seen = (p.causal ? reach : 2 * reach) + more;
     tiles = min_of(tiles, (seen + p.tile_tokens - 2) / p.tile_tokens + 1);
   }
+  tiles += tiles_besides(p, queries, all.begin == 0 && sealed_before(length - 1) > 0);
   return {(queries * p.group + rows - 1) / rows * p.cache.num_kv_heads,
           max_of(1, (tiles + kWarps - 1) / kWarps)};
 }

@@ -1,6 +1,6 @@
 // The kernels that write pages, of every format. Compile with -fmad=false (store.h says why).
 #include "launch.h"
-#include "store.h"
+#include "seal.h"
 
 namespace kvq {
 namespace gpu {
@@ -11,16 +11,38 @@ __global__ void __launch_bounds__(kThreads) store_kernel(const __grid_constant__
 }
 
 template <int kFormatRow>
-cudaError_t store_format(const StoreParams& p, cudaStream_t stream) {
+__global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ StoreParams p) {
+  seal_block<Lane, kFormatRow>(p);
+}
+
+template <int kFormatRow>
+static cudaError_t store_rows(const StoreParams& p, cudaStream_t stream) {
   const int64_t items = p.num_tokens * p.cache.num_kv_heads;
   const unsigned blocks = static_cast<unsigned>((items + kWarps - 1) / kWarps);
   store_kernel<kFormatRow><<<blocks, kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
+// Rows first, then the groups that they complete: in that order on the stream.
+template <int kFormatRow>
+cudaError_t store_format(const StoreParams& p, cudaStream_t stream) {
+  if constexpr (!kFormats[kFormatRow].recent) {
+    return store_rows<kFormatRow>(p, stream);
+  } else {
+    const cudaError_t error = store_rows<kRecentFormat>(recent_rows(p), stream);
+    if (error != cudaSuccess) return error;
+    seal_kernel<kFormatRow><<<seal_blocks(p), kThreads, 0, stream>>>(p);
+    return cudaGetLastError();
+  }
+}
+
 template <int kFormatRow>
 cudaError_t load_store() {
-  return load_kernel(store_kernel<kFormatRow>);
+  if constexpr (kFormats[kFormatRow].recent) {
+    return load_kernel(seal_kernel<kFormatRow>);
+  } else {
+    return load_kernel(store_kernel<kFormatRow>);
+  }
 }
 
 #define KVQ_STORE(row)                                                      \
@@ -32,7 +54,11 @@ KVQ_STORE(2)
 KVQ_STORE(3)
 KVQ_STORE(4)
 KVQ_STORE(5)
-static_assert(kNumGpuFormats == 6, "name the new formats' rows above");
+KVQ_STORE(6)
+KVQ_STORE(7)
+KVQ_STORE(8)
+KVQ_STORE(9)
+static_assert(kNumFormats == 10, "name the new formats' rows above");
 
 }  // namespace gpu
 }  // namespace kvq

@@ -14,6 +14,21 @@ constexpr float kLog2e = 1.44269504f;
 
 KVQ_CONSTEXPR bool is_affine(Stream s) { return s.per_token && s.code == Code::kInt4; }
 
+// What formats with recent rows need besides (sealed.h).
+template <class S, bool kRecent = S::kFormat.recent>
+struct SealedPart {};
+
+// A group's scales and mins of K of four channels, as the products take them.
+struct alignas(16) KeyScales {
+  uint32_t scale[2], minimum[2];
+};
+
+template <class S>
+struct SealedPart<S, true> {
+  KeyScales scales[kWarps][S::kD / 4];     // each warp's own
+  Span seals[S::kRows], firsts[S::kRows];  // what rows see of sealed rows, and of the first row
+};
+
 template <class S>
 struct alignas(16) Shared {
   float out[kWarps][S::kRows][S::kD];
@@ -22,6 +37,7 @@ struct alignas(16) Shared {
   float factor[S::kRows], bias[S::kRows], slope[S::kRows];
   Span span[S::kRows];
   int position[S::kRows];
+  SealedPart<S> sealed;
   Dealing share;
   // Of the piece at hand: its rows, the tokens they see, the tiles to go through.
   RowTile rows;
@@ -56,8 +72,6 @@ template <class L, class S>
 struct Query {
   using Key = Decoder<S::kKey.code>;
   static constexpr int kSteps = S::kD / 16;
-  // Whether scores have a part that no code decides: offsets, mins or zero points (integers only).
-  static constexpr bool kBias = S::kKey.code == Code::kInt8 || S::kKey.code == Code::kInt4;
   uint32_t fragment[S::kN][kSteps][2];
 
   // Dim of K's pair `pair` in word `word` of lane t's share.
@@ -106,7 +120,7 @@ struct Query {
         const uint32_t pair = L::pack_halves(x[i][0] * shrink * gain, x[i][1] * shrink * gain);
         fragment[n][i / 2][i % 2] = pair;
         // What offsets of the codes add to the score, from q as rounded.
-        if constexpr (kBias) {
+        if constexpr (S::kBias) {
           KVQ_UNROLL for (int j = 0; j < 2; ++j) {
             const int d = dim(t, i / kPairs, i % kPairs, j);
             float offset = is_affine(S::kKey) ? 1.0f : -Key::kOffset;

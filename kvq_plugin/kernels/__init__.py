@@ -116,9 +116,9 @@ def attend(
 
         cuda.attend(*args, **options)
         return
-    prefill = _triton("prefill")
     if options.get("workspace") is not None:
         options["workspace"] = options["workspace"][COUNTER_BYTES:]
+    prefill = _triton("prefill")
     if prefill.serves(query, cache, seq_lens.shape[0], **options):
         bounds = {k: options.get(k) for k in ("max_query_len", "max_seq_len", "workspace")}
         prefill.attend(*args, **bounds)
@@ -130,8 +130,8 @@ def workspace_size(head_size: int, device: torch.device) -> int:
     """Bytes that :func:`attend` needs at most on *device*, whatever the batch."""
     from kvq_plugin.kernels import cuda, launch, prefill
 
-    triton = max(module.workspace_size(head_size, device) for module in (launch, prefill))
-    return max(COUNTER_BYTES + triton, cuda.workspace_size(head_size, device))
+    others = max(module.workspace_size(head_size, device) for module in (launch, prefill))
+    return max(COUNTER_BYTES + others, cuda.workspace_size(head_size, device))
 
 
 def new_workspace(head_size: int, device: torch.device) -> torch.Tensor:

@@ -60,6 +60,8 @@ class StoreParams(Structure):
         ("value_scale", Scale),
         ("slots", c_void_p),
         ("num_tokens", c_int64),
+        ("recent", Cache),
+        ("recent_slots", c_void_p),
         ("activation", c_int32),
         ("aligned", c_int32),
     ]
@@ -81,6 +83,9 @@ class AttendParams(Structure):
         ("counters", c_void_p),
         ("block_table_stride", c_int64),
         ("num_tokens", c_int64),
+        ("recent", Cache),
+        ("recent_table", c_void_p),
+        ("recent_table_stride", c_int64),
         ("num_seqs", c_int32),
         ("num_heads", c_int32),
         ("max_query_len", c_int32),
@@ -147,25 +152,37 @@ def shape_refusal(format: KVFormat, head_size: int, block_size: int) -> str | No
     # Rows of a head size class above 64 are read 16 bytes at a time.
     bits = min(format.key.code.bits, format.value.code.bits)
     if head_size > 64 and head_size * bits // 8 % 16:
+        elsewhere = "Triton's kernels take" if format.recent is None else "only CPUs take"
         return (
             f"rows of {head_size} {bits}-bit codes are {head_size * bits // 8} bytes, and CUDA C++ "
-            f"kernels read multiples of 16; Triton's kernels take head size {head_size}"
+            f"kernels read multiples of 16; {elsewhere} head size {head_size}"
         )
     return None
 
 
-def refusal(format: KVFormat, head_size: int, cache: torch.Tensor) -> str | None:
-    """Why the CUDA C++ kernels cannot serve *cache* ``[B, H, N, C]``; None if they can."""
+def refusal(
+    format: KVFormat,
+    head_size: int,
+    cache: torch.Tensor,
+    recent_cache: torch.Tensor | None = None,
+) -> str | None:
+    """Why the CUDA C++ kernels cannot serve *cache* ``[B, H, N, C]`` (and *recent_cache*); None if
+    they can."""
     library = _load()
     if isinstance(library, str):
         return library
     reason = _device_refusal(cache.device) or shape_refusal(format, head_size, cache.shape[2])
-    if reason is None and (cache.data_ptr() % 16 or any(s % 16 for s in cache.stride()[:2])):
-        reason = (
-            f"pages must start at multiples of 16 bytes; the cache starts at "
-            f"{cache.data_ptr() % 16} past one and has strides {list(cache.stride()[:2])}"
-        )
+    for name, x in (("cache", cache), ("recent cache", recent_cache)):
+        if reason is None and x is not None and not _aligned(x):
+            reason = (
+                f"pages must start at multiples of 16 bytes; the {name} starts at "
+                f"{x.data_ptr() % 16} past one and has strides {list(x.stride()[:2])}"
+            )
     return reason
+
+
+def _aligned(cache: torch.Tensor) -> bool:
+    return cache.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in cache.stride()[:2])
 
 
 def supports(format: KVFormat, head_size: int, cache: torch.Tensor) -> bool:
@@ -173,18 +190,25 @@ def supports(format: KVFormat, head_size: int, cache: torch.Tensor) -> bool:
     return refusal(format, head_size, cache) is None
 
 
-def _require(format: KVFormat, head_size: int, cache: torch.Tensor) -> ctypes.CDLL:
-    reason = refusal(format, head_size, cache)
-    if reason is not None:
-        raise ValueError(f"KVQ_GPU_KERNELS=cuda: {reason}; unset it, or set KVQ_GPU_KERNELS=triton")
-    return _load()
+def _require(format: KVFormat, head_size: int, *caches: torch.Tensor | None) -> ctypes.CDLL:
+    reason = refusal(format, head_size, *caches)
+    if reason is None:
+        return _load()
+    if format.recent is not None:
+        raise ValueError(
+            f"{format.name} on {caches[0].device}: {reason}; no other GPU kernels serve it: use "
+            f"k8v4, int4_per_token_head or int8_per_token_head, or a CPU"
+        )
+    raise ValueError(f"KVQ_GPU_KERNELS=cuda: {reason}; unset it, or set KVQ_GPU_KERNELS=triton")
 
 
 def _rows(x: torch.Tensor) -> Rows:
     return Rows(x.data_ptr(), x.stride(0), x.stride(1))
 
 
-def _cache(cache: torch.Tensor, format: KVFormat, head_size: int) -> Cache:
+def _cache(cache: torch.Tensor | None, format: KVFormat | None, head_size: int) -> Cache:
+    if cache is None:
+        return Cache()
     blocks, heads = cache.stride()[:2]
     return Cache(cache.data_ptr(), blocks, heads, cache.shape[2], cache.shape[1], head_size,
                  format.id)  # fmt: skip
@@ -231,6 +255,9 @@ def store_params(
     format: KVFormat,
     key_static: StaticScale | None = None,
     value_static: StaticScale | None = None,
+    *,
+    recent_cache: torch.Tensor | None = None,
+    recent_slot_mapping: torch.Tensor | None = None,
 ) -> StoreParams:
     """The struct that the store kernels read, for the arguments of :func:`store`."""
     rows = (key, value)
@@ -245,6 +272,8 @@ def store_params(
         _scale(value_static, "inverse"),
         slot_mapping.data_ptr(),
         slot_mapping.shape[0],
+        _cache(recent_cache, format.recent, key.shape[-1]),
+        _pointer(recent_slot_mapping),
         ACTIVATIONS[key.dtype],
         aligned,
     )
@@ -268,6 +297,8 @@ def attend_params(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    recent_cache: torch.Tensor | None = None,
+    recent_block_table: torch.Tensor | None = None,
 ) -> AttendParams:
     """The struct that attention reads, for the arguments of :func:`attend`; not yet planned."""
     return AttendParams(
@@ -285,6 +316,9 @@ def attend_params(
         None,
         block_table.stride(0),
         query.shape[0],
+        _cache(recent_cache, format.recent, query.shape[-1]),
+        _pointer(recent_block_table),
+        0 if recent_block_table is None else recent_block_table.stride(0),
         seq_lens.shape[0],
         query.shape[1],
         max_query_len,
@@ -331,13 +365,20 @@ def store(
     format: KVFormat,
     key_static: StaticScale | None = None,
     value_static: StaticScale | None = None,
+    *,
+    recent_cache: torch.Tensor | None = None,
+    recent_slot_mapping: torch.Tensor | None = None,
 ) -> None:
-    """As :func:`kvq_plugin.ops.store`, into pages of layout ``gpu-v1``.
+    """As :func:`kvq_plugin.ops.store`, into pages of layout ``gpu-v1``. Of two rows for one slot
+    either may stay.
 
     Raises ValueError where :func:`refusal` names a reason.
     """
-    _require(format, key.shape[-1], cache)
-    params = store_params(key, value, cache, slot_mapping, format, key_static, value_static)
+    _require(format, key.shape[-1], cache, recent_cache)
+    params = store_params(
+        key, value, cache, slot_mapping, format, key_static, value_static,
+        recent_cache=recent_cache, recent_slot_mapping=recent_slot_mapping,
+    )  # fmt: skip
     _launch("kvq_cuda_store", params, cache.device)
 
 
@@ -368,11 +409,12 @@ def attend(
         workspace: uint8, :func:`workspace_size` bytes, 16-byte aligned, the first
             ``COUNTER_BYTES`` of them zeros, as they are again after the call; not for calls that
             may run at the same time. Allocated for the call if None.
-        options: causal, window, softcap, alibi_slopes and sinks of :func:`kvq_plugin.ops.attend`.
+        options: causal, window, softcap, alibi_slopes, sinks, recent_cache and recent_block_table
+            of :func:`kvq_plugin.ops.attend`.
 
     Raises ValueError where :func:`refusal` names a reason, and for a workspace that is too small.
     """
-    library = _require(format, query.shape[-1], cache)
+    library = _require(format, query.shape[-1], cache, options.get("recent_cache"))
     params = attend_params(
         out, query, cache, block_table, seq_lens, query_start_loc, format, scale,
         key_static, value_static, max_query_len=max_query_len, **options,

@@ -32,7 +32,7 @@ from kvq_plugin.kernels.codec import (
     int_to_float,
     to_output,
 )
-from kvq_plugin.kernels.triton_rotate import channels_of, fields_of, turn, turn_back
+from kvq_plugin.kernels.triton_rotate import channels_of, fields_of, rotate, unrotate
 
 LOG2E = tl.constexpr(1.4426950408889634)
 #: Exponent added to probabilities: the largest becomes 2**14 (2**15 with a token scale), and
@@ -203,7 +203,7 @@ def attend_kernel(
         channel = tl.arange(0, 2 * K_WIDTH)
         q = _load_query(query, rows, static_k, key_zero, channel, D, real)
         if K_ROTATED:
-            q = turn(q, channel, BLOCK_M, 2 * K_WIDTH, STAGES, TURN)
+            q = rotate(q, channel, BLOCK_M, 2 * K_WIDTH, STAGES, TURN)
         q0, q1 = fields_of(q, BLOCK_M, 2 * K_WIDTH)
         amax = tl.maximum(tl.max(tl.abs(q0), 1), tl.max(tl.abs(q1), 1))
     else:
@@ -337,7 +337,7 @@ def attend_kernel(
         o_dims = tl.arange(0, 2 * V_WIDTH)
         result = channels_of(acc0, acc1 * inverse[:, None], BLOCK_M, 2 * V_WIDTH)
         if V_ROTATED:
-            result = turn_back(result, o_dims, BLOCK_M, 2 * V_WIDTH, STAGES, TURN_BACK)
+            result = unrotate(result, o_dims, BLOCK_M, 2 * V_WIDTH, STAGES, TURN_BACK)
     if SPLIT:
         program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
         slot = (program * tl.num_programs(2) + tl.program_id(2)) * BLOCK_M + row

@@ -19,7 +19,7 @@ from kvq_plugin.reference import StaticScale
 def page_constants(format: KVFormat, head_size: int, block_size: int) -> dict:
     """``constexpr`` arguments of :func:`attend_kernel` that describe a page."""
     layout = PageLayout(format, head_size, block_size, GPU_V1)
-    found = {"PAGE": block_size, "D": head_size}
+    found = {"PAGE": block_size, "D": head_size, **triton_rotate.constants(head_size)}
     for prefix, which in (("K", layout.key), ("V", layout.value)):
         code = which.stream.code
         found |= {
@@ -27,17 +27,11 @@ def page_constants(format: KVFormat, head_size: int, block_size: int) -> dict:
             f"{prefix}_METADATA": which.metadata,
             f"{prefix}_CODE": code.id,
             f"{prefix}_DYNAMIC": which.stream.is_dynamic,
+            f"{prefix}_ROTATED": which.stream.rotated,
             # 16 is the least inner size of a matrix product on a GPU.
             f"{prefix}_WIDTH": max(16, triton.next_power_of_2(head_size * code.bits // 8)),
         }
     return found
-
-
-@memoize
-def rotation_constants(format: KVFormat, head_size: int) -> dict:
-    """``constexpr`` arguments of :func:`attend_kernel` that say what is rotated, and how."""
-    rotated = {"K_ROTATED": format.key.rotated, "V_ROTATED": format.value.rotated}
-    return rotated | triton_rotate.constants(head_size)
 
 
 def row_constants(rows: launch.Rows, group: int, long: bool) -> dict:
@@ -96,7 +90,6 @@ def attend(
         for name in ("scale", "zero_point")
     ]
     page = page_constants(format, query.shape[2], cache.shape[2])
-    page = page | rotation_constants(format, query.shape[2])
     for long in (False, True) if rows.long else (False,):
         owned = row_constants(rows, group, long)
         choice = launch.attend_choice(format, query.shape[2], long)

@@ -25,7 +25,7 @@ from kvq_plugin.kernels.codec import (
     round_to_int,
     widen,
 )
-from kvq_plugin.kernels.triton_rotate import fields_of, turn
+from kvq_plugin.kernels.triton_rotate import fields_of, rotate
 from kvq_plugin.layout import GPU_V1, PageLayout
 from kvq_plugin.reference import StaticScale
 
@@ -87,7 +87,7 @@ def _store_stream(
     elif PACKED:
         wide = bits_float(low)
         if ROTATED:
-            wide = turn(wide, dims, BLOCK_T, WIDTH, STAGES, TURN)
+            wide = rotate(wide, dims, BLOCK_T, WIDTH, STAGES, TURN)
         x0, x1 = fields_of(wide, BLOCK_T, WIDTH)
         low, high = float_bits(x0), float_bits(x1)
         poison = tl.max((is_nan_bits(low) | is_nan_bits(high)).to(tl.int32), 1) > 0

@@ -7,11 +7,11 @@
 #include <random>
 #include <string>
 
-#include "attend.h"
 #include "choose.h"
 #include "host.cpp"
 #include "host_lane.h"
-#include "store.h"
+#include "seal.h"
+#include "sealed.h"
 
 namespace kvq {
 namespace gpu {
@@ -48,9 +48,9 @@ constexpr bool emulated(int format, int head, int row_tiles) {
   return format >= 0 && head > 0 && row_tiles > 0;
 #else
   const int shape = head * 10 + row_tiles;
-  return shape == 641 || (shape == 642 && (format == 2 || format == 3)) ||
-         (shape == 1281 && format >= 3) || (shape == 1282 && format == 5) ||
-         (shape == 2561 && format == 4);
+  return shape == 641 || (shape == 642 && (format == 2 || format == 3 || format >= 8)) ||
+         (shape == 1281 && format >= 3) || (shape == 1282 && (format == 5 || format >= 8)) ||
+         (shape == 2561 && (format == 4 || format >= 8));
 #endif
 }
 
@@ -67,7 +67,7 @@ void attend_if(const AttendParams& p) {
 
 template <int kFormatRow = 0>
 void attend_host(const AttendParams& p) {
-  if constexpr (kFormatRow + 1 < kNumGpuFormats) {
+  if constexpr (kFormatRow + 1 < kNumFormats) {
     if (p.cache.format != kFormatRow) return attend_host<kFormatRow + 1>(p);
   }
   const int head = p.cache.head_size;
@@ -81,10 +81,16 @@ void attend_host(const AttendParams& p) {
 
 template <int kFormatRow = 0>
 void store_host(const StoreParams& p, int blocks) {
-  if constexpr (kFormatRow + 1 < kNumGpuFormats) {
+  if constexpr (kFormatRow + 1 < kNumFormats) {
     if (p.cache.format != kFormatRow) return store_host<kFormatRow + 1>(p, blocks);
   }
-  run_grid(blocks, [&] { store_block<HostLane, kFormatRow>(p); });
+  if constexpr (kFormats[kFormatRow].recent) {
+    const StoreParams rows = recent_rows(p);
+    run_grid(blocks, [&] { store_block<HostLane, kRecentFormat>(rows); });
+    run_grid(seal_blocks(p), [&] { seal_block<HostLane, kFormatRow>(p); });
+  } else {
+    run_grid(blocks, [&] { store_block<HostLane, kFormatRow>(p); });
+  }
 }
 
 }  // namespace

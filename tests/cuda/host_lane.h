@@ -152,6 +152,7 @@ struct HostLane {
   static int warp() { return thread() / kWarp; }
   static int block() { return here().index_; }
   static void sync() { here().sync(); }
+  static void sync_warp() { here().exchange(0); }
 
   template <class T>
   static T shuffle_xor(T x, int mask) {

@@ -31,7 +31,7 @@ extern "C" int64_t kvq_schedule(const AttendParams* p, int32_t* out, int64_t roo
     while (share.next(*p)) {
       const RowTile r = share.piece.rows(*p, block % p->abreast);
       if (r.count <= 0) continue;
-      const Span all = tiles_of(*p, tokens_of(*p, r));
+      const Span all = tiles_of(*p, r, tokens_of(*p, r));
       const int first = all.begin + share.piece.first * kWarps;
       const int last = min_of(all.end, first + share.piece.count * kWarps);
       const int32_t row[] = {block,

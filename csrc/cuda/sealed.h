@@ -1,0 +1,510 @@
+// The tiles of formats with recent rows: sealed groups, the sequence's first row, recent rows.
+//
+// A tile is one group of kSealed tokens, so that K's scales, one a channel and group, belong to the
+// whole tile: they go into q, anew for each tile (two packed multiplications per step of 16 dims
+// and 8 rows). K's mins are one more row of the product: every row of A holds them, so that each
+// lane finds its rows' sums in its own registers. A warp reads a group's scales once, 16 bytes a
+// lane, and shares them out in shared memory. V's scales per token and group of channels go into
+// the values, because a lane's dims lie in one group of channels, and products add up channels'
+// values.
+//
+// Lane 4 g + t holds of K the tokens 4 g .. 4 g + 3 and runs of kChunk dims, of V the tokens 8 t ..
+// 8 t + 7 and kD / 8 dims from g kD / 8 on; int8 rows are held in the same order, for the same q
+// and the same sums.
+#pragma once
+
+#include "attend.h"
+
+namespace kvq {
+namespace gpu {
+namespace {
+
+constexpr float kSubnormal = 0x1p-24f;  // an integer's worth when its bits are read as a half
+
+// Codes of 3 bits: a word of sixteen dims' two low bits, and their high bits in `high`, in the low
+// half of its bytes. Pair i: dims 4 (i / 2) + i % 2 and that + 2, times 4^(i / 2).
+template <class L>
+KVQ_HD void int3_along(uint32_t word, uint32_t high, uint32_t (&out)[8]) {
+  KVQ_UNROLL for (int i = 0; i < 8; ++i) {
+    const int field = i / 2, odd = i % 2, shift = field + 2 - 8 * odd;
+    const uint32_t low = (odd ? word >> 8 : word) & (0x00030003u << 2 * field);
+    const uint32_t top = shift >= 0 ? high << (shift & 31) : high >> (-shift & 31);
+    out[i] = L::and_or(top, 0x00040004u << 2 * field, low);
+  }
+}
+
+// Codes of 2 bits, dims 4 `field` .. + 3 of two tokens: exact halves.
+template <class L>
+KVQ_HD void int2_across(uint32_t a, uint32_t b, int field, uint32_t (&out)[4]) {
+  // 0x6400 | c << 2 f is 1024 + 4^f c; the halves are 4^-f and -1024 times that.
+  const uint32_t shrink = 0x3C003C00u - 0x08000800u * field;
+  const uint32_t center = 0xE400E400u - 0x08000800u * field;
+  const uint32_t pairs[2] = {L::permute(a, b, 0x5410u), L::permute(a, b, 0x7632u)};
+  KVQ_UNROLL for (int i = 0; i < 4; ++i) {
+    const uint32_t bytes = i % 2 ? pairs[i / 2] >> 8 : pairs[i / 2];
+    const uint32_t held = L::and_or(bytes, 0x00030003u << 2 * field, 0x64006400u);
+    out[i] = L::fma2(held, shrink, center);
+  }
+}
+
+// Two lite words: scales times `unit` (halves), and mins times `unit` and another. They are exact,
+// for scales have 4 bits and the mins' steps 7, as long as the units keep them below 65504.
+struct LitePair {
+  uint32_t scale, minimum;
+};
+
+template <class L>
+KVQ_HD LitePair lite_pair(uint32_t words, uint32_t unit, uint32_t unit_of_steps) {
+  const uint32_t biased = (words >> 8 & 0x00FF00FFu) ^ 0x64806480u;  // 1024 + 128 + steps
+  const uint32_t scale = L::mul2((words & 0x00FF00FFu) << 7, unit);
+  return {scale, L::mul2(L::sub2(biased, 0x64806480u), L::mul2(scale, unit_of_steps))};
+}
+constexpr uint32_t kOnes = 0x3C003C00u, kHalves = 0x38003800u, kQuarters = 0x34003400u;
+static_assert(LiteScale::kStep == 0.5f, "steps of mins are half scales");
+
+// Bytes past the largest finite scale, 0xF7: a NaN row's.
+KVQ_HD uint32_t no_scales(uint32_t words) {
+  return ((words & 0x00FF00FFu) + 0x00080008u) >> 8 & 0x00010001u;
+}
+
+// How a format's sealed tiles and its int8 ones differ to the softmax.
+template <class S>
+struct SealedKind {
+  static constexpr Stream kKey = S::kKey, kValue = S::kValue;
+  static constexpr bool kBias = false;
+};
+struct RecentKind {
+  static constexpr Stream kKey = kFormats[kRecentFormat].key,
+                          kValue = kFormats[kRecentFormat].value;
+  static constexpr bool kBias = true;
+};
+
+// Where lane t's dims of K lie: in kChunks runs of kChunk, kQuads times four dims each. The step of
+// a product that multiplies four dims takes the first and the third, then the others.
+template <class S>
+struct KeyDims {
+  static constexpr int kBits = code_bits(S::kKey.code), kLowBits = kBits == 3 ? 2 : kBits;
+  static constexpr int kChunk = S::kD / 4 < 32 ? S::kD / 4 : 32;
+  static constexpr int kChunks = S::kD / 4 / kChunk, kQuads = kChunk / 4;
+  static constexpr int kWords = kChunk * kLowBits / 32;  // of a chunk's low bits
+  static constexpr int kSteps = 8 / kLowBits;            // of a word: one for each of its fields
+
+  static KVQ_CONSTEXPR int first(int t, int chunk) { return (4 * chunk + t) * kChunk; }
+  // Products see codes of step `quad` times 2^(kLowBits (quad % kSteps)) kSubnormal; two halves of
+  // the inverse of the first factor.
+  static KVQ_CONSTEXPR uint32_t shrink(int quad) {
+    return 0x3C003C00u - 0x04000400u * (quad % kSteps * kLowBits);
+  }
+};
+
+// q as the B operand. Rows are scaled by a power of two that puts their largest element into [1,
+// 2), because scales of K up to 18,432 must not overflow in the product of both; K of less than
+// 2^-8 throughout would lose bits to subnormals.
+template <class L, class S>
+struct SealedQuery {
+  using Dims = KeyDims<S>;
+  uint32_t fragment[S::kN][S::kD / 16][2];
+
+  // From the rotated rows in shared.out[0]; warp 0 also notes what the softmax needs of each.
+  KVQ_HD void load(const AttendParams& p, const RowTile& r, Shared<S>& shared) {
+    const int g = L::id() / 4, t = L::id() % 4;
+    KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+      const int row = 8 * n + g;
+      const bool real = row < r.count;
+      float x[S::kD / 16][4], peak = 0.0f;
+      KVQ_UNROLL for (int f = 0; f < S::kD / 16; ++f) {
+        const int d = Dims::first(t, f / Dims::kQuads) + f % Dims::kQuads * 4;
+        KVQ_UNROLL for (int j = 0; j < 4; ++j) {
+          x[f][j] = real && d < p.cache.head_size ? shared.out[0][row][d + j] : 0.0f;
+          peak = L::max(peak, x[f][j] < 0.0f ? -x[f][j] : x[f][j]);
+        }
+      }
+      peak = reduce<L>(peak, 1, 4, [](float a, float b) { return L::max(a, b); });
+      uint32_t exponent = (float_bits(peak) >> 23) & 0xFFu;
+      exponent = exponent < 27u ? 27u : exponent > 227u ? 227u : exponent;
+      const float shrink = bits_float((254u - exponent) << 23);
+      float sum = 0.0f;
+      KVQ_UNROLL for (int f = 0; f < S::kD / 16; ++f) {
+        KVQ_UNROLL for (int j = 0; j < 2; ++j) {
+          const uint32_t pair = L::pack_halves(x[f][j] * shrink, x[f][j + 2] * shrink);
+          fragment[n][f][j] = pair;
+          sum += L::widen(pair & 0xFFFFu) + L::widen(pair >> 16);
+        }
+      }
+      sum = reduce<L>(sum, 1, 4, [](float a, float b) { return a + b; });
+      if (L::warp() == 0 && t == 0) note(p, r, row, exponent, sum, shared);
+    }
+  }
+
+ private:
+  static KVQ_HD void note(const AttendParams& p, const RowTile& r, int row, uint32_t exponent,
+                          float sum, Shared<S>& shared) {
+    const bool real = row < r.count;
+    const int query = real ? r.query(row) : r.query(0), position = r.length - r.queries + query;
+    const Span seen = visible(p, r.length, r.queries, query);
+    const int sealed = static_cast<int>(sealed_before(position));
+    const float unit = bits_float(exponent << 23) / kSubnormal;
+    shared.factor[row] = p.scale * rotation_gain(p.cache.head_size) * kLog2e * unit;
+    shared.bias[row] = -128.0f * kSubnormal * sum;
+    shared.slope[row] =
+        real && p.alibi_slopes != nullptr ? p.alibi_slopes[r.head(row)] * kLog2e : 0.0f;
+    shared.position[row] = position;
+    shared.span[row] = {max_of(seen.begin, sealed), seen.end};
+    shared.sealed.seals[row] = {max_of(seen.begin, 1), min_of(seen.end, sealed)};
+    shared.sealed.firsts[row] = {seen.begin, min_of(min_of(seen.end, sealed), 1)};
+  }
+};
+
+// Where a page's regions begin, in half the registers of PageLayout.
+struct Places {
+  int value_codes, key_metadata, value_metadata, first;
+
+  explicit KVQ_HD Places(const PageLayout& at)
+      : value_codes(static_cast<int>(at.value_codes)),
+        key_metadata(static_cast<int>(at.key_metadata)),
+        value_metadata(static_cast<int>(at.value_metadata)),
+        first(static_cast<int>(at.first)) {}
+};
+
+// A group's bytes, in registers.
+template <class L, class S>
+struct SealedTile {
+  using Dims = KeyDims<S>;
+  static constexpr bool kLite = S::kKey.grouping == Grouping::kChannelLite;
+  static constexpr bool kGrouped = S::kValue.grouping == Grouping::kTokenLite;
+  static constexpr int kValueBits = code_bits(S::kValue.code);
+  // Of one token; of codes of 2 bits and heads up to 64, half a word is another lane's.
+  static constexpr int kShare = S::kD / 8 * kValueBits / 8, kValueWords = (kShare + 3) / 4;
+  // Scales of K: four channels at a time, and how many such quads are a lane's to read.
+  static constexpr int kQuads = S::kD / 4, kMine = (kQuads + kWarp - 1) / kWarp;
+
+  uint32_t key[4][Dims::kChunks][Dims::kWords], high[4][Dims::kChunks];
+  uint32_t value[8][kValueWords];
+  uint32_t scales[kMine][kLite ? 2 : 4];
+  uint32_t token_words[kGrouped ? 2 : 4];  // of V, of the tokens whose scores this lane holds
+  uint32_t group_words[4];                 // of V, lite, of the tokens whose values it holds
+  int block;                               // of the tile to be loaded next
+
+  KVQ_HD void look_up(const AttendParams& p, const int32_t* table, int token, bool any) {
+    block = any ? L::load_index(table + static_cast<uint32_t>(token) / p.cache.block_size) : 0;
+  }
+  KVQ_HD const uint8_t* page(const AttendParams& p, int kv_head) const {
+    return p.cache.data + block * p.cache.block_stride + kv_head * p.cache.head_stride;
+  }
+
+  KVQ_HD void load_key(const AttendParams& p, const Places& at, int kv_head, int token) {
+    const int d = p.cache.head_size, g = L::id() / 4, t = L::id() % 4;
+    const int position = static_cast<uint32_t>(token) % p.cache.block_size;
+    const uint8_t* from = page(p, kv_head);
+    const int row = d * Dims::kBits / 8;
+    const uint8_t* codes = from + (position + 4 * g) * row;
+    KVQ_UNROLL for (int i = 0; i < 4; ++i, codes += row) {
+      KVQ_UNROLL for (int c = 0; c < Dims::kChunks; ++c) {
+        const int first = Dims::first(t, c);
+        KVQ_UNROLL for (int w = 0; w < Dims::kWords; ++w) key[i][c][w] = 0;
+        high[i][c] = 0;
+        if (first >= d) continue;
+        L::load(codes + first * Dims::kLowBits / 8, key[i][c]);
+        if constexpr (Dims::kBits == 3) {
+          uint32_t word[1];
+          L::load(codes + d * Dims::kLowBits / 8 + first / 32 * 4, word);
+          high[i][c] = word[0] >> (first % 32 / 4);  // of half a word, where a lane has 16 dims
+        }
+      }
+    }
+    const uint8_t* words = from + at.key_metadata + position * bytes_of(S::kKey, d);
+    KVQ_UNROLL for (int i = 0; i < kMine; ++i) {
+      const int quad = i * kWarp + L::id();
+      KVQ_UNROLL for (uint32_t& word : scales[i]) word = 0;
+      if (4 * quad < d) L::load(words + quad * sizeof(scales[i]), scales[i]);
+    }
+    // V's words of the first group of channels tell whether a token is NaN.
+    words = from + at.value_metadata + position * bytes_of(S::kValue, d);
+    L::load(words + g * sizeof(token_words), token_words);
+  }
+
+  KVQ_HD void load_value(const AttendParams& p, const Places& at, int kv_head, int token) {
+    const int d = p.cache.head_size, g = L::id() / 4, t = L::id() % 4;
+    const int position = static_cast<uint32_t>(token) % p.cache.block_size;
+    const uint8_t* from = page(p, kv_head);
+    const int row = d * kValueBits / 8, first = g * (S::kD / 8);
+    const uint8_t* codes = from + at.value_codes + (position + 8 * t) * row;
+    KVQ_UNROLL for (int i = 0; i < 8; ++i, codes += row) {
+      KVQ_UNROLL for (int w = 0; w < kValueWords; ++w) value[i][w] = 0;
+      if (first >= d) continue;
+      L::load(codes + first * kValueBits / 8 / 4 * 4, value[i]);
+      if constexpr (kShare < 4) value[i][0] >>= g % 2 * 4;
+    }
+    if constexpr (kGrouped) {
+      KVQ_UNROLL for (uint32_t& word : group_words) word = 0;
+      const uint8_t* words = from + at.value_metadata + position * bytes_of(S::kValue, d);
+      if (first < d) L::load(words + first / 32 * 64 + t * 16, group_words);
+    }
+  }
+
+  // The group's scales to all lanes of the warp: of a quad, two pairs of halves in the order of a
+  // step's dims, then their mins.
+  KVQ_HD void publish(Shared<S>& shared) const {
+    L::sync_warp();  // the last tile's were read
+    KVQ_UNROLL for (int i = 0; i < kMine; ++i) {
+      const int quad = i * kWarp + L::id();
+      if (quad >= kQuads) continue;
+      KeyScales s;
+      KVQ_UNROLL for (int j = 0; j < 2; ++j) {
+        const uint32_t select = j ? 0x7632u : 0x5410u;
+        if constexpr (kLite) {
+          const LitePair pair =
+              lite_pair<L>(L::permute(scales[i][0], scales[i][1], select), kOnes, kQuarters);
+          s.scale[j] = pair.scale;
+          s.minimum[j] = pair.minimum;
+        } else {
+          s.scale[j] = L::permute(scales[i][j], scales[i][j + 2], 0x5410u);
+          s.minimum[j] = L::permute(scales[i][j], scales[i][j + 2], 0x7632u);
+        }
+        s.scale[j] = L::mul2(s.scale[j], Dims::shrink(quad));
+      }
+      shared.sealed.scales[L::warp()][quad] = s;
+    }
+    L::sync_warp();
+  }
+};
+
+// Scores in units of kSubnormal.
+template <class L, class S>
+KVQ_HD void sealed_scores(const SealedTile<L, S>& tile, const SealedQuery<L, S>& query,
+                          const Shared<S>& shared, float (&scores)[S::kM][S::kN][4]) {
+  using Dims = KeyDims<S>;
+  float minimum[S::kN][4] = {};
+  KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
+    KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+      KVQ_UNROLL for (int j = 0; j < 4; ++j) scores[m][n][j] = 0.0f;
+    }
+  }
+  KVQ_UNROLL for (int c = 0; c < Dims::kChunks; ++c) {
+    KVQ_UNROLL for (int w = 0; w < Dims::kWords; ++w) {
+      uint32_t codes[4][2 * Dims::kSteps];
+      KVQ_UNROLL for (int i = 0; i < 4; ++i) {
+        if constexpr (Dims::kBits == 3) {
+          int3_along<L>(tile.key[i][c][w], tile.high[i][c] >> 4 * w, codes[i]);
+        } else {
+          Decoder<S::kKey.code>::template along<L>(tile.key[i][c][w], codes[i]);
+        }
+      }
+      KVQ_UNROLL for (int s = 0; s < Dims::kSteps; ++s) {
+        const int quad = w * Dims::kSteps + s, place = Dims::first(L::id() % 4, c) / 4 + quad;
+        const KeyScales k = shared.sealed.scales[L::warp()][place];
+        KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+          const uint32_t (&q)[2] = query.fragment[n][c * Dims::kQuads + quad];
+          const uint32_t b0 = L::mul2(q[0], k.scale[0]), b1 = L::mul2(q[1], k.scale[1]);
+          KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
+            L::mma(scores[m][n], codes[2 * m][2 * s], codes[2 * m + 1][2 * s],
+                   codes[2 * m][2 * s + 1], codes[2 * m + 1][2 * s + 1], b0, b1);
+          }
+          L::mma(minimum[n], k.minimum[0], k.minimum[0], k.minimum[1], k.minimum[1], q[0], q[1]);
+        }
+      }
+    }
+  }
+  // Lite mins are halved, because the least of them may round to beyond fp16.
+  constexpr float kUnit = SealedTile<L, S>::kLite ? 2.0f * kSubnormal : kSubnormal;
+  KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+    KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
+      KVQ_UNROLL for (int j = 0; j < 4; ++j) scores[m][n][j] += kUnit * minimum[n][j];
+    }
+  }
+}
+
+// Values of 2 bits with lite scales, as 2^-kLift times theirs.
+template <class L, class S>
+KVQ_HD void accumulate_grouped(const SealedTile<L, S>& tile,
+                               const uint32_t (&weights)[S::kM][S::kN][2], Running<L, S>& run) {
+  constexpr int kFields = S::kD < 128 ? 2 : 4;  // of a word, that are this lane's
+  static_assert(kLift == 4.0f, "a scale times 2^-4");
+  KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
+    uint32_t scale[2], minimum[2];  // of tokens 2 m and 2 m + 4, and of those after them
+    KVQ_UNROLL for (int i = 0; i < 2; ++i) {
+      uint32_t words =
+          L::permute(tile.group_words[m], tile.group_words[m + 2], i ? 0x7632u : 0x5410u);
+      words &= ~(no_scales(words) * 0xFFFFu);  // NaN already is in the score
+      const LitePair pair = lite_pair<L>(words, 0x2C002C00u, kHalves);
+      scale[i] = pair.scale;
+      minimum[i] = pair.minimum;
+    }
+    KVQ_UNROLL for (int w = 0; w < SealedTile<L, S>::kValueWords; ++w) {
+      KVQ_UNROLL for (int field = 0; field < kFields; ++field) {
+        uint32_t a[2][4];
+        KVQ_UNROLL for (int i = 0; i < 2; ++i) {
+          const uint32_t first = tile.value[2 * m + i][w], second = tile.value[2 * m + i + 4][w];
+          int2_across<L>(first, second, field, a[i]);
+          KVQ_UNROLL for (uint32_t& x : a[i]) x = L::fma2(x, scale[i], minimum[i]);
+        }
+        KVQ_UNROLL for (int i = 0; i < 2; ++i) {
+          KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+            L::mma(run.out[w * 8 + field * 2 + i][n], a[0][2 * i], a[0][2 * i + 1], a[1][2 * i],
+                   a[1][2 * i + 1], weights[m][n][0], weights[m][n][1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Rows of int8: 32 of a recent page, or a first row; those outside `seen` are not read.
+struct Int8Rows {
+  const uint8_t* key;
+  int value, key_scale, value_scale;  // bytes from there on
+  Span seen;
+
+  KVQ_HD bool sees(int token) const { return token >= seen.begin && token < seen.end; }
+};
+
+template <class L, class S>
+KVQ_HD void attend_int8(const AttendParams& p, const Int8Rows& rows, const SealedQuery<L, S>& query,
+                        const Shared<S>& shared, const Span* spans, int token, Running<L, S>& run) {
+  using Dims = KeyDims<S>;
+  constexpr int kValueWords = S::kD / 32;
+  const int d = p.cache.head_size, g = L::id() / 4, t = L::id() % 4;
+  const auto read = [&](const uint8_t* from, auto& words, bool real) {
+    KVQ_UNROLL for (uint32_t& word : words) word = 0;
+    if (real) L::load(from, words);
+  };
+  float scores[S::kM][S::kN][4] = {};
+  KVQ_UNROLL for (int f = 0; f < S::kD / 16; f += 4) {  // sixteen dims a lane at a time
+    uint32_t codes[4][4];
+    const int first = Dims::first(t, f / Dims::kQuads) + f % Dims::kQuads * 4;
+    KVQ_UNROLL for (int i = 0; i < 4; ++i) {
+      read(rows.key + (4 * g + i) * d + first, codes[i], rows.sees(4 * g + i) && first < d);
+    }
+    KVQ_UNROLL for (int w = 0; w < 4; ++w) {
+      uint32_t a[4][2];
+      KVQ_UNROLL for (int i = 0; i < 4; ++i) {
+        a[i][0] = L::permute(codes[i][w], 0u, 0x4240u);
+        a[i][1] = L::permute(codes[i][w], 0u, 0x4341u);
+      }
+      KVQ_UNROLL for (int m = 0; m < S::kM; ++m) {
+        KVQ_UNROLL for (int n = 0; n < S::kN; ++n) {
+          const uint32_t (&q)[2] = query.fragment[n][f + w];
+          L::mma(scores[m][n], a[2 * m][0], a[2 * m + 1][0], a[2 * m][1], a[2 * m + 1][1], q[0],
+                 q[1]);
+        }
+      }
+    }
+  }
+  uint32_t key_words[4], value_words[4], weights[S::kM][S::kN][2];
+  KVQ_UNROLL for (int i = 0; i < 4; ++i) {
+    uint32_t word[1];
+    read(rows.key + rows.key_scale + 4 * (4 * g + i), word, rows.sees(4 * g + i));
+    key_words[i] = word[0];
+    read(rows.key + rows.value_scale + 4 * (4 * g + i), word, rows.sees(4 * g + i));
+    value_words[i] = word[0];
+  }
+  softmax<L, S, RecentKind>(p, shared, spans, token + 4 * g, true, key_words, value_words, scores,
+                            weights, run);
+  uint32_t value[8][kValueWords];
+  constexpr int kLoad = kValueWords < 4 ? kValueWords : 4;
+  KVQ_UNROLL for (int i = 0; i < 8; ++i) {
+    KVQ_UNROLL for (int w = 0; w < kValueWords; w += kLoad) {
+      const int first = g * (S::kD / 8) + 4 * w;
+      uint32_t words[kLoad];
+      read(rows.key + rows.value + (8 * t + i) * d + first, words,
+           rows.sees(8 * t + i) && first < d);
+      KVQ_UNROLL for (int j = 0; j < kLoad; ++j) value[i][w + j] = words[j];
+    }
+  }
+  accumulate<L, S, Code::kInt8>(value, weights, run);
+}
+
+// Sealed tiles i, i + kWarps, ... below last. Returns the first that is not.
+template <class L, class S>
+KVQ_HD int attend_sealed(const AttendParams& p, const RowTile& r, const Ranges& x, int i, int last,
+                         const SealedQuery<L, S>& query, Shared<S>& shared, Running<L, S>& run) {
+  const Places at(page_layout(S::kFormat, p.cache.head_size, p.cache.block_size));
+  const int32_t* table = p.block_table + r.sequence * p.block_table_stride;
+  // What every row sees: tiles inside need no mask.
+  const int all_begin = shared.sealed.seals[r.count - 1].begin,
+            all_end = shared.sealed.seals[0].end;
+  const auto token = [&](int tile) { return x.sealed_begin + tile * kSealed; };
+  SealedTile<L, S> tile;
+  tile.look_up(p, table, token(i), i < last);
+  if (i < last) {
+    tile.load_key(p, at, r.kv_head, token(i));
+    tile.load_value(p, at, r.kv_head, token(i));
+  }
+  tile.look_up(p, table, token(i + kWarps), i + kWarps < last);
+  for (; i < last; i += kWarps) {
+    const int next = i + kWarps, begin = token(i);
+    tile.publish(shared);
+    float scores[S::kM][S::kN][4];
+    sealed_scores<L, S>(tile, query, shared, scores);
+    uint32_t unused[2 * S::kM] = {}, value_words[2 * S::kM];
+    KVQ_UNROLL for (int j = 0; j < 2 * S::kM; ++j) {
+      if constexpr (SealedTile<L, S>::kGrouped) {
+        const uint32_t bad = no_scales(tile.token_words[j / 2]) >> (j % 2 * 16) & 1u;
+        value_words[j] = bad * 0x7FC00000u;
+      } else {
+        value_words[j] = tile.token_words[j];
+      }
+    }
+    if (next < last) tile.load_key(p, at, r.kv_head, token(next));
+    const bool masked = begin < all_begin || begin + kSealed > all_end;
+    uint32_t weights[S::kM][S::kN][2];
+    softmax<L, S, SealedKind<S>>(p, shared, shared.sealed.seals, begin + L::id() / 4 * 4, masked,
+                                 unused, value_words, scores, weights, run);
+    if constexpr (SealedTile<L, S>::kGrouped) {
+      accumulate_grouped<L, S>(tile, weights, run);
+    } else {
+      accumulate<L, S>(tile.value, weights, run);
+    }
+    if (next < last) {
+      tile.load_value(p, at, r.kv_head, token(next));
+      tile.look_up(p, table, token(next + kWarps), next + kWarps < last);
+    }
+  }
+  return i;
+}
+
+template <class L, class S>
+KVQ_HD void attend_ranges(const AttendParams& p, const RowTile& r, Span tokens, int first, int last,
+                          Shared<S>& shared, Running<L, S>& run) {
+  static_assert(S::kTile == kSealed && S::kM == 2, "a tile is a group");
+  SealedQuery<L, S> query;
+  query.load(p, r, shared);
+  L::sync();
+  run.clear();
+  const Ranges x = ranges_of(r, tokens);
+  int i = attend_sealed<L, S>(p, r, x, first, min_of(last, x.sealed), query, shared, run);
+  const int d = p.cache.head_size;
+  for (; i < last; i += kWarps) {
+    Int8Rows rows;
+    const int nth = i - x.sealed - x.first;
+    const bool is_first = nth < 0;
+    const int token = is_first ? 0 : x.recent_begin + nth * kSealed;
+    if (is_first) {
+      const int block = L::load_index(p.block_table + r.sequence * p.block_table_stride);
+      rows.key = p.cache.data + block * p.cache.block_stride + r.kv_head * p.cache.head_stride +
+                 Places(page_layout(S::kFormat, d, p.cache.block_size)).first;
+      rows.value = d;
+      rows.key_scale = 2 * d;
+      rows.value_scale = 2 * d + 4;
+      rows.seen = {0, 1};
+    } else {
+      const uint32_t size = p.recent.block_size;
+      const int position = static_cast<uint32_t>(token) % size;
+      const int block = L::load_index(p.recent_table + r.sequence * p.recent_table_stride +
+                                      static_cast<uint32_t>(token) / size);
+      const Places at(page_layout(kFormats[kRecentFormat], d, p.recent.block_size));
+      rows.key = p.recent.data + block * p.recent.block_stride + r.kv_head * p.recent.head_stride +
+                 position * d;
+      rows.value = at.value_codes;
+      rows.key_scale = at.key_metadata + position * (4 - d);
+      rows.value_scale = at.value_metadata + position * (4 - d);
+      rows.seen = {tokens.begin - token, tokens.end - token};
+    }
+    const Span* spans = is_first ? shared.sealed.firsts : shared.span;
+    attend_int8<L, S>(p, rows, query, shared, spans, token, run);
+  }
+}
+
+}  // namespace
+}  // namespace gpu
+}  // namespace kvq
