@@ -22,8 +22,9 @@ from kvq_plugin.kernels.cuda import COUNTER_BYTES
 from kvq_plugin.reference import StaticScale
 
 CHOICES = ("auto", "triton", "cuda")
-#: Query rows up to which the CUDA C++ kernels read the cache once; Triton's take wider tiles.
-CUDA_ROWS = 16
+#: Tokens of a sequence that the CUDA C++ kernels take, those of speculative decoding, as long as
+#: they read the cache once, which they do for so many rows a kv head (choose.h).
+CUDA_TOKENS, CUDA_ROWS = 8, 128
 
 
 @memoize
@@ -109,8 +110,8 @@ def attend(
     )  # fmt: skip
     options["max_query_len"] = max_query_len
     rows = max_query_len * (query.shape[1] // cache.shape[1])
-    few = max_query_len == 1 or rows <= CUDA_ROWS or _choice() == "cuda"
-    if few and _cuda_serves(format, query.shape[-1], cache):
+    few = max_query_len == 1 or (max_query_len <= CUDA_TOKENS and rows <= CUDA_ROWS)
+    if (few or _choice() == "cuda") and _cuda_serves(format, query.shape[-1], cache):
         from kvq_plugin.kernels import cuda
 
         cuda.attend(*args, **options)

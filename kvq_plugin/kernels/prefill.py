@@ -120,7 +120,7 @@ def attend(
     if not count:
         raise ValueError(
             f"the workspace must hold {tokens} tokens of K and V, {4 * kv_heads * d * tokens} "
-            f"bytes, got {room}; reserve kvq_plugin.kernels.workspace_size(...)"
+            f"bytes, got {room}; reserve kvq_plugin.kernels.new_workspace(...)"
         )
     rows = max(tokens, share * batch)
     scratch = workspace.view(torch.uint8).flatten()[: 4 * kv_heads * d * rows]

@@ -130,7 +130,12 @@ def _tanh(y):
     return 1.0 - 2.0 / (tl.exp2(y * (2.0 * LOG2E)) + 1.0)
 
 
-@triton.jit
+# Numbers that change from batch to batch do not make a kernel of their own, nor does the alignment
+# of tables, which depends on how many decodes come before the rest.
+@triton.jit(
+    do_not_specialize=("window", "num_seqs", "table_stride"),
+    do_not_specialize_on_alignment=("block_table", "seq_lens", "query_start"),
+)
 def attend_kernel(
     out, query, cache, block_table, seq_lens, query_start, key_scale, key_zero, value_scale,
     value_zero, alibi, sinks, partial, partial_lse, scale, softcap, window, num_seqs,
@@ -346,7 +351,10 @@ def attend_kernel(
     tl.store(target, to_output(result, target.dtype.element_ty, EXACT_DOT), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("num_seqs", "splits"),
+    do_not_specialize_on_alignment=("query_start", "seq_lens"),
+)
 def merge_kernel(
     out, query_start, seq_lens, partial, partial_lse, num_seqs, splits,
     out_stride_t, out_stride_h,

@@ -134,6 +134,6 @@ def _partials(workspace, parts: int, block_m: int, query: torch.Tensor, splits: 
     if flat.numel() < need or workspace.device != query.device:
         raise ValueError(
             f"the workspace must hold {need} bytes on {query.device}, got {flat.numel()} on "
-            f"{workspace.device}; reserve kvq_plugin.kernels.workspace_size(...)"
+            f"{workspace.device}; reserve kvq_plugin.kernels.new_workspace(...)"
         )
     return flat[:need].view(torch.float32).split(numbers)

@@ -125,7 +125,7 @@ def _store_stream(
         tl.store(words, word, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "num_slots"), do_not_specialize_on_alignment=("slots",))
 def store_kernel(
     key, value, cache, slots, key_inverse, key_zero, value_inverse, value_zero,
     tokens, num_slots, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
