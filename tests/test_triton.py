@@ -128,7 +128,10 @@ def called(monkeypatch):
         def note(*args, **kwargs):
             names.append(name)
 
-        return SimpleNamespace(store=note, attend=note, **more)
+        def serves(*args, max_query_len, **kwargs):
+            return max_query_len >= 128
+
+        return SimpleNamespace(store=note, attend=note, serves=serves, **more)
 
     cuda = module("cuda", supports=lambda format, head_size, cache: head_size != 80)
     monkeypatch.setitem(sys.modules, "kvq_plugin.kernels.cuda", cuda)
@@ -141,7 +144,7 @@ def called(monkeypatch):
 
 def attend(head_size, max_query_len):
     query, cache = torch.zeros(1, 8, head_size), torch.zeros(1, 2, 16, 8)
-    kernels.attend(query, query, cache, None, None, None, FORMAT, 1.0,
+    kernels.attend(query, query, cache, None, torch.ones(1), None, FORMAT, 1.0,
                    max_query_len=max_query_len, max_seq_len=1)  # fmt: skip
 
 
@@ -151,6 +154,8 @@ def attend(head_size, max_query_len):
         ("auto", 64, 1, "cuda"),
         ("auto", 64, 4, "cuda"),
         ("auto", 64, 5, "triton_paged"),
+        ("auto", 64, 500, "prefill"),
+        ("triton", 64, 500, "prefill"),
         ("auto", 80, 1, "triton_paged"),
         ("triton", 64, 1, "triton_paged"),
         ("cuda", 64, 500, "cuda"),

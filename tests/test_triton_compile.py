@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvq_plugin.formats import get_format
-from kvq_plugin.kernels import launch, triton_paged, triton_rotate, triton_store
+from kvq_plugin.kernels import launch, prefill, triton_paged, triton_rotate, triton_store
 from kvq_plugin.kernels.triton_attend import attend_kernel, merge_kernel
+from kvq_plugin.kernels.triton_prefill import combine_kernel, gather_kernel, plan_kernel
 from kvq_plugin.kernels.triton_store import store_kernel
 
 #: Bytes of shared memory that one program may have (CUDA C++ Programming Guide, technical
@@ -32,8 +33,10 @@ POINTERS = {
     "seq_lens": "*i32",
     "query_start": "*i32",
     "slots": "*i64",
-    **dict.fromkeys(("out", "query", "key", "value"), "*bf16"),
-    **dict.fromkeys(("partial", "partial_lse", "alibi", "sinks", "source", "target"), "*fp32"),
+    **dict.fromkeys(("out", "query", "key", "value", "keys", "values"), "*bf16"),
+    **dict.fromkeys(("starts", "firsts"), "*i32"),
+    **dict.fromkeys(("partial", "partial_lse", "alibi", "sinks", "source", "target",
+                     "target_lse", "first", "first_lse", "second", "second_lse"), "*fp32"),
     **dict.fromkeys((f"{s}_{x}" for s in ("key", "value") for x in ("scale", "zero", "inverse")),
                     "*fp32"),
 }  # fmt: skip
@@ -194,4 +197,30 @@ def test_merge(capability, tmp_path):
         "INTERPRETED": False,
     }
     kernel = compiled(merge_kernel, capability, constants, launch.MERGE_WARPS, 2)
+    check_resources(kernel, capability, tmp_path)
+
+
+@pytest.mark.parametrize("name", ("fp8", "int8_per_token_head", "int4_per_token_head"))
+@pytest.mark.parametrize("capability", SHARED)
+def test_decoding_of_prefill(capability, name, tmp_path):
+    """16 bytes of codes at a time, and as many of what they decode to."""
+    format = get_format(name)
+    absent = ["key_zero", "value_zero"]
+    absent += ["key_scale", "value_scale"] if format.is_dynamic else []
+    constants = {
+        **dict.fromkeys(absent),
+        **triton_paged.page_constants(format, 128, 64),
+        **{"HEADS": 8, "STEPS": 4, "BLOCK_T": prefill.BLOCK_T, "INTERPRETED": False},
+        "ISA": 89 if capability >= 89 else 80,
+    }
+    kernel = compiled(gather_kernel, capability, constants, 4, 1)
+    check_resources(kernel, capability, tmp_path)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_plan_and_combination_of_prefill(capability, tmp_path):
+    kernel = compiled(plan_kernel, capability, {"BLOCK": prefill.BLOCK_S}, 4, 1)
+    check_resources(kernel, capability, tmp_path)
+    constants = {"D": 128, "WIDTH": 128, "ROWS": prefill.ROWS, "INTERPRETED": False}
+    kernel = compiled(combine_kernel, capability, constants, 4, 1)
     check_resources(kernel, capability, tmp_path)

@@ -25,6 +25,8 @@ from kvq_plugin.gpu_check.problems import (
     tolerance,
 )
 
+#: Query tokens from which FlashAttention may take over (kernels/prefill.py).
+LONG = 128
 #: Batches a format is checked with, the first of them those of SERVED.
 BATCHES = 24
 #: (tokens in the cache, new ones of them) of each request, decodes first, as vLLM orders them.
@@ -34,6 +36,7 @@ SERVED = {
     "a long decode": [(3000, 1)],
     "speculative decodes": [(500, 4), (31, 4), (8, 4)],
     "chunked prefill": [(900, 1), (600, 128)],
+    "long prefills": [(40, 1), (2500, 700), (800, 800), (5, 5)],
 }
 
 
@@ -46,7 +49,7 @@ def _step(candidate, context, pool, requests, parts, longest, options, group, dt
     }
     batch.run(pool, candidate, out, context.scratch(), parts, longest, options)
     context.synchronize()
-    batch.check(pool, before, out, options)
+    batch.check(pool, before, out, options, rounded=max(n for _, n in requests) >= LONG)
 
 
 def _parts(requests, bound: int = 1) -> list[tuple[int, int, int]]:
@@ -130,6 +133,12 @@ MIXED = (
     [(700, 1), (333, 1), (80, 40), (20, 20)],
     [(64, 64)],
 )
+#: Bounded by 256 query tokens, which go through FlashAttention.
+PREFILLS = (
+    [(64, 64)] * 4,
+    [(700, 1), (333, 150), (80, 40), (20, 20)],
+    [(400, 256)],
+)
 
 
 def _capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -166,13 +175,13 @@ def _replays(candidate: Candidate, context: Context, format: KVFormat, kind, row
         context.scratch()
         replay()
         context.synchronize()
-        live.check(pool, before, out, {})
+        live.check(pool, before, out, {}, rounded=most >= LONG)
 
 
 def graphs(candidate: Candidate, context: Context) -> Iterator[Case]:
     for format in context.formats:
-        kinds = (("decodes", DECODES, 4), ("mixed", MIXED, 64))
-        for name, kind, rows in kinds[: 1 if context.quick else 2]:
+        kinds = (("decodes", DECODES, 4), ("mixed", MIXED, 64), ("prefills", PREFILLS, 256))
+        for name, kind, rows in kinds[: 1 if context.quick else 3]:
             call = partial(_replays, candidate, context, format, kind, rows)
             yield f"{format.name} {name} replayed", call
 

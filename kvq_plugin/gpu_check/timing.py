@@ -29,6 +29,9 @@ KV_HEADS, GROUP, HEAD_SIZE, PAGE = 8, 4, 128, 16
 FORMATS_TIMED = ("fp8_e4m3", "int8_per_token_head", "int4_per_token_head")
 #: Tokens of a store: a step of decoding, and a chunk of prefill.
 STORES = (64, 8192)
+#: Sequences, new tokens of each and tokens of its context, those included: short to long queries,
+#: which says from where FlashAttention is the faster way, then a prompt and a chunk of a long one.
+PREFILLS = ((4, 32, 8192), (4, 128, 8192), (4, 512, 8192), (1, 2048, 2048), (1, 2048, 32768))
 QUICK_SHAPES, QUICK_STORES = ([64], [64, 16]), (16,)
 
 
@@ -122,6 +125,34 @@ def _sdpa(context: Context, batch: int, length: int) -> dict:
     return _row(context.device, "attend", "torch sdpa", "bf16", batch, text, size, call)
 
 
+def _prefill(
+    candidate: Candidate | None, context: Context, format: KVFormat | None, kernel: str, shape
+) -> dict:
+    """Through FlashAttention ("flash"), by the fused kernel ("fused"), or FlashAttention alone over
+    an unquantized context in one piece (no *format*)."""
+    from kvq_plugin.kernels import prefill, triton_paged
+
+    device, (batch, new, length) = context.device, shape
+    heads, text = KV_HEADS * GROUP, f"{new} of {length}"
+    query = torch.randn(batch * new, heads, HEAD_SIZE, device=device, dtype=torch.bfloat16)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * new
+    if format is None:
+        keys, values = torch.randn(2, batch * length, KV_HEADS, HEAD_SIZE, device=device,
+                                   dtype=torch.bfloat16)  # fmt: skip
+        call = partial(prefill.flash_attention, query, keys, values, starts, starts // new * length,
+                       new, length, True, HEAD_SIZE**-0.5)  # fmt: skip
+        return _row(device, "prefill", "torch flash", "bf16", batch, text, 4 * keys.numel(), call)
+    blocks = batch * length // PAGE
+    pool = fill(candidate, format, HEAD_SIZE, PAGE, blocks, KV_HEADS, device)
+    table = torch.randperm(blocks, device=device).int().view(batch, -1)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+    attend = {"flash": prefill, "fused": triton_paged}[kernel].attend
+    call = partial(attend, torch.empty_like(query), query, pool.cache, table, lengths, starts,
+                   format, HEAD_SIZE**-0.5, *pool.statics, max_query_len=new, max_seq_len=length,
+                   workspace=context.scratch())  # fmt: skip
+    return _row(device, "prefill", kernel, format.name, batch, text, pool.cache.numel(), call)
+
+
 def _vllm(context: Context, mode: str, batch: int, length: int) -> dict:
     missing = "they need a GPU" if context.device.type == "cpu" else stock.missing()
     if missing:
@@ -146,6 +177,8 @@ def cases(candidate: Candidate | None, context: Context) -> Iterator[Case]:
             yield f"torch sdpa {shape}", partial(_sdpa, context, *shape)
             for mode in stock.MODES:
                 yield f"vllm {mode} {shape}", partial(_vllm, context, mode, *shape)
+        for shape in () if context.quick else PREFILLS:
+            yield f"torch prefill {shape}", partial(_prefill, None, context, None, "", shape)
         return
     formats = [f for f in context.formats if f.name in FORMATS_TIMED]
     for lengths in shapes:
@@ -156,3 +189,9 @@ def cases(candidate: Candidate | None, context: Context) -> Iterator[Case]:
         for format in formats:
             name = f"{format.name} store of {tokens}"
             yield name, partial(_store, candidate, context, format, tokens)
+    # Through Triton whoever decodes, and so timed with it alone.
+    for shape in PREFILLS if candidate.name == "triton" else ():
+        for format in formats:
+            for kernel in ("flash", "fused"):
+                name = f"{format.name} prefill {kernel} {shape}"
+                yield name, partial(_prefill, candidate, context, format, kernel, shape)

@@ -1,4 +1,5 @@
-"""Store and attend on GPUs: by CUDA C++ kernels where they serve the case, else by Triton's.
+"""Store and attend on GPUs: by CUDA C++ kernels where they serve the case, else by Triton's; long
+queries through FlashAttention (:mod:`kvq_plugin.kernels.prefill`).
 
 ``KVQ_GPU_KERNELS`` chooses: ``auto`` (the default), ``triton``, or ``cuda``, which is an error
 where the CUDA C++ kernels cannot serve. The bytes in the cache are the same either way, and the
@@ -113,18 +114,23 @@ def attend(
         from kvq_plugin.kernels import cuda
 
         cuda.attend(*args, **options)
+        return
+    if options.get("workspace") is not None:
+        options["workspace"] = options["workspace"][COUNTER_BYTES:]
+    prefill = _triton("prefill")
+    if prefill.serves(query, cache, seq_lens.shape[0], **options):
+        bounds = {k: options.get(k) for k in ("max_query_len", "max_seq_len", "workspace")}
+        prefill.attend(*args, **bounds)
     else:
-        if options.get("workspace") is not None:
-            options["workspace"] = options["workspace"][COUNTER_BYTES:]
         _triton("triton_paged").attend(*args, **options)
 
 
 def workspace_size(head_size: int, device: torch.device) -> int:
     """Bytes that :func:`attend` needs at most on *device*, whatever the batch."""
-    from kvq_plugin.kernels import cuda, launch
+    from kvq_plugin.kernels import cuda, launch, prefill
 
-    triton = COUNTER_BYTES + launch.workspace_size(head_size, device)
-    return max(triton, cuda.workspace_size(head_size, device))
+    triton = max(module.workspace_size(head_size, device) for module in (launch, prefill))
+    return max(COUNTER_BYTES + triton, cuda.workspace_size(head_size, device))
 
 
 def new_workspace(head_size: int, device: torch.device) -> torch.Tensor:
