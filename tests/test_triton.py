@@ -153,7 +153,8 @@ def attend(head_size, max_query_len):
     (
         ("auto", 64, 1, "cuda"),
         ("auto", 64, 4, "cuda"),
-        ("auto", 64, 5, "triton_paged"),
+        ("auto", 64, 8, "cuda"),
+        ("auto", 64, 9, "triton_paged"),
         ("auto", 64, 500, "prefill"),
         ("triton", 64, 500, "prefill"),
         ("auto", 80, 1, "triton_paged"),

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvq_plugin.formats import get_format
-from kvq_plugin.kernels import launch, prefill, triton_paged, triton_rotate, triton_store
+from kvq_plugin.kernels import launch, prefill, triton_paged, triton_store
 from kvq_plugin.kernels.triton_attend import attend_kernel, merge_kernel
 from kvq_plugin.kernels.triton_prefill import combine_kernel, gather_kernel, plan_kernel
 from kvq_plugin.kernels.triton_store import store_kernel
@@ -170,22 +170,7 @@ def test_store_keeps_to_ieee_arithmetic(capability, tmp_path):
         assert ".ftz" not in ptx and "div.full" not in ptx and "div.approx" not in ptx
         assert not re.search(r"\bfma\.", ptx)
         assert ("div.rn.f32" in ptx) == format.is_dynamic
-        # The fields of a packed word are four dims apart: eight bytes of bf16.
-        assert re.search(rf"ld\.global[\w.:]*\.v{2 if 'int4' in name else 4}\.b32", ptx)
-
-
-@pytest.mark.parametrize("inverse", (False, True))
-@pytest.mark.parametrize("head_size", (80, 128, 256))
-@pytest.mark.parametrize("capability", SHARED)
-def test_rotation_adds_in_order(capability, head_size, inverse, tmp_path):
-    """The stages of a row in registers; the bytes of pages depend on each sum's rounding."""
-    constants = {**triton_rotate.constants(head_size, inverse), "INTERPRETED": False}
-    constants |= {} if inverse else {"query_start": None}
-    kernel = compiled(triton_rotate.rotate_kernel, capability, constants, triton_rotate.WARPS, 1,
-                      enable_fp_fusion=False)  # fmt: skip
-    check_resources(kernel, capability, tmp_path)
-    ptx = kernel.asm["ptx"]
-    assert re.search(r"\badd(\.rn)?\.f32", ptx) and not re.search(r"\bfma\.|\.ftz", ptx)
+        assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx), "rows loaded in small pieces"
 
 
 @pytest.mark.parametrize("capability", SHARED)

@@ -39,9 +39,9 @@ Choice choose(int format, int head_size, int rows) {
   return choose_in<kFormatRow>(head_size, rows);
 }
 
-// Tiles of rows that lie abreast, at most: those of 8 tokens of 16 heads. With more, as prompts
-// have them, one after the other, because the decodes beside them need all blocks.
-constexpr int kAbreast = 8;
+// Rows a kv head whose tiles lie abreast, at most: those of 8 tokens of 16 heads. With more, as
+// prompts have them, tiles come one after the other: the decodes beside them need all blocks.
+constexpr int kAbreastRows = 128;
 
 }  // namespace
 }  // namespace gpu

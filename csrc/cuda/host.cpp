@@ -25,7 +25,7 @@ int64_t kvq_cuda_plan(AttendParams* p, int64_t max_seq_len, int32_t multiprocess
   p->tile_tokens = choice.tile_tokens;
   p->tile_rows = choice.tile_rows;
   const int row_tiles = (rows + choice.tile_rows - 1) / choice.tile_rows;
-  p->abreast = row_tiles <= kAbreast ? row_tiles : 1;
+  p->abreast = rows <= kAbreastRows ? row_tiles : 1;
   // As many blocks as run at a time, or as the longest sequences can use.
   const int most = std::max(1, multiprocessors * choice.blocks / p->abreast);
   const int64_t tiles = (max_seq_len + choice.tile_tokens - 1) / choice.tile_tokens +

@@ -23,7 +23,7 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 
 
 def tolerance(dtype: torch.dtype, rounded: bool = False) -> float:
-    """*rounded*: through FlashAttention, which takes K, V and a rotated q in *dtype* as well."""
+    """*rounded*: through FlashAttention, which takes K, V and its weights in *dtype* as well."""
     return OPERANDS + (3 if rounded else 1) * ROUNDING[dtype] / 3**0.5
 
 

@@ -22,8 +22,9 @@ from kvq_plugin.kernels.cuda import COUNTER_BYTES
 from kvq_plugin.reference import StaticScale
 
 CHOICES = ("auto", "triton", "cuda")
-#: Query rows up to which the CUDA C++ kernels read the cache once; Triton's take wider tiles.
-CUDA_ROWS = 16
+#: Tokens of a sequence that the CUDA C++ kernels take, those of speculative decoding, as long as
+#: they read the cache once, which they do for so many rows a kv head (choose.h).
+CUDA_TOKENS, CUDA_ROWS = 8, 128
 
 
 @memoize
@@ -135,8 +136,8 @@ def attend(
     for name in ("recent_cache", "recent_block_table"):
         options.pop(name, None)
     rows = max_query_len * (query.shape[1] // cache.shape[1])
-    few = max_query_len == 1 or rows <= CUDA_ROWS or _choice() == "cuda"
-    if few and _cuda_serves(format, query.shape[-1], cache):
+    few = max_query_len == 1 or (max_query_len <= CUDA_TOKENS and rows <= CUDA_ROWS)
+    if (few or _choice() == "cuda") and _cuda_serves(format, query.shape[-1], cache):
         from kvq_plugin.kernels import cuda
 
         cuda.attend(*args, **options)
@@ -155,8 +156,8 @@ def workspace_size(head_size: int, device: torch.device) -> int:
     """Bytes that :func:`attend` needs at most on *device*, whatever the batch."""
     from kvq_plugin.kernels import cuda, launch, prefill
 
-    triton = max(module.workspace_size(head_size, device) for module in (launch, prefill))
-    return max(COUNTER_BYTES + triton, cuda.workspace_size(head_size, device))
+    others = max(module.workspace_size(head_size, device) for module in (launch, prefill))
+    return max(COUNTER_BYTES + others, cuda.workspace_size(head_size, device))
 
 
 def new_workspace(head_size: int, device: torch.device) -> torch.Tensor:

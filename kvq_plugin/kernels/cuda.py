@@ -142,6 +142,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@memoize
 def shape_refusal(format: KVFormat, head_size: int, block_size: int) -> str | None:
     """Why no CUDA C++ kernel reads pages of this shape; None if one does."""
     try:

@@ -146,13 +146,19 @@ def workspace_size(head_size: int, device: torch.device) -> int:
     return programs * MAX_ROWS * (head_size + 1) * 4
 
 
+@memoize
+def check_page(format: KVFormat, head_size: int, block_size: int) -> None:
+    """Raise ValueError for pages that layout ``gpu-v1`` does not have."""
+    PageLayout(format, head_size, block_size, GPU_V1)
+
+
 def check(format: KVFormat, rows: torch.Tensor, cache: torch.Tensor) -> None:
     """Refuse what the kernels cannot do, before anything is launched.
 
     Raises ValueError for a head size or block size that pages of layout ``gpu-v1`` cannot have,
     for activations that are not floats, and for pages that are not 16-byte aligned.
     """
-    PageLayout(format, rows.shape[-1], cache.shape[2], GPU_V1)
+    check_page(format, rows.shape[-1], cache.shape[2])
     if rows.dtype not in ACTIVATIONS:
         raise ValueError(
             f"activations of {rows.dtype} cannot be attended to: expected bfloat16, float16 or "

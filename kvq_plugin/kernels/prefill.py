@@ -15,12 +15,10 @@ from __future__ import annotations
 import torch
 import triton
 
-from kvq_plugin import rotation
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.kernels import launch
 from kvq_plugin.kernels.triton_paged import page_constants
 from kvq_plugin.kernels.triton_prefill import combine_kernel, gather_kernel, plan_kernel
-from kvq_plugin.kernels.triton_rotate import rotate, unrotate
 from kvq_plugin.reference import StaticScale
 
 #: Query tokens of a sequence from which the detour through the scratch wins.
@@ -30,8 +28,9 @@ SCRATCH = 128 << 20
 #: Calls of FlashAttention per batch; beyond, sequences are so many or so long beside the scratch
 #: that a call has too little to do.
 MAX_CALLS = 33
-#: Tokens of one program that decodes, sequences of one that plans, rows of one that combines.
-BLOCK_T, BLOCK_S, ROWS = 32, 128, 8
+#: Tokens of one program that decodes (32 of int4 spill registers on sm_80), sequences of one that
+#: plans, rows of one that combines.
+BLOCK_T, BLOCK_S, ROWS = 16, 128, 8
 
 
 def flash_attention(query, keys, values, query_start, key_start, most_queries, most_keys, causal,
@@ -121,13 +120,8 @@ def attend(
     if not count:
         raise ValueError(
             f"the workspace must hold {tokens} tokens of K and V, {4 * kv_heads * d * tokens} "
-            f"bytes, got {room}; reserve kvq_plugin.kernels.workspace_size(...)"
+            f"bytes, got {room}; reserve kvq_plugin.kernels.new_workspace(...)"
         )
-    results = out
-    if format.key.rotated:
-        query, scale = rotate(query).to(query.dtype), scale * rotation.gain(d)
-    if format.value.rotated:
-        out = torch.empty(out.shape, dtype=torch.float32, device=device)
     rows = max(tokens, share * batch)
     scratch = workspace.view(torch.uint8).flatten()[: 4 * kv_heads * d * rows]
     keys, values = scratch.view(query.dtype).view(2, rows, kv_heads, d)
@@ -168,5 +162,3 @@ def attend(
                 tokens, heads, *target.stride()[:2], D=d, WIDTH=triton.next_power_of_2(d),
                 ROWS=ROWS, INTERPRETED=launch.interpreted(), num_warps=4,
             )  # fmt: skip
-    if format.value.rotated:
-        unrotate(out, results, query_start_loc, batch)

@@ -32,6 +32,7 @@ from kvq_plugin.kernels.codec import (
     int_to_float,
     to_output,
 )
+from kvq_plugin.kernels.triton_rotate import channels_of, fields_of, rotate, unrotate
 
 LOG2E = tl.constexpr(1.4426950408889634)
 #: Exponent added to probabilities: the largest becomes 2**14 (2**15 with a token scale), and
@@ -129,7 +130,12 @@ def _tanh(y):
     return 1.0 - 2.0 / (tl.exp2(y * (2.0 * LOG2E)) + 1.0)
 
 
-@triton.jit
+# Numbers that change from batch to batch do not make a kernel of their own, nor does the alignment
+# of tables, which depends on how many decodes come before the rest.
+@triton.jit(
+    do_not_specialize=("window", "num_seqs", "table_stride"),
+    do_not_specialize_on_alignment=("block_table", "seq_lens", "query_start"),
+)
 def attend_kernel(
     out, query, cache, block_table, seq_lens, query_start, key_scale, key_zero, value_scale,
     value_zero, alibi, sinks, partial, partial_lse, scale, softcap, window, num_seqs,
@@ -139,6 +145,8 @@ def attend_kernel(
     K_DYNAMIC: tl.constexpr, K_WIDTH: tl.constexpr,
     V_CODES: tl.constexpr, V_METADATA: tl.constexpr, V_CODE: tl.constexpr,
     V_DYNAMIC: tl.constexpr, V_WIDTH: tl.constexpr,
+    K_ROTATED: tl.constexpr, V_ROTATED: tl.constexpr, STAGES: tl.constexpr, TURN: tl.constexpr,
+    TURN_BACK: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     LONG: tl.constexpr, SHORT: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
@@ -190,12 +198,18 @@ def attend_kernel(
     k_inside = k_at < K_ROW
     static_k = key_scale + kv_head * D if key_scale is not None else None
     rows = (start + token).to(tl.int64) * query_stride_t + head.to(tl.int64) * query_stride_h
-    q0 = _load_query(query, rows, static_k, key_zero, k_dims, D, real)
-    q1 = q0
-    amax = tl.max(tl.abs(q0), 1)
+    tl.static_assert(K_PACKED or not K_ROTATED)
     if K_PACKED:
-        q1 = _load_query(query, rows, static_k, key_zero, k_dims + 4, D, real)
-        amax = tl.maximum(amax, tl.max(tl.abs(q1), 1))
+        channel = tl.arange(0, 2 * K_WIDTH)
+        q = _load_query(query, rows, static_k, key_zero, channel, D, real)
+        if K_ROTATED:
+            q = rotate(q, channel, BLOCK_M, 2 * K_WIDTH, STAGES, TURN)
+        q0, q1 = fields_of(q, BLOCK_M, 2 * K_WIDTH)
+        amax = tl.maximum(tl.max(tl.abs(q0), 1), tl.max(tl.abs(q1), 1))
+    else:
+        q0 = _load_query(query, rows, static_k, key_zero, k_dims, D, real)
+        q1 = q0
+        amax = tl.max(tl.abs(q0), 1)
     exponent = tl.minimum(tl.maximum(float_bits(amax) >> 23, 1), 253)
     unit = bits_float(exponent << 23)
     q0 = (q0 * bits_float((254 - exponent) << 23)[:, None]).to(tl.float16)
@@ -317,23 +331,30 @@ def attend_kernel(
     if value_scale is not None:
         acc0 *= tl.load(value_scale + channel, mask=v_inside, other=0.0)[None, :]
     acc0 *= inverse[:, None]
-    acc1 *= inverse[:, None]
+    tl.static_assert(V_PACKED or not V_ROTATED)
+    o_dims, result = v_dims, acc0
+    if V_PACKED:
+        o_dims = tl.arange(0, 2 * V_WIDTH)
+        result = channels_of(acc0, acc1 * inverse[:, None], BLOCK_M, 2 * V_WIDTH)
+        if V_ROTATED:
+            result = unrotate(result, o_dims, BLOCK_M, 2 * V_WIDTH, STAGES, TURN_BACK)
     if SPLIT:
         program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
         slot = (program * tl.num_programs(2) + tl.program_id(2)) * BLOCK_M + row
         lse = tl.where(total == 0.0, float("-inf"), origin + tl.log2(total))
         tl.store(partial_lse + slot, lse, mask=real)
-        target = partial + slot[:, None] * D + v_dims[None, :]
+        target = partial + slot[:, None] * D + o_dims[None, :]
     else:
         rows = (start + token).to(tl.int64) * out_stride_t + head.to(tl.int64) * out_stride_h
-        target = out + rows[:, None] + v_dims[None, :]
-    mask = real[:, None] & v_inside[None, :]
-    tl.store(target, to_output(acc0, target.dtype.element_ty, EXACT_DOT), mask=mask)
-    if V_PACKED:
-        tl.store(target + 4, to_output(acc1, target.dtype.element_ty, EXACT_DOT), mask=mask)
+        target = out + rows[:, None] + o_dims[None, :]
+    mask = real[:, None] & (o_dims < D)[None, :]
+    tl.store(target, to_output(result, target.dtype.element_ty, EXACT_DOT), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("num_seqs", "splits"),
+    do_not_specialize_on_alignment=("query_start", "seq_lens"),
+)
 def merge_kernel(
     out, query_start, seq_lens, partial, partial_lse, num_seqs, splits,
     out_stride_t, out_stride_h,

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache as memoize
+
 import torch
 import triton
 
 from kvq_plugin import rotation
 from kvq_plugin.formats import KVFormat
-from kvq_plugin.kernels import launch
+from kvq_plugin.kernels import launch, triton_rotate
 from kvq_plugin.kernels.triton_attend import attend_kernel, merge_kernel
-from kvq_plugin.kernels.triton_rotate import rotate, unrotate
 from kvq_plugin.layout import GPU_V1, PageLayout
 from kvq_plugin.reference import StaticScale
 
 
+@memoize
 def page_constants(format: KVFormat, head_size: int, block_size: int) -> dict:
     """``constexpr`` arguments of :func:`attend_kernel` that describe a page."""
     layout = PageLayout(format, head_size, block_size, GPU_V1)
-    found = {"PAGE": block_size, "D": head_size}
+    found = {"PAGE": block_size, "D": head_size, **triton_rotate.constants(head_size)}
     for prefix, which in (("K", layout.key), ("V", layout.value)):
         code = which.stream.code
         found |= {
@@ -25,6 +27,7 @@ def page_constants(format: KVFormat, head_size: int, block_size: int) -> dict:
             f"{prefix}_METADATA": which.metadata,
             f"{prefix}_CODE": code.id,
             f"{prefix}_DYNAMIC": which.stream.is_dynamic,
+            f"{prefix}_ROTATED": which.stream.rotated,
             # 16 is the least inner size of a matrix product on a GPU.
             f"{prefix}_WIDTH": max(16, triton.next_power_of_2(head_size * code.bits // 8)),
         }
@@ -78,10 +81,7 @@ def attend(
     if not sequences or not query.shape[0] or not group:
         return
     if format.key.rotated:
-        query, scale = rotate(query), scale * rotation.gain(query.shape[2])
-    outputs = out
-    if format.value.rotated:
-        out = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        scale *= rotation.gain(query.shape[2])
     rows = launch.rows(group, max_query_len)
     chunks = triton.cdiv(group, rows.heads)
     statics = [
@@ -120,8 +120,6 @@ def attend(
                     SPLITS=triton.next_power_of_2(splits), BLOCK_S=launch.MERGE_BLOCK,
                     INTERPRETED=launch.interpreted(), num_warps=launch.MERGE_WARPS,
                 )  # fmt: skip
-    if format.value.rotated:
-        unrotate(out, outputs, query_start_loc, sequences)
 
 
 def _partials(workspace, parts: int, block_m: int, query: torch.Tensor, splits: int):
@@ -136,6 +134,6 @@ def _partials(workspace, parts: int, block_m: int, query: torch.Tensor, splits: 
     if flat.numel() < need or workspace.device != query.device:
         raise ValueError(
             f"the workspace must hold {need} bytes on {query.device}, got {flat.numel()} on "
-            f"{workspace.device}; reserve kvq_plugin.kernels.workspace_size(...)"
+            f"{workspace.device}; reserve kvq_plugin.kernels.new_workspace(...)"
         )
     return flat[:need].view(torch.float32).split(numbers)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvq_plugin.kernels.codec import INT4, decode, dims_of, to_output
+from kvq_plugin.kernels.codec import INT4, decode, to_output
 from kvq_plugin.kernels.triton_attend import _high_half, _token_scale, _words
+from kvq_plugin.kernels.triton_rotate import channels_of, unrotate
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -68,11 +69,13 @@ def gather_kernel(
     K_DYNAMIC: tl.constexpr, K_WIDTH: tl.constexpr,
     V_CODES: tl.constexpr, V_METADATA: tl.constexpr, V_CODE: tl.constexpr,
     V_DYNAMIC: tl.constexpr, V_WIDTH: tl.constexpr,
+    K_ROTATED: tl.constexpr, V_ROTATED: tl.constexpr, STAGES: tl.constexpr, TURN: tl.constexpr,
+    TURN_BACK: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_T: tl.constexpr, ISA: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Decode the rows that *starts* and *firsts* of one call name into ``keys, values [T, HEADS,
-    D]``. Grid ``(ceil(T / BLOCK_T), HEADS, 2)``, the last for K and V."""
+    """Decode the rows that *starts* and *firsts* of one call name, rotated back, into ``keys,
+    values [T, HEADS, D]``. Grid ``(ceil(T / BLOCK_T), HEADS, 2)``, the last for K and V."""
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     total = tl.load(starts + num_seqs)
     if tl.program_id(0) * BLOCK_T >= total:
@@ -94,32 +97,40 @@ def gather_kernel(
     rows = (row.to(tl.int64) * HEADS + head) * D
     if tl.program_id(2) == 0:
         _decode_rows(keys, rows, page, position, keep, head, key_scale, key_zero, K_CODES,
-                     K_METADATA, K_CODE, K_DYNAMIC, K_WIDTH, D, ISA, INTERPRETED)  # fmt: skip
+                     K_METADATA, K_CODE, K_DYNAMIC, K_WIDTH, K_ROTATED, STAGES, TURN_BACK, D,
+                     BLOCK_T, ISA, INTERPRETED)  # fmt: skip
     else:
         _decode_rows(values, rows, page, position, keep, head, value_scale, value_zero, V_CODES,
-                     V_METADATA, V_CODE, V_DYNAMIC, V_WIDTH, D, ISA, INTERPRETED)  # fmt: skip
+                     V_METADATA, V_CODE, V_DYNAMIC, V_WIDTH, V_ROTATED, STAGES, TURN_BACK, D,
+                     BLOCK_T, ISA, INTERPRETED)  # fmt: skip
 
 
 @triton.jit
 def _decode_rows(target, rows, page, position, keep, head, scale, zero, CODES: tl.constexpr,
                  METADATA: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr,
-                 WIDTH: tl.constexpr, D: tl.constexpr, ISA: tl.constexpr,
-                 INTERPRETED: tl.constexpr):  # fmt: skip
+                 WIDTH: tl.constexpr, ROTATED: tl.constexpr, STAGES: tl.constexpr,
+                 TURN_BACK: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
+                 ISA: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     PACKED: tl.constexpr = CODE == INT4
     ROW: tl.constexpr = D // 2 if PACKED else D
     at = tl.arange(0, WIDTH)
-    dims = dims_of(at, CODE)
     inside = at < ROW
     mask = keep[:, None] & inside[None, :]
-    channel = head * D + tl.where(inside, dims, 0)
-    to = target + rows[:, None] + dims[None, :]
+    channel = head * D + tl.where(inside, at, 0)  # codes of 4 bits have no static scales
     x = _row(page, position, keep, at, mask, channel, scale, zero, CODES, METADATA, CODE, DYNAMIC,
              ISA, ROW, False)  # fmt: skip
-    tl.store(to, to_output(x, target.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.static_assert(PACKED or not ROTATED)
+    dims = at
     if PACKED:
-        x = _row(page, position, keep, at, mask, channel + 4, scale, zero, CODES, METADATA, CODE,
-                 DYNAMIC, ISA, ROW, True)  # fmt: skip
-        tl.store(to + 4, to_output(x, target.dtype.element_ty, INTERPRETED), mask=mask)
+        upper = _row(page, position, keep, at, mask, channel, scale, zero, CODES, METADATA, CODE,
+                     DYNAMIC, ISA, ROW, True)  # fmt: skip
+        dims = tl.arange(0, 2 * WIDTH)
+        x = channels_of(x, upper, BLOCK_T, 2 * WIDTH)
+        if ROTATED:
+            x = unrotate(x, dims, BLOCK_T, 2 * WIDTH, STAGES, TURN_BACK)
+    to = target + rows[:, None] + dims[None, :]
+    x = to_output(x, target.dtype.element_ty, INTERPRETED)
+    tl.store(to, x, mask=keep[:, None] & (dims < D)[None, :])
 
 
 @triton.jit(

@@ -6,13 +6,15 @@ the reference's, operation by operation; reductions are minima and maxima, whose
 
 from __future__ import annotations
 
+from functools import cache as memoize
+
 import torch
 import triton
 import triton.language as tl
 
 from kvq_plugin.codes import AMAX_FLOOR, FP16_MAX
 from kvq_plugin.formats import KVFormat
-from kvq_plugin.kernels import launch
+from kvq_plugin.kernels import launch, triton_rotate
 from kvq_plugin.kernels.codec import (
     INT4,
     NAN_BITS,
@@ -23,7 +25,7 @@ from kvq_plugin.kernels.codec import (
     round_to_int,
     widen,
 )
-from kvq_plugin.kernels.triton_rotate import rotate
+from kvq_plugin.kernels.triton_rotate import fields_of, rotate
 from kvq_plugin.layout import GPU_V1, PageLayout
 from kvq_plugin.reference import StaticScale
 
@@ -58,32 +60,36 @@ def _store_stream(
     stride_t, stride_h, block_stride, head_stride,
     CODES: tl.constexpr, METADATA: tl.constexpr, CODE: tl.constexpr, QMAX: tl.constexpr,
     QMAX_INVERSE: tl.constexpr, DYNAMIC: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
+    WIDTH: tl.constexpr, ROTATED: tl.constexpr, STAGES: tl.constexpr, TURN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """WIDTH bytes of codes per token, padded to a power of two; a byte holds dim ``dims`` and,
-    if codes have 4 bits, ``dims + 4``."""
+    """WIDTH channels per token, D padded to a power of two; 4-bit codes are two to a byte."""
     PACKED: tl.constexpr = CODE == INT4
+    tl.static_assert(PACKED or not ROTATED)
     ROW: tl.constexpr = D // 2 if PACKED else D
     head = tl.program_id(1)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     slot = tl.load(slots + token, mask=token < tokens, other=-1)
     keep = (slot >= 0) & (slot < num_slots)  # never a byte outside of the cache
-    at = tl.arange(0, WIDTH)
-    inside = at < ROW
-    dims = (at // 4) * 8 + at % 4 if PACKED else at
-    mask = keep[:, None] & inside[None, :]
+    dims = tl.arange(0, WIDTH)
     rows = x + token.to(tl.int64)[:, None] * stride_t + head.to(tl.int64) * stride_h
-    low = widen(tl.load(rows + dims[None, :], mask=mask, other=0.0))
+    low = widen(tl.load(rows + dims[None, :], mask=keep[:, None] & (dims < D)[None, :], other=0.0))
+    at = tl.arange(0, WIDTH // 2 if PACKED else WIDTH)
+    inside = at < ROW
     position = slot % PAGE
     page = cache + (slot // PAGE) * block_stride + head.to(tl.int64) * head_stride
     if not DYNAMIC:
         HAS_ZERO: tl.constexpr = zero is not None
         fields = _fields(
-            low, inverse + head * D, zero + head * D if HAS_ZERO else None, dims, inside,
-            HAS_ZERO, CODE,
+            low, inverse + head * D, zero + head * D if HAS_ZERO else None, dims, inside, HAS_ZERO,
+            CODE,
         )  # fmt: skip
     elif PACKED:
-        high = widen(tl.load(rows + dims[None, :] + 4, mask=mask, other=0.0))
+        wide = bits_float(low)
+        if ROTATED:
+            wide = rotate(wide, dims, BLOCK_T, WIDTH, STAGES, TURN)
+        x0, x1 = fields_of(wide, BLOCK_T, WIDTH)
+        low, high = float_bits(x0), float_bits(x1)
         poison = tl.max((is_nan_bits(low) | is_nan_bits(high)).to(tl.int32), 1) > 0
         x0 = tl.minimum(tl.maximum(_finite(low), -_FP16_MAX), _FP16_MAX)
         x1 = tl.minimum(tl.maximum(_finite(high), -_FP16_MAX), _FP16_MAX)
@@ -92,10 +98,10 @@ def _store_stream(
         most = tl.max(tl.where(inside[None, :], tl.maximum(x0, x1), -_FP16_MAX), 1) + 0.0
         scale = ((most - least) * QMAX_INVERSE).to(tl.float16)
         minimum = least.to(tl.float16)
-        wide = scale.to(tl.float32)
+        step = scale.to(tl.float32)
         # The codes use the scale and min as stored.
-        one = tl.full(wide.shape, 1.0, tl.float32)
-        factor = tl.where(wide > 0, tl.div_rn(one, tl.where(wide > 0, wide, one)), 0.0)
+        one = tl.full(step.shape, 1.0, tl.float32)
+        factor = tl.where(step > 0, tl.div_rn(one, tl.where(step > 0, step, one)), 0.0)
         base = minimum.to(tl.float32)[:, None]
         fields = encode(float_bits((x0 - base) * factor[:, None]), CODE)
         fields |= encode(float_bits((x1 - base) * factor[:, None]), CODE) << 4
@@ -112,47 +118,55 @@ def _store_stream(
     tl.store(
         page[:, None] + CODES + position[:, None] * ROW + at[None, :],
         fields.to(tl.uint8),
-        mask=mask,
+        mask=keep[:, None] & inside[None, :],
     )
     if DYNAMIC:
         words = (page + METADATA + position * 4).to(tl.pointer_type(tl.int32), bitcast=True)
         tl.store(words, word, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "num_slots"), do_not_specialize_on_alignment=("slots",))
 def store_kernel(
     key, value, cache, slots, key_inverse, key_zero, value_inverse, value_zero,
     tokens, num_slots, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
     block_stride, head_stride,
     K_CODES: tl.constexpr, K_METADATA: tl.constexpr, K_CODE: tl.constexpr,
     K_QMAX: tl.constexpr, K_QMAX_INVERSE: tl.constexpr, K_DYNAMIC: tl.constexpr,
-    K_WIDTH: tl.constexpr,
+    K_ROTATED: tl.constexpr,
     V_CODES: tl.constexpr, V_METADATA: tl.constexpr, V_CODE: tl.constexpr,
     V_QMAX: tl.constexpr, V_QMAX_INVERSE: tl.constexpr, V_DYNAMIC: tl.constexpr,
-    V_WIDTH: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
+    V_ROTATED: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    TURN: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(ceil(tokens / BLOCK_T), kv heads, 2)``; the last axis is K or V."""
     if tl.program_id(2) == 0:
         _store_stream(
             key, cache, slots, key_inverse, key_zero, tokens, num_slots,
             key_stride_t, key_stride_h, block_stride, head_stride,
-            K_CODES, K_METADATA, K_CODE, K_QMAX, K_QMAX_INVERSE, K_DYNAMIC, PAGE, D, K_WIDTH,
-            BLOCK_T,
+            K_CODES, K_METADATA, K_CODE, K_QMAX, K_QMAX_INVERSE, K_DYNAMIC, PAGE, D, WIDTH,
+            K_ROTATED, STAGES, TURN, BLOCK_T,
         )  # fmt: skip
     else:
         _store_stream(
             value, cache, slots, value_inverse, value_zero, tokens, num_slots,
             value_stride_t, value_stride_h, block_stride, head_stride,
-            V_CODES, V_METADATA, V_CODE, V_QMAX, V_QMAX_INVERSE, V_DYNAMIC, PAGE, D, V_WIDTH,
-            BLOCK_T,
+            V_CODES, V_METADATA, V_CODE, V_QMAX, V_QMAX_INVERSE, V_DYNAMIC, PAGE, D, WIDTH,
+            V_ROTATED, STAGES, TURN, BLOCK_T,
         )  # fmt: skip
 
 
+@memoize
 def constants(format: KVFormat, head_size: int, block_size: int) -> dict:
     """The ``constexpr`` arguments of :func:`store_kernel`, BLOCK_T excepted."""
     layout = PageLayout(format, head_size, block_size, GPU_V1)
-    found = {"PAGE": block_size, "D": head_size}
+    found = {
+        "PAGE": block_size,
+        "D": head_size,
+        "WIDTH": triton.next_power_of_2(head_size),
+        **triton_rotate.constants(head_size),
+    }
+    del found["TURN_BACK"]
     for prefix, which in (("K", layout.key), ("V", layout.value)):
         code = which.stream.code
         # The reference multiplies with 1 / qmax rounded to fp32.
@@ -164,7 +178,7 @@ def constants(format: KVFormat, head_size: int, block_size: int) -> dict:
             f"{prefix}_QMAX": code.qmax,
             f"{prefix}_QMAX_INVERSE": inverse,
             f"{prefix}_DYNAMIC": which.stream.is_dynamic,
-            f"{prefix}_WIDTH": triton.next_power_of_2(head_size * code.bits // 8),
+            f"{prefix}_ROTATED": which.stream.rotated,
         }
     return found
 
@@ -187,10 +201,6 @@ def store(
     tokens, heads, head_size = slot_mapping.shape[0], *key.shape[1:]
     if not tokens or not heads:
         return
-    if format.key.rotated:
-        key = rotate(key[:tokens])
-    if format.value.rotated:
-        value = rotate(value[:tokens])
     choice = launch.store_choice(tokens)
     grid = (triton.cdiv(tokens, choice.block_t), heads, 2)
     statics = [

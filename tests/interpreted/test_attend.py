@@ -181,7 +181,7 @@ def test_workspace():
     room = torch.zeros(size, dtype=torch.uint8)
     assert torch.equal(run(p, workspace=room), run(p))
     assert room.any(), "the context was not split"
-    with pytest.raises(ValueError, match=r"workspace must hold \d+ bytes.*workspace_size"):
+    with pytest.raises(ValueError, match=r"workspace must hold \d+ bytes.*new_workspace"):
         run(p, workspace=room[:64])
 
 

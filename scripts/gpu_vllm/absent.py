@@ -1,0 +1,43 @@
+"""Packages that vLLM imports and a run on token ids never calls: empty modules in their place.
+
+In the bundle this file is ``sitecustomize.py``, so that every process has them.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+
+NAMES = (
+    *("xgrammar", "llguidance", "outlines_core", "lmformatenforcer"),  # structured output
+    *("mistral_common", "mcp", "anthropic"),  # tokenizer, tools and an API
+)
+
+
+class _Module(types.ModuleType):
+    """Has every name, as an empty class."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(self, name, type(name, (), {}))
+        return getattr(self, name)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in NAMES:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return _Module(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+if not any(type(finder).__name__ == "_Finder" for finder in sys.meta_path):
+    sys.meta_path.append(_Finder())

@@ -1,0 +1,105 @@
+"""What the host does for each launch of a GPU's kernels: nothing it has done before.
+
+The kernels are stood in for; everything up to the launch is the package's own.
+"""
+
+import emulator
+import oracle
+import pytest
+import torch
+from cases import ROWS, name_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from kvq_plugin import kernels
+from kvq_plugin.kernels import cuda, launch, triton_attend, triton_store
+from kvq_plugin.layout import GPU_V1
+
+
+class Constructions(TorchDispatchMode):
+    """Operators that make a tensor other than a view, while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(r.alias_info for r in func._schema.returns):
+            self.made.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Kernel:
+    """A Triton kernel that only notes what it is launched with."""
+
+    def __init__(self, launches: list):
+        self.launches = launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((grid, kwargs))
+
+
+@pytest.fixture(params=("cuda", "triton"))
+def launches(request, monkeypatch):
+    """Kernels of one family, on CPU tensors; the launches they were asked for."""
+    made = []
+    monkeypatch.setenv("KVQ_GPU_KERNELS", request.param)
+    kernels._choice.cache_clear()
+    monkeypatch.setattr(cuda, "_load", emulator.host_library)
+    monkeypatch.setattr(cuda, "_device_refusal", lambda device: None)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "_launch", lambda name, *rest: made.append((name, {})))
+    monkeypatch.setattr(launch, "interpreted", lambda: True)
+    paged = kernels._triton("triton_paged")
+    for module, name in ((paged, "attend_kernel"), (paged, "merge_kernel"),
+                         (triton_store, "store_kernel")):  # fmt: skip
+        monkeypatch.setattr(module, name, Kernel(made))
+    yield made
+    kernels._choice.cache_clear()
+
+
+def step(problem, workspace, out) -> None:
+    """A step of decoding: one new row a sequence stored, then attention."""
+    rows = problem.query[:, : problem.cache.shape[1]]
+    slots = torch.arange(rows.shape[0])
+    statics = problem.arguments()[-2:]
+    kernels.store(rows, rows, problem.cache, slots, problem.format, *statics)
+    kernels.attend(out, *problem.arguments(), max_query_len=1, max_seq_len=900,
+                   workspace=workspace)  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ROWS, ids=name_of)
+def test_nothing_is_built_again(launches, format):
+    """Nor is anything allocated, which a graph's capture would keep."""
+    problem = oracle.build(format, ((700, 1), (30, 1)), kind=GPU_V1)
+    workspace, out = torch.zeros(1 << 24, dtype=torch.uint8), torch.empty_like(problem.query)
+    slots = 1  # of store's, made here
+    counts = []
+    for _ in range(3):
+        with Constructions() as constructions:
+            step(problem, workspace, out)
+        counts.append(len(constructions.made) - slots)
+    assert len(launches) >= 6
+    assert counts[1:] == [0, 0], constructions.made
+    with Constructions() as constructions:
+        step(problem, None, out)
+    assert len(constructions.made) > slots  # the check itself notices
+
+
+#: Arguments whose value, or alignment, is another one in another batch.
+VARYING = {
+    triton_attend.attend_kernel: (("num_seqs",), ("block_table", "seq_lens", "query_start")),
+    triton_attend.merge_kernel: (("num_seqs", "splits"), ("seq_lens", "query_start")),
+    triton_store.store_kernel: (("tokens",), ("slots",)),
+}
+
+
+@pytest.mark.parametrize("kernel", VARYING, ids=lambda kernel: kernel.fn.__name__)
+def test_no_batch_needs_a_kernel_of_its_own(kernel):
+    """Triton compiles once more for a number that is 1, or a multiple of 16, and for a pointer that
+    is: in the middle of serving, or of a graph's capture."""
+    params = {p.name: p for p in kernel.params}
+    values, pointers = VARYING[kernel]
+    assert all(params[name].do_not_specialize for name in values)
+    assert all(params[name].do_not_specialize_on_alignment for name in pointers)
