@@ -60,6 +60,17 @@ def test_a_half_finished_run_is_read(tmp_path):
     assert "fp8\n  killed past its time limit" in text
 
 
+def test_a_run_in_which_nothing_starts_is_given_up(tmp_path):
+    ended = [{"engine": x, "stage": "end", "status": "0"} for x in ("a", "b", "transformers", "c")]
+    summary(tmp_path, *ended[:3])
+    assert not run.hopeless(tmp_path)
+    summary(tmp_path, *ended)
+    assert run.hopeless(tmp_path)
+    summary(tmp_path, *ended, {"engine": "b", "stage": "start", "status": "pass",
+                               "v2_runner": True, "backends": ["x"], "graphs": ""})  # fmt: skip
+    assert not run.hopeless(tmp_path)
+
+
 def test_engines_are_compared_with_engines_of_the_plan():
     plan = {spec["name"]: spec for spec in run.engines()}
     assert all(spec.get("like", "auto") in plan for spec in plan.values())

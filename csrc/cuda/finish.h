@@ -47,7 +47,7 @@ KVQ_HD void put_rotated(const AttendParams& p, const RowTile& r, int row, const 
   if (dim < d) {
     KVQ_UNROLL for (int i = 0; i < kShare; ++i) x[i] = element(dim + i);
   }
-  unrotate<L>(x, d);
+  unrotate<L>(x, dim, d);
   if (dim < d) {
     KVQ_UNROLL for (int i = 0; i < kShare; ++i) put_out(p, r, row, dim + i, x[i]);
   }

@@ -1,5 +1,5 @@
-// Rotates a row that a warp holds, kShare dims a lane (../rotation.h): the same additions in the
-// same order as csrc/cpu/rotate.h, first within lanes, then between them.
+// Rotates rows that lanes hold, kShare dims a lane, neighbours neighbouring ones (../rotation.h):
+// the same additions in the same order as csrc/cpu/rotate.h, first within lanes, then between them.
 #pragma once
 
 #include "../rotation.h"
@@ -31,22 +31,19 @@ KVQ_HD void hadamard(float (&x)[kShare], int head_size) {
   }
 }
 
-// All lanes together; lanes past the head hold zeros. Some 90 instructions at D = 128.
+// All lanes of a warp together, this one with the dims from `dim` on; lanes past the head hold
+// zeros. Some 90 instructions at D = 128.
 template <class L>
-KVQ_HD void rotate(float (&x)[kShare], int head_size) {
-  KVQ_UNROLL for (int i = 0; i < kShare; ++i) {
-    x[i] *= rotation_factor(L::id() * kShare + i, head_size);
-  }
+KVQ_HD void rotate(float (&x)[kShare], int dim, int head_size) {
+  KVQ_UNROLL for (int i = 0; i < kShare; ++i) x[i] *= rotation_factor(dim + i, head_size);
   hadamard<L>(x, head_size);
 }
 
 template <class L>
-KVQ_HD void unrotate(float (&x)[kShare], int head_size) {
+KVQ_HD void unrotate(float (&x)[kShare], int dim, int head_size) {
   hadamard<L>(x, head_size);
   const float gain = rotation_gain(head_size);
-  KVQ_UNROLL for (int i = 0; i < kShare; ++i) {
-    x[i] *= rotation_factor(L::id() * kShare + i, head_size) * gain;
-  }
+  KVQ_UNROLL for (int i = 0; i < kShare; ++i) x[i] *= rotation_factor(dim + i, head_size) * gain;
 }
 
 }  // namespace

@@ -17,8 +17,7 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
 
 template <int kFormatRow>
 static cudaError_t store_rows(const StoreParams& p, cudaStream_t stream) {
-  const int64_t items = p.num_tokens * p.cache.num_kv_heads;
-  const unsigned blocks = static_cast<unsigned>((items + kWarps - 1) / kWarps);
+  const unsigned blocks = static_cast<unsigned>(2 * store_blocks(p));
   store_kernel<kFormatRow><<<blocks, kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }

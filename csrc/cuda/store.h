@@ -1,6 +1,7 @@
-// Quantize on write: one warp per (token, kv head) measures, encodes and writes the row of K and
-// the row of V. The same codec and the same order of roundings as csrc/cpu/quantize.h; compile with
-// -fmad=false, because a fused multiply-add rounds once where the specification rounds twice.
+// Quantize on write: a group of lanes per (token, kv head), as many as the row has eighths,
+// measures, encodes and writes the row of K or that of V. The same codec and the same order of
+// roundings as csrc/cpu/quantize.h; compile with -fmad=false, because a fused multiply-add rounds
+// once where the specification rounds twice.
 #pragma once
 
 #include "rotate.h"
@@ -19,11 +20,23 @@ struct RowScale {
   uint32_t metadata;
 };
 
+// Lanes that share a row of K or V. The others of a warp have rows of their own: with a whole warp
+// a row, heads of 128 left half of it idle and stores took twice as long (H100).
+KVQ_HD int lanes_of_row(int head_size) {
+  return head_size > 128 ? 32 : head_size > 64 ? 16 : head_size > 32 ? 8 : 4;
+}
+
+// Blocks that store K; as many store V.
+KVQ_HD int64_t store_blocks(const StoreParams& p) {
+  const int64_t rows = kThreads / lanes_of_row(p.cache.head_size);
+  return (p.num_tokens * p.cache.num_kv_heads + rows - 1) / rows;
+}
+
+// This lane's share of a row; zeros where there is none.
 template <class L>
-KVQ_HD void load_share(const StoreParams& p, const Rows& rows, int64_t token, int head,
-                       float (&x)[kShare]) {
-  const int64_t at = token * rows.token_stride + head * rows.head_stride + L::id() * kShare;
-  const bool real = L::id() * kShare < p.cache.head_size;
+KVQ_HD void load_share(const StoreParams& p, const Rows& rows, int64_t token, int head, int dim,
+                       bool real, float (&x)[kShare]) {
+  const int64_t at = token * rows.token_stride + head * rows.head_stride + dim;
   KVQ_UNROLL for (int i = 0; i < kShare; ++i) x[i] = 0.0f;
   if (!real) return;
   if (p.aligned && p.activation != Activation::kFloat) {
@@ -43,7 +56,7 @@ KVQ_HD void load_share(const StoreParams& p, const Rows& rows, int64_t token, in
 // Scale of one row, whose values become finite: NaN counts as 0 and poisons the scale, infinities
 // count as the largest finite value.
 template <class L, Code C>
-KVQ_HD RowScale measure(float (&x)[kShare], bool real) {
+KVQ_HD RowScale measure(float (&x)[kShare], int lanes, bool real) {
   constexpr bool kAffine = C == Code::kInt4;
   constexpr float kLimit = kAffine ? kHalfMax : kFloatMax, kMax = Codec<C>::kMax;
   uint32_t poison = 0;
@@ -61,19 +74,19 @@ KVQ_HD RowScale measure(float (&x)[kShare], bool real) {
       peak = magnitude > peak ? magnitude : peak;
     }
   }
-  poison = reduce<L>(poison, 1, kWarp, [](uint32_t a, uint32_t b) { return a | b; });
+  poison = reduce<L>(poison, 1, lanes, [](uint32_t a, uint32_t b) { return a | b; });
   const auto larger = [](float a, float b) { return a > b ? a : b; };
   if constexpr (kAffine) {
     // Adding 0: -0 would depend on the order of the reduction.
-    low = reduce<L>(low, 1, kWarp, [](float a, float b) { return a < b ? a : b; }) + 0.0f;
-    high = reduce<L>(high, 1, kWarp, larger) + 0.0f;
+    low = reduce<L>(low, 1, lanes, [](float a, float b) { return a < b ? a : b; }) + 0.0f;
+    high = reduce<L>(high, 1, lanes, larger) + 0.0f;
     const uint16_t scale = float_to_half((high - low) * (1.0f / kMax));
     const uint16_t minimum = float_to_half(low);
     const float wide = half_to_float(scale);
     return {wide > 0.0f ? L::divide(1.0f, wide) : 0.0f, half_to_float(minimum),
             poison ? 0x7E007E00u : scale | static_cast<uint32_t>(minimum) << 16};
   } else {
-    peak = reduce<L>(peak, 1, kWarp, larger);
+    peak = reduce<L>(peak, 1, lanes, larger);
     const float amax = peak < kAmaxFloor ? kAmaxFloor : peak;
     return {L::divide(kMax, amax), 0.0f, poison ? 0x7FC00000u : float_bits(amax * (1.0f / kMax))};
   }
@@ -118,65 +131,66 @@ KVQ_HD void pack(const uint32_t (&codes)[kShare], uint32_t (&words)[code_bits(C)
   }
 }
 
-template <class L, class S>
+// One row of K or V, of this lane's group. All lanes of a warp come here, those without a row too.
+template <class L, Code C, bool kPerToken, bool kRotated>
 KVQ_HD void store_row(const StoreParams& p, const Rows& rows, const StaticScale& scale,
-                      int64_t token, int head, uint8_t* codes_at, uint8_t* metadata_at) {
-  constexpr Code C = S::kStream.code;
+                      int64_t token, int head, bool stored, uint8_t* codes_at,
+                      uint8_t* metadata_at) {
+  const int d = p.cache.head_size, lanes = lanes_of_row(d), lane = L::id() % lanes;
+  const int dim = lane * kShare;
+  const bool real = stored && dim < d;
   float x[kShare];
-  load_share<L>(p, rows, token, head, x);
-  const bool real = L::id() * kShare < p.cache.head_size;
+  load_share<L>(p, rows, token, head, dim, real, x);
   uint32_t codes[kShare];
-  if constexpr (S::kStream.rotated) {
+  if constexpr (kRotated) {
     KVQ_UNROLL for (int i = 0; i < kShare; ++i) {  // a NaN stays
       x[i] = x[i] < -kRotationLimit ? -kRotationLimit : x[i];
       x[i] = x[i] > kRotationLimit ? kRotationLimit : x[i];
     }
-    rotate<L>(x, p.cache.head_size);
+    rotate<L>(x, dim, d);
   }
-  if constexpr (S::kStream.per_token) {
-    const RowScale row = measure<L, C>(x, real);
+  if constexpr (kPerToken) {
+    const RowScale row = measure<L, C>(x, lanes, real);
     encode_row<C>(x, row, codes);
-    if (L::id() == 0) *reinterpret_cast<uint32_t*>(metadata_at) = row.metadata;
+    if (stored && lane == 0) *reinterpret_cast<uint32_t*>(metadata_at) = row.metadata;
   } else if (real) {
-    const int64_t channel = static_cast<int64_t>(head) * p.cache.head_size + L::id() * kShare;
-    encode_channels<L, C>(x, scale, channel, codes);
+    encode_channels<L, C>(x, scale, static_cast<int64_t>(head) * d + dim, codes);
   }
   if (!real) return;
   uint32_t words[code_bits(C) / 4];
   pack<C>(codes, words);
-  uint32_t* out = reinterpret_cast<uint32_t*>(codes_at) + L::id() * (code_bits(C) / 4);
+  uint32_t* out = reinterpret_cast<uint32_t*>(codes_at) + lane * (code_bits(C) / 4);
   KVQ_UNROLL for (int w = 0; w < code_bits(C) / 4; ++w) out[w] = words[w];
 }
-
-template <int kFormatRow>
-struct KeyOf {
-  static constexpr Stream kStream = kFormats[kFormatRow].key;
-};
-template <int kFormatRow>
-struct ValueOf {
-  static constexpr Stream kStream = kFormats[kFormatRow].value;
-};
 
 template <class L, int kFormatRow>
 KVQ_HD void store_block(const StoreParams& p) {
   constexpr Format kFormat = kFormats[kFormatRow];
-  const int64_t item = static_cast<int64_t>(L::block()) * kWarps + L::warp();
+  constexpr Stream kKey = kFormat.key, kValue = kFormat.value;
+  const int lanes = lanes_of_row(p.cache.head_size);
+  const int64_t blocks = store_blocks(p);
+  const bool values = L::block() >= blocks;
+  const int64_t item =
+      (L::block() - (values ? blocks : 0)) * (kThreads / lanes) + L::thread() / lanes;
   const int64_t token = item / p.cache.num_kv_heads;
   const int head = static_cast<int>(item % p.cache.num_kv_heads);
-  if (token >= p.num_tokens) return;
-  const int64_t slot = p.slots[token];
-  if (slot < 0) return;
-  const int64_t block = slot / p.cache.block_size, position = slot % p.cache.block_size;
+  const int64_t slot = token < p.num_tokens ? p.slots[token] : -1;
+  const bool stored = slot >= 0;
+  const int64_t block = stored ? slot / p.cache.block_size : 0;
+  const int64_t position = stored ? slot % p.cache.block_size : 0;
   uint8_t* page = p.cache.data + block * p.cache.block_stride + head * p.cache.head_stride;
   const PageLayout at = page_layout(kFormat, p.cache.head_size, p.cache.block_size);
-  const int64_t key_row = p.cache.head_size * code_bits(kFormat.key.code) / 8;
-  const int64_t value_row = p.cache.head_size * code_bits(kFormat.value.code) / 8;
-  store_row<L, KeyOf<kFormatRow>>(p, p.key, p.key_scale, token, head,
-                                  page + at.key_codes + position * key_row,
-                                  page + at.key_metadata + 4 * position);
-  store_row<L, ValueOf<kFormatRow>>(p, p.value, p.value_scale, token, head,
-                                    page + at.value_codes + position * value_row,
-                                    page + at.value_metadata + 4 * position);
+  if (values) {
+    const int64_t row = p.cache.head_size * code_bits(kValue.code) / 8;
+    store_row<L, kValue.code, kValue.per_token, kValue.rotated>(
+        p, p.value, p.value_scale, token, head, stored, page + at.value_codes + position * row,
+        page + at.value_metadata + 4 * position);
+  } else {
+    const int64_t row = p.cache.head_size * code_bits(kKey.code) / 8;
+    store_row<L, kKey.code, kKey.per_token, kKey.rotated>(
+        p, p.key, p.key_scale, token, head, stored, page + at.key_codes + position * row,
+        page + at.key_metadata + 4 * position);
+  }
 }
 
 }  // namespace

@@ -60,7 +60,7 @@ KVQ_HD void rotate_queries(const AttendParams& p, const RowTile& r, Shared<S>& s
         x[i] = load_activation(p.query.data, p.activation, at + i);
       }
     }
-    rotate<L>(x, d);
+    rotate<L>(x, dim, d);
     if (dim < d) {
       KVQ_UNROLL for (int i = 0; i < kShare; ++i) shared.out[0][row][dim + i] = x[i];
     }

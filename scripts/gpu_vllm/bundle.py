@@ -15,7 +15,13 @@ HERE = Path(__file__).parent
 VLLM = "0.33.0"
 #: Imported by ``LLM(...)`` and ``generate`` and not on the machine (which has numpy, httpx, ...).
 NEEDS = (
-    *("annotated-types", "pydantic", "pydantic-core", "typing-extensions", "typing-inspection"),
+    *(
+        "annotated-types",
+        "pydantic==2.14.4",
+        "pydantic-core==2.50.5",
+        "typing-extensions",
+        "typing-inspection",
+    ),
     *("cachetools", "blake3", "cbor2", "dill", "depyf==0.20.0", "astor", "loguru", "msgspec"),
     *("orjson", "partial-json-parser", "pybase64", "python-json-logger", "pyzmq", "setproctitle"),
     *("compressed-tensors==0.17.0", "openai", "jiter", "distro", "sniffio", "httpx2", "httpcore2"),
@@ -57,7 +63,8 @@ def make(target: Path, cache: Path | None = None) -> None:
         shutil.copy2(HERE / "absent.py", site / "sitecustomize.py")
         _describe_plugin(site)
         if cache is not None:
-            shutil.copytree(cache, site / "triton-cache")
+            stages = shutil.ignore_patterns("*.source", "*.ttir", "*.ttgir", "*.llir", "*.ptx")
+            shutil.copytree(cache, site / "triton-cache", ignore=stages)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(target, "w:xz", preset=6) as archive:
             archive.add(site, "site")

@@ -77,13 +77,14 @@ def main(a) -> int:
         TRITON_CACHE_DIR=str(cache),
     )
     say(begin, f"bundle unpacked; engines: {', '.join(s['name'] for s in waiting)}")
-    # Before 16 cores import the same 2,000 files at once.
-    subprocess.run([sys.executable, "-m", "compileall", "-q", "-j", "0", str(site / "vllm")],
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    made = (
-        f"import tiny; from pathlib import Path; tiny.write(Path({str(work / 'model')!r}), {a.dry})"
-    )
-    subprocess.run([sys.executable, "-c", made], env=env, check=True)
+    # Before all engines import the same 2,000 files at once.
+    compiling = subprocess.Popen(
+        [sys.executable, "-m", "compileall", "-q", "-j", "0", str(site / "vllm")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    model = [sys.executable, str(HERE / "tiny.py"), str(work / "model"), a.dry]
+    subprocess.run(model, env=env, check=True)
+    compiling.wait()
     say(begin, "compiled its Python and wrote the model")
     running: list[Engine] = []
     try:
@@ -96,6 +97,9 @@ def main(a) -> int:
             for engine in [e for e in running if e.over(left)]:
                 running.remove(engine)
                 say(begin, engine.finish(a.out))
+                if hopeless(a.out):
+                    say(begin, "no engine starts: the others are not tried")
+                    waiting.clear()
             time.sleep(0.1)
     finally:
         for engine in running:
@@ -108,6 +112,15 @@ def main(a) -> int:
     (a.out / "vllm-summary.txt").write_text(text + "\n")
     print(text, flush=True)
     return 0
+
+
+def hopeless(out: Path) -> bool:
+    """True when three engines have ended and none has started."""
+    lines = [json.loads(text) for text in (out / LINES).read_text().splitlines()]
+    tried = {x["engine"] for x in lines if x["stage"] == "end"} - {"transformers"}
+    return len(tried) >= 3 and not any(
+        x["stage"] == "start" and x["status"] == "pass" for x in lines
+    )
 
 
 def move_cache(source: Path, target: Path) -> None:
@@ -156,8 +169,10 @@ class Engine:
 
     def finish(self, out: Path) -> str:
         how = self.how or f"ended with status {self.process.returncode}"
-        tail = self.log.read_text(errors="replace")[-3000:]
-        line = {"engine": self.name, "stage": "end", "status": how, "tail": tail}
+        text = self.log.read_text(errors="replace")
+        with (out / "vllm-engines.log").open("a") as f:
+            f.write(f"=== {self.name}: {how}\n{text[:8000]}\n...\n{text[-16000:]}\n")
+        line = {"engine": self.name, "stage": "end", "status": how, "tail": text[-3000:]}
         with (out / LINES).open("a") as f:
             f.write(json.dumps(line) + "\n")
         return f"{self.name}: {how}"

@@ -80,10 +80,11 @@ void attend_host(const AttendParams& p) {
 }
 
 template <int kFormatRow = 0>
-void store_host(const StoreParams& p, int blocks) {
+void store_host(const StoreParams& p) {
   if constexpr (kFormatRow + 1 < kNumFormats) {
-    if (p.cache.format != kFormatRow) return store_host<kFormatRow + 1>(p, blocks);
+    if (p.cache.format != kFormatRow) return store_host<kFormatRow + 1>(p);
   }
+  const int blocks = static_cast<int>(2 * store_blocks(p));
   if constexpr (kFormats[kFormatRow].recent) {
     const StoreParams rows = recent_rows(p);
     run_grid(blocks, [&] { store_block<HostLane, kRecentFormat>(rows); });
@@ -98,8 +99,7 @@ void store_host(const StoreParams& p, int blocks) {
 }  // namespace kvq
 
 int32_t kvq_cuda_store(const StoreParams* p, kvq_stream) {
-  const int64_t items = p->num_tokens * p->cache.num_kv_heads;
-  kvq::gpu::store_host(*p, static_cast<int>((items + kvq::gpu::kWarps - 1) / kvq::gpu::kWarps));
+  kvq::gpu::store_host(*p);
   return 0;
 }
 
