@@ -141,16 +141,41 @@ def _batch(query_lens=QUERY_LENS, seq_lens=SEQ_LENS, device="meta", blocks=None,
     return CommonAttentionMetadata(**fields | changes)
 
 
-def _builder(speculated=None, device="meta", format=FORMATS["fp8"]):
+class Layer(torch.nn.Module):
+    """Of vLLM's attention: what the builder needs of it."""
+
+    def __init__(self, device="meta"):
+        super().__init__()
+        self.kv_cache, self.forwards = torch.empty(0, device=device), []
+        self.impl = SimpleNamespace(
+            num_heads=QUERY_HEADS, head_size=HEAD_SIZE, forward=self._note,
+            workspace=gpu_kernels.new_workspace(HEAD_SIZE, torch.device(device)),
+        )  # fmt: skip
+
+    def _note(self, layer, query, key, value, kv_cache, metadata, output):
+        assert layer is self and kv_cache is self.kv_cache and query.shape == output.shape
+        self.forwards.append((query.shape[0], metadata))
+
+
+def _builder(speculated=None, device="meta", format=FORMATS["fp8"], layers=(), **changes):
     speculative = None
     if speculated:
         speculative = SimpleNamespace(num_speculative_tokens=speculated, parallel_drafting=False)
     config = SimpleNamespace(
         speculative_config=speculative,
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, use_ubatching=changes.get("use_ubatching", False)
+        ),
+        model_config=SimpleNamespace(
+            dtype=torch.bfloat16, enable_sleep_mode=changes.get("enable_sleep_mode", False)
+        ),
+        compilation_config=SimpleNamespace(
+            static_forward_context={f"layers.{i}.attn": layer for i, layer in enumerate(layers)}
+        ),
         use_v2_model_runner=True,
     )
-    return gpu.GPUBuilder(_spec(format), ["layers.0.attn"], config, torch.device(device))
+    names = [f"layers.{i}.attn" for i in range(max(1, len(layers)))]
+    return gpu.GPUBuilder(_spec(format), names, config, torch.device(device))
 
 
 def _ranges(metadata):
@@ -196,6 +221,22 @@ def test_capture_is_one_launch_with_the_bounds_of_every_replay():
     assert metadata.parts[0].seq_lens.data_ptr() == batch.seq_lens.data_ptr()
 
 
+def test_what_is_captured_is_launched_once_before():
+    """With the captured bounds, and in one launch, whatever vLLM warmed up with."""
+    layers = [Layer(), Layer()]
+    builder = _builder(layers=layers)
+    batch = _batch(max_query_len=TOKENS, max_seq_len=4096)
+    builder.build(0, batch)
+    assert layers[0].forwards == []
+    captured = [builder.build_for_cudagraph_capture(batch) for _ in range(2)]
+    for layer in layers:  # once: vLLM asks again for idle steps of a replica
+        [(rows, metadata)] = layer.forwards
+        assert rows == TOKENS and _ranges(metadata) == _ranges(captured[0])
+        assert metadata.max_seq_len == 4096
+    builder.build_for_cudagraph_capture(_batch(max_query_len=TOKENS, max_seq_len=8192))
+    assert len(layers[0].forwards) == 2
+
+
 class _Allocations(TorchDispatchMode):
     """Operators that make new memory, while it is entered."""
 
@@ -224,10 +265,34 @@ def test_capture_and_update_allocate_nothing_on_the_device():
 
 
 def test_workspace_is_reserved_once_and_shared_by_all_batches():
-    builder = _builder()
+    layers = [Layer(), Layer()]
+    builder, other = _builder(layers=layers), _builder(layers=layers)
     first, second = builder.build(0, _batch()), builder.build_for_cudagraph_capture(_batch())
-    assert first.workspace is second.workspace and first.workspace.dtype == torch.uint8
-    assert first.workspace.numel() > 0
+    assert first.workspace is second.workspace is layers[0].impl.workspace
+    assert other.build(0, _batch()).workspace is first.workspace
+    # vLLM keeps the buffers of layers through sleep(level=2).
+    buffers = dict(layers[0].named_buffers())
+    assert any(b is first.workspace.counters for b in buffers.values())
+    assert not layers[0].state_dict()
+
+
+def test_batches_beside_each_other_have_workspaces_of_their_own():
+    layers = [Layer()]
+    found = [_builder(layers=layers, use_ubatching=True).build(0, _batch()).workspace for _ in "ab"]
+    assert len({id(w.counters) for w in (*found, layers[0].impl.workspace)}) == 3
+    with pytest.raises(ValueError, match="drop --enable-dbo or --enable-sleep-mode"):
+        _builder(layers=layers, use_ubatching=True, enable_sleep_mode=True)
+
+
+def test_the_workspace_is_made_while_weights_are_loaded(monkeypatch):
+    """Before vLLM measures what is left for the cache; for all layers of a head size."""
+    monkeypatch.setattr(gpu, "_WORKSPACES", gpu.WeakValueDictionary())
+    one, two = (_impl(gpu, format) for format in (ROWS[0], ROWS[3]))
+    assert one.workspace is two.workspace
+    assert one.workspace.scratch.numel() == 64 * HEAD_SIZE
+    assert not one.workspace.counters.any()
+    del one, two
+    assert not gpu._WORKSPACES  # it goes with the engine
 
 
 def test_block_table_of_another_group():
