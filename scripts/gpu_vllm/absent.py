@@ -1,7 +1,7 @@
 """Packages that vLLM imports and a run on token ids never calls: empty modules in their place.
 
-The bundle has a package of each name that puts :class:`Module` in its own place (a
-``sitecustomize.py`` was not what the machine's Python imported).
+The bundle has a package of each name that puts :class:`Module` in its own place. Whether a finder
+is there already is not asked by its class's name: on the machine another's has the same.
 """
 
 import importlib.abc
@@ -48,5 +48,4 @@ import absent
 sys.modules[__name__] = absent.Module(__name__)
 """
 
-if not any(type(finder).__name__ == "_Finder" for finder in sys.meta_path):
-    sys.meta_path.append(_Finder())
+sys.meta_path.append(_Finder())
