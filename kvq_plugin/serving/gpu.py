@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from kvq_plugin import ops
-from kvq_plugin.formats import KVFormat, fnuz
+from kvq_plugin.formats import GROUP, KVFormat, fnuz
 from kvq_plugin.layout import GPU_V1, LANES, MAX_HEAD_SIZES
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
 from kvq_plugin.serving.compat import (
@@ -23,6 +23,7 @@ from kvq_plugin.serving.compat import (
     split_decodes_and_prefills,
 )
 from kvq_plugin.serving.compat.patches import is_own_dtype
+from kvq_plugin.serving.pages import BLOCK_SIZE, SUFFIX
 
 #: Compute capability of the oldest NVIDIA GPUs the kernels are compiled for.
 MIN_CAPABILITY = (8, 0)
@@ -101,6 +102,10 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
 
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        # Recent rows are attended to with the sealed ones, whose workspace it is.
+        self._workspace = None
+        if layer_names and all(name.endswith(SUFFIX) for name in layer_names):
+            return
         # Once, enough for any batch: a captured graph keeps the address, and nothing may be
         # allocated during capture. Like the scratch of vLLM's own Triton backend it lies outside
         # what vLLM measures before it sizes the cache.
@@ -151,7 +156,10 @@ class GPUImpl(KVQImpl):
             self.kernel_format = fnuz(self.format)
 
     def _attend(self, out, query, kv_cache, m, statics, recent) -> None:
+        table = recent.get("recent_block_table")
         for part in m.parts:
+            if table is not None:
+                recent["recent_block_table"] = table[part.begin : part.end]
             ops.attend(
                 out,
                 query,
@@ -177,6 +185,23 @@ class GPUBackend(KVQBackend):
     impl_cls = GPUImpl
     block_multiple = LANES
     default_block_size = LANES
+
+    @classmethod
+    def of(cls, dtype: str) -> type[KVQBackend]:
+        backend = super().of(dtype)
+        if backend.format.recent is not None:
+            backend.block_multiple, backend.default_block_size = GROUP, BLOCK_SIZE
+        return backend
+
+    @classmethod
+    def lacking(cls, format: KVFormat, head_size: int) -> str | None:
+        if format.recent is None:
+            return None
+        if not current_platform.is_cuda():
+            return "on ROCm, for which it has no kernels"
+        from kvq_plugin.kernels import cuda
+
+        return cuda.library_refusal() or cuda.shape_refusal(format, head_size, BLOCK_SIZE)
 
     @staticmethod
     def get_name() -> str:
@@ -208,6 +233,9 @@ KVQ_int8 = GPUBackend.of("int8")
 KVQ_int8_per_token_head = GPUBackend.of("int8_per_token_head")
 KVQ_fp8_per_token_head = GPUBackend.of("fp8_per_token_head")
 KVQ_int4_per_token_head = GPUBackend.of("int4_per_token_head")
+KVQ_k8v4 = GPUBackend.of("k8v4")
+KVQ_int4 = GPUBackend.of("int4")
+KVQ_k3v2 = GPUBackend.of("k3v2")
 BACKENDS: dict[KVFormat, type[KVQBackend]] = {
     backend.format: backend
     for backend in (
@@ -217,5 +245,8 @@ BACKENDS: dict[KVFormat, type[KVQBackend]] = {
         KVQ_int8_per_token_head,
         KVQ_fp8_per_token_head,
         KVQ_int4_per_token_head,
+        KVQ_k8v4,
+        KVQ_int4,
+        KVQ_k3v2,
     )
 }
