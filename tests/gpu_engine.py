@@ -26,9 +26,9 @@ def reference_kernels() -> SimpleNamespace:
 
     launches = []
 
-    def store(key, value, cache, slot_mapping, *rest):
+    def store(key, value, cache, slot_mapping, *rest, **recent):
         n = slot_mapping.shape[0]
-        reference.store(key[:n], value[:n], cache, slot_mapping, *rest, layout=GPU_V1)
+        reference.store(key[:n], value[:n], cache, slot_mapping, *rest, **recent, layout=GPU_V1)
 
     def attend(out, query, *where, max_query_len, max_seq_len, workspace, **options):
         _, _, seq_lens, starts, *_ = where
@@ -56,6 +56,8 @@ def exchange_backends() -> SimpleNamespace:
     base.ops = gpu.ops = stand_in
     backend.BACKENDS = gpu.BACKENDS
     checks.platform_backend = lambda: gpu.GPUBackend
+    checks.platform_backends = lambda: gpu.BACKENDS
+    gpu.GPUBackend.lacking = classmethod(lambda cls, format, head_size: None)  # no library here
     # Sizes of blocks and padding of mixed pages as on GPUs; the CPU platform has its own way.
     choose_block_size = Platform.update_block_size_for_backend.__func__
     type(current_platform).update_block_size_for_backend = classmethod(choose_block_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from kvq_plugin.formats import FORMATS, SERVED
+from kvq_plugin.kernels import cuda
 from kvq_plugin.serving import compat, selection
-from kvq_plugin.serving.checks import check, settle_drafts
+from kvq_plugin.serving.checks import check, settle_blocks, settle_drafts
 from kvq_plugin.serving.compat import patches
 from kvq_plugin.serving.selection import serves
 
@@ -265,11 +267,46 @@ def test_what_works_on_gpus(on_gpu, dtype, head_size):
             check(on_gpu(dtype, backend=backend, **shape))
 
 
+@pytest.fixture
+def sealing_gpu(on_gpu, monkeypatch):
+    """A GPU of NVIDIA's, with the CUDA C++ kernels, to formats that vLLM does not know."""
+    monkeypatch.setattr(patches, "_own_dtypes", SERVED.keys() - FORMATS.keys())
+    monkeypatch.setattr(compat.current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(cuda, "library_refusal", lambda: None)
+    return on_gpu
+
+
 @pytest.mark.parametrize("dtype", SERVED.keys() - FORMATS.keys())
-def test_what_only_cpus_have_is_refused_on_gpus(on_gpu, monkeypatch, dtype):
-    monkeypatch.setattr(patches, "_own_dtypes", {dtype})
-    with pytest.raises(ValueError, match="was asked for a GPU: supported are CPUs; use int8_per"):
-        check(on_gpu(dtype))
+def test_low_bits_on_gpus(sealing_gpu, monkeypatch, dtype):
+    recent = SERVED[dtype].recent is not None
+    check(sealing_gpu(dtype))
+    for name, value, says in (
+        (
+            "library_refusal",
+            lambda: "_kvq_cuda.so is not built",
+            "kernels, and _kvq_cuda.so is not",
+        ),
+        ("shape_refusal", lambda *shape: f"no {shape[1:]}", r"kernels, and no \(64, 128\); use"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda, name, value)
+            with pytest.raises(ValueError, match=says) if recent else nullcontext():
+                check(sealing_gpu(dtype))
+    monkeypatch.setattr(compat.current_platform, "is_cuda", lambda: False)
+    with pytest.raises(ValueError, match="on ROCm") if recent else nullcontext():
+        check(sealing_gpu(dtype))
+
+
+def test_blocks_of_sealed_rows_on_gpus(sealing_gpu):
+    """Larger ones than vLLM would take, unless the user says; other formats keep theirs."""
+    for dtype, given, chosen in (("int4", False, 128), ("int4", True, 96), ("k8v4", False, 96)):
+        cache = {"block_size": 96, "user_specified_block_size": given}
+        config = sealing_gpu(dtype, cache=cache)
+        settle_blocks(config)
+        assert config.cache_config.block_size == chosen
+    for size, says in ((48, "multiples of 32"), (32, "64 and more")):
+        with pytest.raises(ValueError, match=f"blocks of {size} .* {says}; use --block-size 128"):
+            check(sealing_gpu("int4", cache={"block_size": size}))
 
 
 @pytest.mark.parametrize("change", [MLA, *NOT_OURS])

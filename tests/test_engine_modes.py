@@ -125,6 +125,26 @@ def test_gpu_backend_under_vllms_scheduler(models):
     assert 0 < _change(cpu, skipped) < MAX_CHANGE
 
 
+def test_recent_rows_on_the_gpu_backend(models):
+    """Full layers that seal, beside one with a window; decodes and prefills in launches of their
+    own, each with its rows of both block tables."""
+    base = {
+        "model": models["window_and_full_layers"],
+        "kv_cache_dtype": "int4",
+        "block_size": 128,
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 8,
+        "max_model_len": 256,
+        "num_gpu_blocks_override": 48,
+    }
+    more = ({}, {}, {"kv_cache_dtype": "k8v4", "block_size": None})
+    cpu, sealed, plain = only(
+        run([Job({**base, **settings}, SCORED) for settings in more], script=gpu_engine.__file__)
+    )
+    assert _change(cpu, sealed) < MAX_CHANGE
+    assert 0 < _change(cpu, plain) < 0.3  # other codes
+
+
 @pytest.fixture(scope="module")
 def refusals(models) -> dict[str, str]:
     """Errors of engines that must not start, without their tracebacks."""

@@ -129,6 +129,12 @@ def _load() -> ctypes.CDLL | str:
         return f"{LIBRARY.name} does not load: {e}"
 
 
+def library_refusal() -> str | None:
+    """Why there are no CUDA C++ kernels in this installation; None if there are."""
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
 @memoize
 def _device_refusal(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
@@ -171,9 +177,9 @@ def refusal(
 ) -> str | None:
     """Why the CUDA C++ kernels cannot serve *cache* ``[B, H, N, C]`` (and *recent_cache*); None if
     they can."""
-    library = _load()
-    if isinstance(library, str):
-        return library
+    reason = library_refusal()
+    if reason is not None:
+        return reason
     reason = _device_refusal(cache.device) or shape_refusal(format, head_size, cache.shape[2])
     for name, x in (("cache", cache), ("recent cache", recent_cache)):
         if reason is None and x is not None and not _aligned(x):

@@ -115,7 +115,7 @@ def _on_model_created(model, vllm_config, model_config) -> None:
 
 
 def _on_config(vllm_config) -> None:
-    from kvq_plugin.serving.checks import check, settle_drafts
+    from kvq_plugin.serving.checks import check, settle_blocks, settle_drafts
     from kvq_plugin.serving.compat import patches
     from kvq_plugin.serving.scales.config import wrap_quant_config
     from kvq_plugin.serving.selection import serves
@@ -130,3 +130,4 @@ def _on_config(vllm_config) -> None:
     if cache.cache_dtype != asked:  # "auto", and the checkpoint itself asks for a format
         check(vllm_config)
     settle_drafts(vllm_config)
+    settle_blocks(vllm_config)

@@ -366,6 +366,11 @@ class KVQBackend(AttentionBackend):
             )
 
     @classmethod
+    def lacking(cls, format: KVFormat, head_size: int) -> str | None:
+        """Why *format* cannot be served on this machine at *head_size*, if it cannot."""
+        return None
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBHNC,)  # one (block, head) is one contiguous page
 

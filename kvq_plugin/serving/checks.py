@@ -126,8 +126,6 @@ def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
 
 
 def _check_device(asked: str) -> None:
-    if SERVED[asked] not in platform_backends():
-        _refuse(asked, "a GPU", "CPUs", "use int8_per_token_head, or --kv-cache-dtype auto")
     capability = compat.current_platform.get_device_capability()
     if capability is None or platform_backend().supports_compute_capability(capability):
         return  # None on CPUs, and in a process that sees no device
@@ -234,7 +232,8 @@ def _check_attention(asked: str, model: Any) -> None:
 def _check_engine(asked: str, vllm_config: Any) -> None:
     # Only what the user chose is final here. vLLM chooses later (0.33: once the model has its
     # backends) out of get_supported_kernel_block_sizes, and refuses there what does not fit.
-    backend, cache = platform_backend(), vllm_config.cache_config
+    cache = vllm_config.cache_config
+    backend = platform_backends()[SERVED[asked]]
     if cache.user_specified_block_size and cache.block_size % backend.block_multiple:
         _refuse(
             asked,
@@ -267,9 +266,15 @@ def _check_shape(asked: str, format: KVFormat, model: Any) -> None:
 def _check_recent(asked: str, format: KVFormat, vllm_config: Any) -> None:
     """What a format needs whose newest rows lie in a cache of their own (serving/recent.py)."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    lacking = platform_backend().lacking(format, model.get_head_size())
+    if lacking is not None:
+        raise ValueError(
+            f"--kv-cache-dtype {asked} needs the CUDA C++ kernels, and {lacking}; use "
+            "--kv-cache-dtype k8v4, int4_per_token_head or int8_per_token_head"
+        )
     smallest = min_block_size(format, model.get_head_size())
     if cache.user_specified_block_size and cache.block_size < smallest:
-        size = platform_backend().default_block_size
+        size = platform_backends()[format].default_block_size
         what = f"blocks of {cache.block_size} tokens with head size {model.get_head_size()}"
         _refuse(asked, what, f"{smallest} and more", f"use --block-size {size}")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
@@ -325,6 +330,17 @@ def settle_drafts(vllm_config: Any) -> None:
         speculation = vllm_config.speculative_config
     if speculation is not None and speculation.kv_cache_dtype is None:
         speculation.kv_cache_dtype = DRAFT_DTYPE
+
+
+def settle_blocks(vllm_config: Any) -> None:
+    """Blocks of sealed rows that hold enough of them, unless the user chose: GPUs' default of 16
+    tokens is less than a group, and vLLM would take the smallest that all layers' backends have."""
+    format, cache = SERVED.get(vllm_config.cache_config.cache_dtype), vllm_config.cache_config
+    sealed = format is not None and format.recent is not None
+    if compat.is_cpu() or not sealed or cache.user_specified_block_size:
+        return
+    cache.block_size = platform_backends()[format].default_block_size
+    cache.user_specified_block_size = True  # to vLLM, which keeps it then
 
 
 # --- static scales ---------------------------------------------------------------------

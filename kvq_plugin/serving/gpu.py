@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from kvq_plugin import ops
-from kvq_plugin.formats import KVFormat, fnuz
+from kvq_plugin.formats import GROUP, KVFormat, fnuz
 from kvq_plugin.kernels import Workspace, new_workspace
 from kvq_plugin.layout import GPU_V1, LANES, MAX_HEAD_SIZES
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
@@ -25,6 +25,7 @@ from kvq_plugin.serving.compat import (
     split_decodes_and_prefills,
 )
 from kvq_plugin.serving.compat.patches import is_own_dtype
+from kvq_plugin.serving.pages import BLOCK_SIZE, SUFFIX
 
 #: Compute capability of the oldest NVIDIA GPUs the kernels are compiled for.
 MIN_CAPABILITY = (8, 0)
@@ -103,7 +104,9 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         context = vllm_config.compilation_config.static_forward_context
         self._layers = [context[name] for name in layer_names if name in context]
-        self._workspace = self._reserved()
+        # Recent rows are attended to with the sealed ones, whose workspace it is.
+        recent = layer_names and all(name.endswith(SUFFIX) for name in layer_names)
+        self._workspace = None if recent else self._reserved()
         self._captured: set[tuple[int, ...]] = set()
 
     def _reserved(self) -> Workspace:
@@ -141,9 +144,12 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
     def _launch(self, m: GPUMetadata) -> None:
         """Attention of every layer once, the output thrown away: a kernel is compiled or loaded at
         its first launch, which must not be in a capture. The batches that vLLM warms up with are
-        no longer than their queries, and may have decodes apart: other kernels serve them."""
+        no longer than their queries, and may have decodes apart: other kernels serve them. Formats
+        with recent rows have CUDA C++ kernels alone, which are loaded all at once."""
         for layer in self._layers:
             impl = layer.impl
+            if impl.format.recent:
+                continue
             like = {"dtype": self.vllm_config.model_config.dtype, "device": self.device}
             query, out = (
                 torch.zeros(m.num_actual_tokens, impl.num_heads, impl.head_size, **like)
@@ -203,7 +209,10 @@ class GPUImpl(KVQImpl):
         self.workspace = _workspace(self.head_size)
 
     def _attend(self, out, query, kv_cache, m, statics, recent) -> None:
+        table = recent.get("recent_block_table")
         for part in m.parts:
+            if table is not None:
+                recent["recent_block_table"] = table[part.begin : part.end]
             ops.attend(
                 out,
                 query,
@@ -229,6 +238,23 @@ class GPUBackend(KVQBackend):
     impl_cls = GPUImpl
     block_multiple = LANES
     default_block_size = LANES
+
+    @classmethod
+    def of(cls, dtype: str) -> type[KVQBackend]:
+        backend = super().of(dtype)
+        if backend.format.recent is not None:
+            backend.block_multiple, backend.default_block_size = GROUP, BLOCK_SIZE
+        return backend
+
+    @classmethod
+    def lacking(cls, format: KVFormat, head_size: int) -> str | None:
+        if format.recent is None:
+            return None
+        if not current_platform.is_cuda():
+            return "on ROCm, for which it has no kernels"
+        from kvq_plugin.kernels import cuda
+
+        return cuda.library_refusal() or cuda.shape_refusal(format, head_size, BLOCK_SIZE)
 
     @staticmethod
     def get_name() -> str:
@@ -260,6 +286,9 @@ KVQ_int8 = GPUBackend.of("int8")
 KVQ_int8_per_token_head = GPUBackend.of("int8_per_token_head")
 KVQ_fp8_per_token_head = GPUBackend.of("fp8_per_token_head")
 KVQ_int4_per_token_head = GPUBackend.of("int4_per_token_head")
+KVQ_k8v4 = GPUBackend.of("k8v4")
+KVQ_int4 = GPUBackend.of("int4")
+KVQ_k3v2 = GPUBackend.of("k3v2")
 BACKENDS: dict[KVFormat, type[KVQBackend]] = {
     backend.format: backend
     for backend in (
@@ -269,5 +298,8 @@ BACKENDS: dict[KVFormat, type[KVQBackend]] = {
         KVQ_int8_per_token_head,
         KVQ_fp8_per_token_head,
         KVQ_int4_per_token_head,
+        KVQ_k8v4,
+        KVQ_int4,
+        KVQ_k3v2,
     )
 }

@@ -14,6 +14,8 @@ from kvq_plugin.serving import compat
 
 #: Of the name of the layer that a layer's recent rows are to vLLM (serving/recent.py).
 SUFFIX = ".recent"
+#: Tokens of a block of sealed rows, unless the user says otherwise.
+BLOCK_SIZE = 128
 
 
 def window(format: KVFormat, drafts: int) -> int:
