@@ -48,6 +48,8 @@ def check_store(
         raise ValueError(
             f"{recent_slot_mapping.shape[0]} recent slots for {slot_mapping.shape[0]} slots"
         )
+    if slot_mapping.device.type != "cpu":
+        return  # to look at them would wait for the device, which a graph's capture forbids
     both = (slot_mapping >= 0) & (recent_slot_mapping >= 0)
     apart = ((slot_mapping - recent_slot_mapping) % GROUP != 0) & both
     if bool(apart.any()):

@@ -117,10 +117,9 @@ def store(
         n = slot_mapping.shape[0]
         args = (key[:n], value[:n], cache, slot_mapping, format, key_static, value_static)
         return reference.store(*args, **recent, layout=page_layout(cache.device))
-    _check_gpu_serves(format)
     from kvq_plugin import kernels
 
-    return kernels.store(*arguments)
+    return kernels.store(*arguments, **recent)
 
 
 def attend(
@@ -210,17 +209,12 @@ def attend(
         result = reference.attend(query[:n], *arguments[1:], **options, layout=layout)
         out[first:n] = result[first:]
         return
-    _check_gpu_serves(format)
     from kvq_plugin import kernels
 
     kernels.attend(
         out,
         *arguments,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
+        **options,
         max_query_len=query.shape[0] if max_query_len is None else max_query_len,
         max_seq_len=(block_table.shape[1] * cache.shape[2] if max_seq_len is None else max_seq_len),
         workspace=workspace,
@@ -229,8 +223,3 @@ def attend(
 
 def _pair(static: StaticScale | None, which: str):
     return (None, None) if static is None else (getattr(static, which), static.zero_point)
-
-
-def _check_gpu_serves(format: KVFormat) -> None:
-    if format.recent is not None:
-        raise ValueError(f"{format.name} is served on CPUs only: expected a cache on a CPU")

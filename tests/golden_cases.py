@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvq_plugin.formats import FORMATS, STATIC, Granularity, Kind, KVFormat
+from kvq_plugin.formats import FORMATS, LOWBIT, STATIC, Granularity, Kind, KVFormat
 from kvq_plugin.layout import CPU_V1, GPU_V1, PageLayout, repack
 from kvq_plugin.reference import StaticScale
 
@@ -26,6 +26,8 @@ PATH = Path(__file__).parent / "golden" / "gpu_v1.json"
 HEADS, BLOCKS, TOKENS = 2, 3, 37
 #: Head size and block size: the smallest, the usual, rows that are no power of two, the largest.
 SHAPES = ((16, 16), (64, 16), (80, 48), (128, 64), (256, 128))
+#: The same of formats with recent rows.
+SEALED_SHAPES = ((32, 32), (64, 64), (128, 128), (256, 32))
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 #: Both halves of a byte are equal, so that bytes nobody writes look the same in every layout.
 UNTOUCHED = 0x55
@@ -46,10 +48,10 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    rows = {f.id: f for f in FORMATS.values()}
+    rows = {f.id: f for f in (*FORMATS.values(), *LOWBIT.values())}
     for format in (rows[i] for i in sorted(rows)):
         granularities = (Granularity.TOKEN_HEAD,) if format.is_dynamic else STATIC
-        for head_size, block_size in SHAPES:
+        for head_size, block_size in SHAPES if format.recent is None else SEALED_SHAPES:
             for dtype in DTYPES:
                 for granularity in granularities:
                     yield Case(format, head_size, block_size, dtype, granularity)
@@ -121,36 +123,55 @@ def static_scales(case: Case) -> tuple[StaticScale | None, StaticScale | None]:
 
 
 def slots(case: Case) -> torch.Tensor:
-    """Distinct slots out of order; every seventh token is skipped."""
+    """Distinct slots out of order; every seventh token is skipped. Of formats with recent rows the
+    end of one group, most of whose rows nobody wrote and some are NaN, and a whole one without."""
     total = BLOCKS * case.block_size
+    if case.format.recent is not None:
+        found = np.arange(TOKENS, dtype=np.int64) + 58
+        found[3] = 95
+        return torch.from_numpy(found)
     found = (np.arange(TOKENS, dtype=np.int64) * 11 + 5) % total
     found[6::7] = -1
     return torch.from_numpy(found)
 
 
-def empty(case: Case) -> torch.Tensor:
-    """``[BLOCKS, HEADS, N, C]`` uint8."""
-    content = case.format.bytes_per_token(case.head_size)
+def recent_slots(case: Case) -> torch.Tensor:
+    """Where the same rows are recent ones: in the next block, and one in none."""
+    found = (slots(case) + case.block_size) % (BLOCKS * case.block_size)
+    found[1] = -1
+    return found
+
+
+def empty(case: Case, format: KVFormat | None = None) -> torch.Tensor:
+    """``[BLOCKS, HEADS, N, C]`` uint8, of *format* (default: the case's)."""
+    content = (format or case.format).bytes_per_token(case.head_size, case.block_size)
     shape = (BLOCKS, HEADS, case.block_size, content)
     return torch.full(shape, UNTOUCHED, dtype=torch.uint8)
 
 
 def stored(case: Case, store: Callable, kind: str, device: str = "cpu") -> torch.Tensor:
     """The cache in layout ``gpu-v1``, on the CPU, after ``store(key, value, cache, slots, format,
-    key_static, value_static)`` wrote it on *device* in layout *kind*."""
+    key_static, value_static)`` wrote it on *device* in layout *kind*: its pages ``[BLOCKS, HEADS,
+    size]``; of formats with recent rows those of both caches, one after the other."""
 
     def moved(x):
         if isinstance(x, StaticScale):
             return StaticScale(*(moved(y) for y in (x.scale, x.inverse, x.zero_point)))
         return None if x is None else x.to(device)
 
-    cache = moved(empty(case))
+    formats = [f for f in (case.format, case.format.recent) if f is not None]
+    caches = [moved(empty(case, f)) for f in formats]
     inputs = (activations(case, 1), activations(case, 2))
     statics = map(moved, static_scales(case))
-    store(*map(moved, inputs), cache, moved(slots(case)), case.format, *statics)
-    pages = cache.cpu().flatten(2)
-    layouts = (PageLayout(case.format, case.head_size, case.block_size, k) for k in (kind, GPU_V1))
-    return repack(pages, *layouts)
+    recent = {}
+    if case.format.recent is not None:
+        recent = {"recent_cache": caches[1], "recent_slot_mapping": moved(recent_slots(case))}
+    store(*map(moved, inputs), caches[0], moved(slots(case)), case.format, *statics, **recent)
+    found = []
+    for format, cache in zip(formats, caches, strict=True):
+        layouts = (PageLayout(format, case.head_size, case.block_size, k) for k in (kind, GPU_V1))
+        found.append(repack(cache.cpu().flatten(2), *layouts))
+    return found[0] if len(found) == 1 else torch.cat([pages.flatten() for pages in found])
 
 
 def digest(pages: torch.Tensor) -> str:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from kvq_plugin import reference
-from kvq_plugin.formats import FORMATS, get_format
+from kvq_plugin.formats import SERVED, get_format
 from kvq_plugin.gpu_check import (
     __main__,
     candidates,
@@ -122,7 +122,8 @@ def test_the_grid_has_every_shape_once_and_compiles_for_all_kinds_first():
         for axis in (grid.groups, grid.head_sizes, grid.contexts, grid.batches, grid.pages):
             total *= len(axis)
         assert len(seen) == len(set(seen)) == total
-    assert total == 8 and sum(len(checks.GRID.shapes(t, 6)) for t in range(6)) == 720
+    assert total >= len(candidates.ROWS)  # a shape for each, in a dry run
+    assert sum(len(checks.GRID.shapes(t, 6)) for t in range(6)) == 720
     first = checks.GRID.shapes(0, 6)
     assert len({(d, group) for d, _, group, *_ in first[:15]}) == 15
     assert len({shape[:3] for shape in first[:45]}) == 45
@@ -130,24 +131,73 @@ def test_the_grid_has_every_shape_once_and_compiles_for_all_kinds_first():
 
 def test_the_decoded_pool_is_what_the_reference_loads():
     for format in candidates.ROWS:
-        pool = problems.decoded(problems.fill(GOOD, format, 32, 16, 3, 2, CPU))
-        dense = reference.load(pool.cache, format, 32, *pool.statics, layout=GPU_V1)
+        page = problems.page_of(format, 16)
+        pool = problems.decoded(problems.fill(GOOD, format, 32, page, 3, 2, CPU))
+        if format.recent is None:
+            dense = reference.load(pool.cache, format, 32, *pool.statics, layout=GPU_V1)
+        else:
+            *dense, key, value = reference.load_sealed(pool.cache, format, 32, layout=GPU_V1)
+            recent = reference.load(pool.recent, format.recent, 32, layout=GPU_V1)
+            assert torch.equal(pool.recent_values, recent[1].flatten(0, 1))
+            assert all(map(torch.equal, pool.firsts, (key, value)))
         for got, expected in zip((pool.keys, pool.values), dense, strict=True):
             assert torch.equal(got, expected.flatten(0, 1))
 
 
+@pytest.mark.parametrize("name", ("int4", "k3v2"))
+def test_formats_with_recent_rows(tmp_path, name):
+    """What is sealed wrongly and what is read wrongly is found, in every step."""
+    context = replace(QUICK, formats=(get_format(name),))
+
+    def store(*args, **recent):
+        GOOD.store(*args, **recent)
+        args[2][..., 5] ^= 1
+
+    def attend(*args, recent_block_table, **options):
+        GOOD.attend(*args, recent_block_table=recent_block_table.flip(1), **options)
+
+    for step in (checks.batches, checks.graphs, checks.grid, golden.cases, timing.cases):
+        assert set(words(outcomes(step(GOOD, context), tmp_path))) == {"pass"}
+    sealed_wrong, read_wrong = replace(GOOD, store=store), replace(GOOD, attend=attend)
+    found = outcomes(checks.batches(sealed_wrong, context), tmp_path)
+    assert "bytes of the pages differ" in found[0]["detail"]
+    assert set(words(outcomes(golden.cases(sealed_wrong, context), tmp_path))) == {"fail"}
+    assert "relative RMS" in outcomes(checks.graphs(read_wrong, context), tmp_path)[0]["detail"]
+
+
+def test_what_a_candidate_does_not_offer_is_said_and_is_no_failure(tmp_path):
+    """No process is started for it; asked for it alone, nothing was checked, which is not good."""
+    assert not candidates.offers("triton", get_format("int4"))
+    assert candidates.offers("triton", get_format("k8v4")) and candidates.offers("cuda", INT8)
+    for formats, good in ((("int4", INT8.name), True), (("int4",), False)):
+        out = tmp_path / str(good)
+        runner = run.Runner(out, 100, ("--device", "cpu", "--quick"), print)
+        jobs = [run.Job("triton", "batches", name) for name in formats]
+        runner.run([run.Phase(tuple(jobs[:1]), 50, 1)])
+        assert ("triton", "batches") not in runner.failed
+        if good:
+            line = evidence.Lines(out, candidate="triton", step="batches", part=INT8.name)
+            line.write("pass", case="one")
+        summary = evidence.summarize(out)
+        assert summary.good == good and "triton batches: has no kernels for int4" in summary.text()
+
+
 def test_golden_bytes_of_the_emulated_cuda_kernels(tmp_path):
-    emulated = replace(GOOD, store=lambda *args: emulator.store(tmp_path / "call", *args))
+    def store(*args, **recent):
+        emulator.store(tmp_path / "call", *args, **recent)
+
+    emulated = replace(GOOD, store=store)
     context = Context(CPU)
     assert golden.cases_module() is golden_cases
-    wanted = {f"{f.name} d80 n48 bfloat16 {'token_head' if f.is_dynamic else 'channel'}"
-              for f in candidates.ROWS}  # fmt: skip
+    shapes = {f: "d80 n48" if f.recent is None else "d64 n64" for f in candidates.ROWS}
+    wanted = {f"{f.name} {shape} bfloat16 {'token_head' if f.is_dynamic else 'channel'}"
+              for f, shape in shapes.items()}  # fmt: skip
     cases = [case for case in golden.cases(emulated, context) if case[0] in wanted]
     assert words(outcomes(cases, tmp_path, context)) == ["pass"] * len(candidates.ROWS)
 
 
 def test_names_that_are_timed_exist_and_baselines_are_left_out_without_vllm(tmp_path):
-    assert set(timing.FORMATS_TIMED) <= set(FORMATS)
+    assert set(timing.FORMATS_TIMED) <= set(SERVED)
     lines = outcomes(timing.cases(None, QUICK), tmp_path)
     assert words(lines) == ["pass", "pass", *["refused"] * len(stock.MODES)]
     assert list(lines[1]["row"]) == list(evidence.COLUMNS)

@@ -177,6 +177,25 @@ def test_choice_of_store(called, monkeypatch, choice, expected):
     assert called == [expected]
 
 
+@pytest.mark.parametrize("name", ("int4", "k3v2"))
+def test_formats_with_recent_rows_go_to_cuda_whatever_the_query(called, monkeypatch, name):
+    format, row = get_format(name), torch.zeros(1, 2, 64)
+    query, cache = torch.zeros(1, 8, 64), torch.zeros(1, 2, 32, 8)
+    recent = {"recent_cache": cache, "recent_slot_mapping": None}
+
+    def both(head_size):
+        kernels.store(row, row, cache, None, format, **recent)
+        kernels.attend(query, query, cache, None, torch.ones(1), None, format, 1.0,
+                       max_query_len=500, max_seq_len=1)  # fmt: skip
+
+    both(64)
+    assert called == ["cuda", "cuda"]
+    monkeypatch.setenv("KVQ_GPU_KERNELS", "triton")
+    kernels._choice.cache_clear()
+    with pytest.raises(ValueError, match=f"Triton has no kernels for {name}, CUDA C\\+\\+ has"):
+        both(64)
+
+
 def test_misspelt_choice_is_refused(called, monkeypatch):
     monkeypatch.setenv("KVQ_GPU_KERNELS", "cutlass")
     with pytest.raises(ValueError, match="KVQ_GPU_KERNELS='cutlass': expected one of auto"):

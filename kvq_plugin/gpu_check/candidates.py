@@ -9,11 +9,19 @@ from importlib import import_module
 import torch
 
 from kvq_plugin import kernels, ops, reference
-from kvq_plugin.formats import FORMATS, KVFormat
+from kvq_plugin.formats import FORMATS, LOWBIT, KVFormat
 from kvq_plugin.layout import GPU_V1
 
 #: One entry per row of the table, aliases dropped.
-ROWS: tuple[KVFormat, ...] = tuple({f.id: f for f in FORMATS.values()}.values())
+ROWS: tuple[KVFormat, ...] = tuple(
+    {f.id: f for f in (*FORMATS.values(), *LOWBIT.values())}.values()
+)
+
+
+def offers(name: str, format: KVFormat) -> bool:
+    """Whether candidate *name* has kernels for *format* at all. What it does not offer is not
+    asked of it, and no failure of its; a case that it offers and then refuses is."""
+    return name != "triton" or format.recent is None
 
 
 def _never(format: KVFormat, head_size: int, cache: torch.Tensor) -> None:
@@ -31,11 +39,18 @@ class Candidate:
     refusal: Callable[[KVFormat, int, torch.Tensor], str | None] = _never
 
 
+def _refusal_of_sealed(format: KVFormat, head_size: int, cache: torch.Tensor) -> str | None:
+    """Triton serves what CUDA C++ refuses, but for formats with recent rows."""
+    from kvq_plugin.kernels import cuda
+
+    return None if format.recent is None else cuda.refusal(format, head_size, cache)
+
+
 def standin(name: str = "reference") -> Candidate:
     """The executable specification in the place of kernels: CPU only, slow."""
 
-    def store(*args) -> None:
-        reference.store(*args, layout=GPU_V1)
+    def store(*args, **recent) -> None:
+        reference.store(*args, **recent, layout=GPU_V1)
 
     def attend(out, *args, max_query_len, max_seq_len, workspace=None, **options) -> None:
         starts, sequences = args[4], args[3].shape[0]
@@ -64,4 +79,6 @@ def get(name: str) -> Candidate | None:
         refusal, library = cuda.refusal, cuda._load()
         if isinstance(library, str):  # every case would be refused for it
             raise ValueError(library)
+    if name == "auto":
+        refusal = _refusal_of_sealed
     return Candidate(name, ops.store, ops.attend, refusal)

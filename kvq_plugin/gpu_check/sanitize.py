@@ -14,7 +14,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = 86
 #: With torch's own caching of memory, neighbours would hide what lies past the end.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-KERNELS = ("attend_kernel", "merge_kernel", "store_kernel")
+KERNELS = ("attend_kernel", "merge_kernel", "store_kernel", "seal_kernel")
 
 
 def find() -> str | None:

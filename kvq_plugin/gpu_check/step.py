@@ -98,7 +98,8 @@ def main(argv=None) -> int:
     a = p.parse_args(argv)
     faulthandler.enable()
     lines = Lines(a.out, candidate=a.candidate, step=a.step, part=a.part)
-    formats = tuple(map(get_format, a.part.split(","))) if a.part else ROWS
+    offered = tuple(f for f in ROWS if candidates.offers(a.candidate, f))
+    formats = tuple(map(get_format, a.part.split(","))) if a.part else offered
     context = Context(torch.device(a.device), formats, a.quick, a.bundle)
     # The library is what the step of that name provides.
     candidate = None if a.step == "library" else candidates.get(a.candidate)

@@ -20,13 +20,13 @@ from kvq_plugin.gpu_check import stock
 from kvq_plugin.gpu_check.candidates import Candidate
 from kvq_plugin.gpu_check.context import Case, Context, Refused
 from kvq_plugin.gpu_check.evidence import COLUMNS
-from kvq_plugin.gpu_check.problems import decode, fill
+from kvq_plugin.gpu_check.problems import Pool, decode, fill
 
 #: Contexts of the sequences of a batch: one long one, an awkward number, many, and a long one among
 #: short ones.
 SHAPES = ([131072], [16384] * 17, [8192] * 64, [131072] + [1024] * 63)
 KV_HEADS, GROUP, HEAD_SIZE, PAGE = 8, 4, 128, 16
-FORMATS_TIMED = ("fp8_e4m3", "int8_per_token_head", "int4_per_token_head")
+FORMATS_TIMED = ("fp8_e4m3", "int8_per_token_head", "int4_per_token_head", "k8v4", "int4", "k3v2")
 #: Tokens of a store: a step of decoding, and a chunk of prefill.
 STORES = (64, 8192)
 #: Sequences, new tokens of each and tokens of its context, those included: short to long queries,
@@ -79,40 +79,59 @@ def _context(lengths: list[int]) -> str:
     return str(lengths[0]) if len(set(lengths)) == 1 else f"{lengths[0]}+{len(rest)}x{rest[0]}"
 
 
-def _row(device, what, kernel, format, batch, context, size: int, call) -> dict:
+def page_of(format: KVFormat) -> int:
+    """PAGE, or the block that vLLM has where rows are sealed."""
+    return PAGE if format.recent is None else 128
+
+
+def bytes_read(pool: Pool, lengths: list[int]) -> int:
+    """By a decoding step: of sealed rows before a bound, of recent ones from there on."""
+    format, d = pool.format, pool.head_size
+    if format.recent is None:
+        return sum(lengths) * KV_HEADS * pool.cache.shape[3]
+    old = sum(format.sealed_before(n - 1) for n in lengths)
+    each = sum(s.code.bits * d // 8 + s.metadata_bytes(d) for s in (format.key, format.value))
+    return KV_HEADS * (old * each + (sum(lengths) - old) * format.recent.bytes_per_token(d))
+
+
+def _row(device, what, kernel, format, batch, context, size: int, call, page=PAGE) -> dict:
     """*call*, which moves *size* bytes of cache, timed."""
     time = microseconds(call, device)
     rate = size / time / 1e3
-    shape = (batch, context, KV_HEADS, GROUP, HEAD_SIZE, PAGE)
+    shape = (batch, context, KV_HEADS, GROUP, HEAD_SIZE, page)
     values = (what, kernel, format, *shape, time, rate, rate / copy_bandwidth(device))
     return dict(zip(COLUMNS, values, strict=True))
 
 
 def _attend(candidate: Candidate, context: Context, format: KVFormat, lengths: list[int]) -> dict:
-    device, batch = context.device, len(lengths)
-    blocks = sum(lengths) // PAGE
-    pool = fill(candidate, format, HEAD_SIZE, PAGE, blocks, KV_HEADS, device)
+    device, batch, page = context.device, len(lengths), page_of(format)
+    each = [-(-n // page) for n in lengths]
+    blocks = sum(each)
+    pool = fill(candidate, format, HEAD_SIZE, page, blocks, KV_HEADS, device)
     problem = decode(pool, batch, max(lengths), GROUP, torch.bfloat16, ragged=False)
     # Every sequence has pages of its own, in shuffled order.
-    order = torch.randperm(blocks).int().split([n // PAGE for n in lengths])
+    order = torch.randperm(blocks).int().split(each)
     for s, mine in enumerate(order):
         problem.table[s, : len(mine)] = mine.to(device)
     problem.lengths.copy_(torch.tensor(lengths))
     out, scratch = torch.empty_like(problem.query), context.scratch()
     call = partial(problem.run, candidate, scratch, out)
-    size, text = pool.cache.numel(), _context(lengths)
-    return _row(device, "attend", candidate.name, format.name, batch, text, size, call)
+    size, text = bytes_read(pool, lengths), _context(lengths)
+    return _row(device, "attend", candidate.name, format.name, batch, text, size, call, page)
 
 
 def _store(candidate: Candidate, context: Context, format: KVFormat, tokens: int) -> dict:
-    device = context.device
-    pool = fill(candidate, format, HEAD_SIZE, PAGE, tokens // PAGE, KV_HEADS, device)
+    device, page = context.device, page_of(format)
+    blocks = -(-tokens // page)
+    pool = fill(candidate, format, HEAD_SIZE, page, blocks, KV_HEADS, device)
     shape = (tokens, KV_HEADS, HEAD_SIZE)
     rows = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in "kv"]
     slots = torch.randperm(tokens, device=device)
-    size = pool.cache.numel() + sum(x.numel() * 2 for x in rows)
-    call = partial(candidate.store, *rows, pool.cache, slots, format, *pool.statics)
-    return _row(device, "store", candidate.name, format.name, tokens, "", size, call)
+    size = sum(x.numel() // (blocks * page) * tokens for x in pool.caches)
+    size += sum(x.numel() * 2 for x in rows)
+    call = partial(candidate.store, *rows, pool.cache, slots, format, *pool.statics,
+                   **pool.storing(slots))  # fmt: skip
+    return _row(device, "store", candidate.name, format.name, tokens, "", size, call, page)
 
 
 def _sdpa(context: Context, batch: int, length: int) -> dict:
@@ -149,7 +168,7 @@ def _prefill(
     attend = {"flash": prefill, "fused": triton_paged}[kernel].attend
     call = partial(attend, torch.empty_like(query), query, pool.cache, table, lengths, starts,
                    format, HEAD_SIZE**-0.5, *pool.statics, max_query_len=new, max_seq_len=length,
-                   workspace=context.scratch())  # fmt: skip
+                   workspace=context.scratch().scratch)  # fmt: skip
     return _row(device, "prefill", kernel, format.name, batch, text, pool.cache.numel(), call)
 
 
@@ -191,7 +210,7 @@ def cases(candidate: Candidate | None, context: Context) -> Iterator[Case]:
             yield name, partial(_store, candidate, context, format, tokens)
     # Through Triton whoever decodes, and so timed with it alone.
     for shape in PREFILLS if candidate.name == "triton" else ():
-        for format in formats:
+        for format in (f for f in formats if f.name != "k8v4"):
             for kernel in ("flash", "fused"):
                 name = f"{format.name} prefill {kernel} {shape}"
                 yield name, partial(_prefill, candidate, context, format, kernel, shape)

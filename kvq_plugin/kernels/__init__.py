@@ -57,6 +57,16 @@ def _cuda_serves(format: KVFormat, head_size: int, cache: torch.Tensor) -> bool:
     return _choice() == "cuda"
 
 
+def _check_sealed(format: KVFormat) -> None:
+    """Formats with recent rows have kernels in CUDA C++ only, which say themselves why they cannot
+    serve a case."""
+    if _choice() == "triton":
+        raise ValueError(
+            f"KVQ_GPU_KERNELS=triton: Triton has no kernels for {format.name}, CUDA C++ has; unset "
+            f"it, or use k8v4, int4_per_token_head or int8_per_token_head"
+        )
+
+
 def _triton(module: str) -> ModuleType:
     """A module of this package that imports Triton."""
     if find_spec("triton") is None:
@@ -75,6 +85,9 @@ def store(
     format: KVFormat,
     key_static: StaticScale | None = None,
     value_static: StaticScale | None = None,
+    *,
+    recent_cache: torch.Tensor | None = None,
+    recent_slot_mapping: torch.Tensor | None = None,
 ) -> None:
     """Quantize new rows into pages of layout ``gpu-v1``; checked arguments of
     :func:`kvq_plugin.ops.store`.
@@ -82,7 +95,12 @@ def store(
     Raises ValueError for a head size, block size or alignment that the kernels cannot do.
     """
     args = (key, value, cache, slot_mapping, format, key_static, value_static)
-    if _cuda_serves(format, key.shape[-1], cache):
+    if format.recent is not None:
+        from kvq_plugin.kernels import cuda
+
+        _check_sealed(format)
+        cuda.store(*args, recent_cache=recent_cache, recent_slot_mapping=recent_slot_mapping)
+    elif _cuda_serves(format, key.shape[-1], cache):
         from kvq_plugin.kernels import cuda
 
         cuda.store(*args)
@@ -122,6 +140,14 @@ def attend(
         key_static, value_static,
     )  # fmt: skip
     options["max_query_len"] = max_query_len
+    if format.recent is not None:
+        from kvq_plugin.kernels import cuda
+
+        _check_sealed(format)
+        cuda.attend(*args, **options)
+        return
+    for name in ("recent_cache", "recent_block_table"):
+        options.pop(name, None)
     rows = max_query_len * (query.shape[1] // cache.shape[1])
     few = max_query_len == 1 or (max_query_len <= CUDA_TOKENS and rows <= CUDA_ROWS)
     if (few or _choice() == "cuda") and _cuda_serves(format, query.shape[-1], cache):

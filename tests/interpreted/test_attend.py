@@ -8,7 +8,7 @@ import fp16_bound
 import oracle
 import pytest
 import torch
-from cases import BATCHES, ROWS, name_of
+from cases import BATCHES, PLAIN_ROWS, name_of
 
 from kvq_plugin.formats import CODES, Granularity, Kind, get_format
 from kvq_plugin.kernels import launch
@@ -35,7 +35,7 @@ def check(format, batch=SMALL, **options) -> None:
 
 @pytest.mark.parametrize(
     ("format", "dtype"),
-    [*((f, torch.bfloat16) for f in ROWS), (INT4, torch.float16), (INT8, torch.float32)],
+    [*((f, torch.bfloat16) for f in PLAIN_ROWS), (INT4, torch.float16), (INT8, torch.float32)],
     ids=name_of,
 )
 def test_formats_and_dtypes(format, dtype):

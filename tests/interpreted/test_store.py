@@ -6,7 +6,7 @@ import golden_cases
 import oracle
 import pytest
 import torch
-from cases import ACTIVATIONS, ROWS, STATIC_ROWS, name_of
+from cases import ACTIVATIONS, PLAIN_ROWS, STATIC_ROWS, name_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from kvq_plugin.kernels import launch
 from kvq_plugin.kernels import triton_store as kernel
 from kvq_plugin.layout import GPU_V1
 
-every_format = pytest.mark.parametrize("format", ROWS, ids=name_of)
+every_format = pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 NAN, INF = float("nan"), float("inf")
 GOLDEN = [
     case
@@ -81,7 +81,7 @@ def test_slots_past_the_cache_write_nothing(format):
     assert (oracle.whole_storage(cache) == 0xFF).all()
 
 
-@pytest.mark.parametrize("name", [f.name for f in ROWS])
+@pytest.mark.parametrize("name", [f.name for f in PLAIN_ROWS])
 @given(data=st.lists(st.floats(width=32), min_size=16, max_size=16))
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_row_of_fp32(name, data):
