@@ -50,6 +50,7 @@ struct alignas(16) Shared {
 // from it.
 template <class L, class S>
 KVQ_HD void rotate_queries(const AttendParams& p, const RowTile& r, Shared<S>& shared) {
+  if constexpr (!S::kKey.rotated) return;
   const int d = p.cache.head_size, dim = L::id() * kShare;
   for (int row = L::warp(); row < r.count; row += kWarps) {
     const int64_t at =
@@ -65,6 +66,7 @@ KVQ_HD void rotate_queries(const AttendParams& p, const RowTile& r, Shared<S>& s
       KVQ_UNROLL for (int i = 0; i < kShare; ++i) shared.out[0][row][dim + i] = x[i];
     }
   }
+  L::sync();
 }
 
 // q as the B operand, in the order in which K's codes leave their words.
