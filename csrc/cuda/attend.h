@@ -125,7 +125,7 @@ KVQ_HD void accumulate(const uint32_t (&words)[4 * S::kM][kWords],
 // Rows n, j of a tile: products to log2 scores, with -inf for what the row does not see. K: what
 // the tile holds (kKey, kValue, kBias), which is S but for formats with recent rows.
 template <class L, class S, class K>
-KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row, Span seen,
+KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row, const Span* spans,
                          int token, bool masked, const float (&scale)[2 * S::kM],
                          const float (&minimum)[2 * S::kM], float (&x)[2 * S::kM]) {
   const float factor = shared.factor[row], bias = K::kBias ? shared.bias[row] : 0.0f;
@@ -152,6 +152,7 @@ KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row
     }
   }
   if (masked) {
+    const Span seen = spans[row];
     KVQ_UNROLL for (int i = 0; i < 2 * S::kM; ++i) {
       x[i] = token + i >= seen.begin && token + i < seen.end ? x[i] : kMinusInf;
     }
@@ -196,7 +197,7 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, const Span* 
         if constexpr (kGrouped) x[i] += bits_float(value_words[i]);
       }
       const int row = 8 * n + L::id() % 4 * 2 + j;
-      shape_scores<L, S, K>(p, shared, row, spans[row], token, masked, key_scale, key_minimum, x);
+      shape_scores<L, S, K>(p, shared, row, spans, token, masked, key_scale, key_minimum, x);
       const float shrink = raise<L>(run.peak[n][j], x);
       const float base = unit(run.peak[n][j]);
       float sum = 0.0f, minimum = 0.0f, shrink_out = shrink;
@@ -238,15 +239,14 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, const Span* 
   }
 }
 
-// One warp's tiles: first, first + kWarps, ... below last.
+// One warp's tiles: first, first + kWarps, ... below last. The first of them is on its way before
+// the queries are.
 template <class L, class S>
 KVQ_HD void attend_tiles(const AttendParams& p, const RowTile& r, Span seen, int first, int last,
-                         const Query<L, S>& query, const Shared<S>& shared, Running<L, S>& run) {
+                         Shared<S>& shared, Running<L, S>& run) {
   constexpr Format kFormat = S::kFormat;
   const PageLayout at = page_layout(kFormat, p.cache.head_size, p.cache.block_size);
   const int32_t* table = p.block_table + r.sequence * p.block_table_stride;
-  // What every row sees: tiles inside need no mask.
-  const int all_begin = shared.span[r.count - 1].begin, all_end = shared.span[0].end;
   Tile<L, S> tile;
   tile.look_up(p, table, seen, first, last);
   if (first < last) {
@@ -254,6 +254,13 @@ KVQ_HD void attend_tiles(const AttendParams& p, const RowTile& r, Span seen, int
     tile.load_value(p, at, r.kv_head, seen, first);
   }
   tile.look_up(p, table, seen, first + kWarps, last);
+  rotate_queries<L, S>(p, r, shared);
+  Query<L, S> query;
+  query.load(p, r, shared);
+  L::sync();
+  run.clear();
+  // What every row sees: tiles inside need no mask.
+  const int all_begin = shared.span[r.count - 1].begin, all_end = shared.span[0].end;
   for (int i = first; i < last; i += kWarps) {
     const int next = i + kWarps;
     float scores[S::kM][S::kN][4];
@@ -392,20 +399,12 @@ KVQ_HD void hand_in(const AttendParams& p, Shared<S>& shared) {
 // registers.
 template <class L, class S>
 KVQ_HD void attend_piece(const AttendParams& p, Shared<S>& shared) {
-  if constexpr (S::kKey.rotated) {
-    rotate_queries<L, S>(p, shared.rows, shared);
-    L::sync();
-  }
   Running<L, S> run;
   const int first = shared.tiles.begin + L::warp(), last = shared.tiles.end;
   if constexpr (S::kFormat.recent) {
     attend_ranges<L, S>(p, shared.rows, shared.seen, first, last, shared, run);
   } else {
-    Query<L, S> query;
-    query.load(p, shared.rows, shared);
-    L::sync();
-    run.clear();
-    attend_tiles<L, S>(p, shared.rows, shared.seen, first, last, query, shared, run);
+    attend_tiles<L, S>(p, shared.rows, shared.seen, first, last, shared, run);
   }
   put<L, S>(run, shared);
   L::sync();
