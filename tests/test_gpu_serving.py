@@ -59,7 +59,7 @@ def _spec(format=None, head_size=HEAD_SIZE, **changes):
     return spec if format is None else gpu.BACKENDS[format].customize_spec(spec)
 
 
-@pytest.mark.parametrize(("module", "formats"), [(cpu, SERVED), (gpu, FORMATS)])
+@pytest.mark.parametrize(("module", "formats"), [(cpu, SERVED), (gpu, SERVED)])
 def test_every_format_has_a_backend_by_its_name(module, formats):
     assert list(module.BACKENDS) == list(dict.fromkeys(formats.values()))
     for format, backend in module.BACKENDS.items():
@@ -148,7 +148,7 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.kv_cache, self.forwards = torch.empty(0, device=device), []
         self.impl = SimpleNamespace(
-            num_heads=QUERY_HEADS, head_size=HEAD_SIZE, forward=self._note,
+            num_heads=QUERY_HEADS, head_size=HEAD_SIZE, forward=self._note, format=FORMATS["fp8"],
             workspace=gpu_kernels.new_workspace(HEAD_SIZE, torch.device(device)),
         )  # fmt: skip
 

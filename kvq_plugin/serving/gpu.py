@@ -103,10 +103,10 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         context = vllm_config.compilation_config.static_forward_context
-        self._layers = [context[name] for name in layer_names if name in context]
         # Recent rows are attended to with the sealed ones, whose workspace it is.
-        recent = layer_names and all(name.endswith(SUFFIX) for name in layer_names)
-        self._workspace = None if recent else self._reserved()
+        names = [name for name in layer_names if not name.endswith(SUFFIX)]
+        self._layers = [context[name] for name in names if name in context]
+        self._workspace = self._reserved() if names else None
         self._captured: set[tuple[int, ...]] = set()
 
     def _reserved(self) -> Workspace:
@@ -148,7 +148,7 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
         with recent rows have CUDA C++ kernels alone, which are loaded all at once."""
         for layer in self._layers:
             impl = layer.impl
-            if impl.format.recent:
+            if impl.kernel_format.recent is not None:
                 continue
             like = {"dtype": self.vllm_config.model_config.dtype, "device": self.device}
             query, out = (
