@@ -173,7 +173,7 @@ def test_what_a_candidate_does_not_offer_is_said_and_is_no_failure(tmp_path):
         runner = run.Runner(out, 100, ("--device", "cpu", "--quick"), print)
         jobs = [run.Job("triton", "batches", name) for name in formats]
         runner.run([run.Phase(tuple(jobs[:1]), 50, 1)])
-        assert not (("triton", "batches") in runner.failed)
+        assert ("triton", "batches") not in runner.failed
         if good:
             line = evidence.Lines(out, candidate="triton", step="batches", part=INT8.name)
             line.write("pass", case="one")

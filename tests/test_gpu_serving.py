@@ -59,7 +59,7 @@ def _spec(format=None, head_size=HEAD_SIZE, **changes):
     return spec if format is None else gpu.BACKENDS[format].customize_spec(spec)
 
 
-@pytest.mark.parametrize(("module", "formats"), [(cpu, SERVED), (gpu, FORMATS)])
+@pytest.mark.parametrize(("module", "formats"), [(cpu, SERVED), (gpu, SERVED)])
 def test_every_format_has_a_backend_by_its_name(module, formats):
     assert list(module.BACKENDS) == list(dict.fromkeys(formats.values()))
     for format, backend in module.BACKENDS.items():
@@ -155,6 +155,42 @@ def _builder(speculated=None, device="meta", format=FORMATS["fp8"]):
 
 def _ranges(metadata):
     return [(p.begin, p.end, p.max_query_len) for p in metadata.parts]
+
+
+def test_recent_rows_have_no_workspace_of_their_own():
+    format = SERVED["int4"]
+    config = SimpleNamespace(
+        speculative_config=None, use_v2_model_runner=True,
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )  # fmt: skip
+    for names, some in ((["a.attn"], True), (["a.attn.recent", "b.attn.recent"], False)):
+        builder = gpu.GPUBuilder(_spec(format), names, config, torch.device("meta"))
+        assert (builder.build(0, _batch()).workspace is not None) == some
+
+
+def test_calls_with_recent_rows_reach_the_kernels_without_a_look_at_the_device(monkeypatch):
+    """On tensors whose data nobody can look at, as while a graph is captured."""
+    format, calls = SERVED["int4"], []
+    for name in ("store", "attend"):
+        monkeypatch.setattr(gpu_kernels, name, lambda *args, **options: calls.append(options))
+    like = {"device": "meta", "dtype": torch.uint8}
+    caches = [
+        torch.empty(4, HEADS, 128, f.bytes_per_token(HEAD_SIZE, 128), **like)
+        for f in (format, format.recent)
+    ]
+    rows = torch.empty(3, HEADS, HEAD_SIZE, device="meta")
+    slots, table = (torch.empty(3, 2, device="meta", dtype=t) for t in (torch.int64, torch.int32))
+    slots, lengths = slots[:, 0].contiguous(), table[:, 0].contiguous()
+    query, starts = rows.repeat(1, 4, 1), torch.empty(4, device="meta", dtype=torch.int32)
+    recent = {"recent_cache": caches[1], "recent_slot_mapping": slots}
+    ops.store(rows, rows, caches[0], slots, format, **recent)
+    recent = {"recent_cache": caches[1], "recent_block_table": table}
+    ops.attend(
+        torch.empty_like(query), query, caches[0], table, lengths, starts, format, 1.0, **recent
+    )
+    assert calls[0]["recent_slot_mapping"] is slots and calls[1]["recent_block_table"] is table
+    with pytest.raises(ValueError, match="it needs recent_cache and recent_slot_mapping"):
+        ops.store(rows, rows, caches[0], slots, format)
 
 
 def test_looking_at_a_device_tensor_raises_here():

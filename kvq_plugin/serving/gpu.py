@@ -198,7 +198,7 @@ class GPUBackend(KVQBackend):
         if format.recent is None:
             return None
         if not current_platform.is_cuda():
-            return "on ROCm, for which it has no kernels"
+            return "they are for NVIDIA's GPUs"
         from kvq_plugin.kernels import cuda
 
         return cuda.library_refusal() or cuda.shape_refusal(format, head_size, BLOCK_SIZE)
