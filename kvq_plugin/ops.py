@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from kvq_plugin.arguments import check_attend, check_slots, check_store, check_t
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.layout import page_layout
 from kvq_plugin.reference import StaticScale
+
+if TYPE_CHECKING:
+    from kvq_plugin.kernels import Workspace
 
 _KERNELS = ("native", "reference")
 
@@ -139,7 +143,7 @@ def attend(
     recent_block_table: torch.Tensor | None = None,
     max_query_len: int | None = None,
     max_seq_len: int | None = None,
-    workspace: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> None:
     """Attention of ``query`` over the paged, quantized cache, written to ``out``.
 

@@ -105,6 +105,7 @@ def run(path: Path, params: ctypes.Structure, reads=(), writes=(), order="") -> 
     env = dict(
         os.environ,
         ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
+        LD_PRELOAD="",  # which importing vLLM sets; the sanitizer's runtime must come first
         KVQ_EMULATED_ORDER=order,
     )
     done = subprocess.run(

@@ -16,7 +16,7 @@ from cases import BATCHES, DYNAMIC_ROWS, OUTPUT_ROUNDING, PLAIN_ROWS, STATIC_ROW
 
 from kvq_plugin import reference
 from kvq_plugin.formats import CODES, FORMATS, Granularity, get_format
-from kvq_plugin.kernels import cuda
+from kvq_plugin.kernels import Workspace, cuda
 from kvq_plugin.layout import GPU_V1, PageLayout
 
 every_format = pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
@@ -268,8 +268,8 @@ def test_plans_fit_the_workspace(monkeypatch):
                 num_seqs=sequences, num_heads=heads, max_query_len=queries,
             )  # fmt: skip
             need = cuda.plan(library, params, 131072, 132)
-            assert 0 < need <= cuda.workspace_size(head_size, device) - cuda.COUNTER_BYTES
-            assert 4 * params.blocks <= cuda.COUNTER_BYTES
+            assert 0 < need <= cuda.workspace_size(head_size, device)
+            assert params.blocks <= cuda.COUNTERS
             # One sequence keeps the device busy; nothing is cut where nothing is long.
             slots = 132 * {1: 3, 2: 2}[-(-params.tile_rows // 8)] if head_size == 128 else 132
             assert params.blocks >= 0.95 * slots
@@ -284,7 +284,8 @@ def test_attend_brings_its_workspace_or_takes_one(monkeypatch):
     monkeypatch.setattr(cuda, "_launch", lambda name, params, device: launched.append(params))
     problem = oracle.build(FORMATS["int8_per_token_head"], ((40, 1),), kind=GPU_V1)
     out = torch.empty_like(problem.query)
-    whole, small = (torch.zeros(n, dtype=torch.uint8) for n in (1 << 24, 64))
+    counters = torch.zeros(cuda.COUNTERS, dtype=torch.int32)
+    whole, small = (Workspace(torch.zeros(n, dtype=torch.uint8), counters) for n in (1 << 24, 64))
 
     def call(workspace):
         cuda.attend(
@@ -293,9 +294,9 @@ def test_attend_brings_its_workspace_or_takes_one(monkeypatch):
 
     call(None), call(whole)
     assert launched[0].blocks == launched[1].blocks > 1 and launched[0].workspace
-    assert launched[1].counters == whole.data_ptr()
-    assert launched[1].workspace == whole.data_ptr() + cuda.COUNTER_BYTES
-    with pytest.raises(ValueError, match=r"workspace must hold \d+ bytes, got 64.*new_workspace"):
+    assert launched[1].counters == counters.data_ptr()
+    assert launched[1].workspace == whole.scratch.data_ptr()
+    with pytest.raises(ValueError, match=r"workspace must hold \d+ bytes.*64 and.*new_workspace"):
         call(small)
 
 

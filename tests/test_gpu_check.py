@@ -110,7 +110,8 @@ def test_a_batch_goes_to_the_kernels_as_vllm_splits_it():
     assert (decodes, first) == ([40, 20], [0, 1, 2])
     assert (prefills, later) == ([50, 16], [2, 32, 48])
     assert (one["max_query_len"], two["max_query_len"]) == (1, 30)
-    assert one["workspace"] is two["workspace"] and one["workspace"].dtype == torch.uint8
+    assert one["workspace"] is two["workspace"]
+    assert one["workspace"].scratch.dtype == torch.uint8
 
 
 def test_the_grid_has_every_shape_once_and_compiles_for_all_kinds_first():

@@ -141,16 +141,41 @@ def _batch(query_lens=QUERY_LENS, seq_lens=SEQ_LENS, device="meta", blocks=None,
     return CommonAttentionMetadata(**fields | changes)
 
 
-def _builder(speculated=None, device="meta", format=FORMATS["fp8"]):
-    speculative = None
+class Layer(torch.nn.Module):
+    """Of vLLM's attention: what the builder needs of it."""
+
+    def __init__(self, device="meta", format=FORMATS["fp8"]):
+        super().__init__()
+        self.kv_cache, self.forwards = torch.empty(0, device=device), []
+        self.impl = SimpleNamespace(
+            num_heads=QUERY_HEADS, head_size=HEAD_SIZE, forward=self._note, kernel_format=format,
+            workspace=gpu_kernels.new_workspace(HEAD_SIZE, torch.device(device)),
+        )  # fmt: skip
+
+    def _note(self, layer, query, key, value, kv_cache, metadata, output):
+        assert layer is self and kv_cache is self.kv_cache and query.shape == output.shape
+        self.forwards.append((query.shape[0], metadata))
+
+
+def _builder(speculated=None, device="meta", format=FORMATS["fp8"], layers=(), **changes):
+    speculative, suffix = None, changes.get("suffix", "")
     if speculated:
         speculative = SimpleNamespace(num_speculative_tokens=speculated, parallel_drafting=False)
     config = SimpleNamespace(
         speculative_config=speculative,
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, use_ubatching=changes.get("use_ubatching", False)
+        ),
+        model_config=SimpleNamespace(
+            dtype=torch.bfloat16, enable_sleep_mode=changes.get("enable_sleep_mode", False)
+        ),
+        compilation_config=SimpleNamespace(
+            static_forward_context={f"layers.{i}.attn{suffix}": x for i, x in enumerate(layers)}
+        ),
         use_v2_model_runner=True,
     )
-    return gpu.GPUBuilder(_spec(format), ["layers.0.attn"], config, torch.device(device))
+    names = [f"layers.{i}.attn{suffix}" for i in range(max(1, len(layers)))]
+    return gpu.GPUBuilder(_spec(format), names, config, torch.device(device))
 
 
 def _ranges(metadata):
@@ -158,14 +183,26 @@ def _ranges(metadata):
 
 
 def test_recent_rows_have_no_workspace_of_their_own():
-    format = SERVED["int4"]
-    config = SimpleNamespace(
-        speculative_config=None, use_v2_model_runner=True,
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-    )  # fmt: skip
-    for names, some in ((["a.attn"], True), (["a.attn.recent", "b.attn.recent"], False)):
-        builder = gpu.GPUBuilder(_spec(format), names, config, torch.device("meta"))
-        assert (builder.build(0, _batch()).workspace is not None) == some
+    """Nor are they captured for: vLLM's builder of their group knows none of our layers."""
+    recent = SimpleNamespace(kv_cache=None)
+    builder = _builder(format=SERVED["int4"], layers=[recent], suffix=".recent")
+    assert builder.build(0, _batch()).workspace is None
+    builder.build_for_cudagraph_capture(_batch())
+
+
+def test_what_is_captured_with_recent_rows_is_launched_without_their_block_table():
+    """vLLM has set no forward context yet: whatever table, as long as it is one of that shape."""
+    format, seen = SERVED["int4"], []
+    layer = Layer(format=format)
+    layer.kvq_recent = SimpleNamespace(kv_cache=torch.empty(4, HEADS, 64, 136, device="meta"))
+    layer.impl._statics = lambda layer: (None, None)
+    layer.impl._attend = lambda *args: seen.append(args)
+    builder = _builder(format=format, layers=[layer])
+    builder.build_for_cudagraph_capture(_batch(max_query_len=TOKENS, max_seq_len=4096))
+    [(out, query, cache, metadata, statics, recent)] = seen
+    assert query.shape == (TOKENS, QUERY_HEADS, HEAD_SIZE) and metadata.max_seq_len == 4096
+    assert recent["recent_cache"] is layer.kvq_recent.kv_cache and layer.forwards == []
+    assert recent["recent_block_table"].shape == (5, 4096 // 64)
 
 
 def test_calls_with_recent_rows_reach_the_kernels_without_a_look_at_the_device(monkeypatch):
@@ -232,6 +269,22 @@ def test_capture_is_one_launch_with_the_bounds_of_every_replay():
     assert metadata.parts[0].seq_lens.data_ptr() == batch.seq_lens.data_ptr()
 
 
+def test_what_is_captured_is_launched_once_before():
+    """With the captured bounds, and in one launch, whatever vLLM warmed up with."""
+    layers = [Layer(), Layer()]
+    builder = _builder(layers=layers)
+    batch = _batch(max_query_len=TOKENS, max_seq_len=4096)
+    builder.build(0, batch)
+    assert layers[0].forwards == []
+    captured = [builder.build_for_cudagraph_capture(batch) for _ in range(2)]
+    for layer in layers:  # once: vLLM asks again for idle steps of a replica
+        [(rows, metadata)] = layer.forwards
+        assert rows == TOKENS and _ranges(metadata) == _ranges(captured[0])
+        assert metadata.max_seq_len == 4096
+    builder.build_for_cudagraph_capture(_batch(max_query_len=TOKENS, max_seq_len=8192))
+    assert len(layers[0].forwards) == 2
+
+
 class _Allocations(TorchDispatchMode):
     """Operators that make new memory, while it is entered."""
 
@@ -260,10 +313,34 @@ def test_capture_and_update_allocate_nothing_on_the_device():
 
 
 def test_workspace_is_reserved_once_and_shared_by_all_batches():
-    builder = _builder()
+    layers = [Layer(), Layer()]
+    builder, other = _builder(layers=layers), _builder(layers=layers)
     first, second = builder.build(0, _batch()), builder.build_for_cudagraph_capture(_batch())
-    assert first.workspace is second.workspace and first.workspace.dtype == torch.uint8
-    assert first.workspace.numel() > 0
+    assert first.workspace is second.workspace is layers[0].impl.workspace
+    assert other.build(0, _batch()).workspace is first.workspace
+    # vLLM keeps the buffers of layers through sleep(level=2).
+    buffers = dict(layers[0].named_buffers())
+    assert any(b is first.workspace.counters for b in buffers.values())
+    assert not layers[0].state_dict()
+
+
+def test_batches_beside_each_other_have_workspaces_of_their_own():
+    layers = [Layer()]
+    found = [_builder(layers=layers, use_ubatching=True).build(0, _batch()).workspace for _ in "ab"]
+    assert len({id(w.counters) for w in (*found, layers[0].impl.workspace)}) == 3
+    with pytest.raises(ValueError, match="drop --enable-dbo or --enable-sleep-mode"):
+        _builder(layers=layers, use_ubatching=True, enable_sleep_mode=True)
+
+
+def test_the_workspace_is_made_while_weights_are_loaded(monkeypatch):
+    """Before vLLM measures what is left for the cache; for all layers of a head size."""
+    monkeypatch.setattr(gpu, "_WORKSPACES", gpu.WeakValueDictionary())
+    one, two = (_impl(gpu, format) for format in (ROWS[0], ROWS[3]))
+    assert one.workspace is two.workspace
+    assert one.workspace.scratch.numel() == 64 * HEAD_SIZE
+    assert not one.workspace.counters.any()
+    del one, two
+    assert not gpu._WORKSPACES  # it goes with the engine
 
 
 def test_block_table_of_another_group():

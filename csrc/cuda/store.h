@@ -170,14 +170,16 @@ KVQ_HD void store_block(const StoreParams& p) {
   const int lanes = lanes_of_row(p.cache.head_size);
   const int64_t blocks = store_blocks(p);
   const bool values = L::block() >= blocks;
-  const int64_t item =
-      (L::block() - (values ? blocks : 0)) * (kThreads / lanes) + L::thread() / lanes;
-  const int64_t token = item / p.cache.num_kv_heads;
-  const int head = static_cast<int>(item % p.cache.num_kv_heads);
+  // 32 bits: divisions of 64 cost more than encoding the row does.
+  const uint32_t heads = p.cache.num_kv_heads, size = p.cache.block_size;
+  const uint32_t item = static_cast<uint32_t>(
+      (L::block() - (values ? blocks : 0)) * (kThreads / lanes) + L::thread() / lanes);
+  const int64_t token = item / heads;
+  const int head = static_cast<int>(item % heads);
   const int64_t slot = token < p.num_tokens ? p.slots[token] : -1;
   const bool stored = slot >= 0;
-  const int64_t block = stored ? slot / p.cache.block_size : 0;
-  const int64_t position = stored ? slot % p.cache.block_size : 0;
+  const uint32_t at_slot = stored ? static_cast<uint32_t>(slot) : 0;
+  const int64_t block = at_slot / size, position = at_slot % size;
   uint8_t* page = p.cache.data + block * p.cache.block_stride + head * p.cache.head_stride;
   const PageLayout at = page_layout(kFormat, p.cache.head_size, p.cache.block_size);
   if (values) {

@@ -27,7 +27,7 @@ from kvq_plugin.gpu_check.problems import (
 )
 
 #: Query tokens from which FlashAttention may take over (kernels/prefill.py).
-LONG = 128
+LONG = 64
 #: Batches a format is checked with, the first of them those of SERVED.
 BATCHES = 24
 #: (tokens in the cache, new ones of them) of each request, decodes first, as vLLM orders them.

@@ -11,7 +11,7 @@ import torch
 
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.gpu_check.candidates import ROWS
-from kvq_plugin.kernels.cuda import COUNTER_BYTES
+from kvq_plugin.kernels import Workspace, new_workspace
 
 #: A case: its name, and a call that returns nothing, or values to write down, or raises.
 Case = tuple[str, Callable[[], dict | None]]
@@ -31,18 +31,18 @@ class Context:
     bundle: Path | None = None
 
     @cached_property
-    def _scratch(self) -> torch.Tensor:
+    def _workspace(self) -> Workspace:
         if self.device.type == "cpu":
-            return torch.zeros(1 << 16, dtype=torch.uint8)
-        from kvq_plugin import kernels
+            return Workspace(torch.empty(1 << 16, dtype=torch.uint8), torch.zeros(1).int())
+        return new_workspace(256, self.device)
 
-        return kernels.new_workspace(256, self.device)
-
-    def scratch(self) -> torch.Tensor:
-        """The workspace, reserved once as vLLM's backend does, full of NaN but for its counters:
-        what a kernel reads there without having written it shows."""
-        self._scratch[COUNTER_BYTES:].fill_(0xFF)
-        return self._scratch
+    def scratch(self) -> Workspace:
+        """The workspace, reserved once as vLLM's backend does, its scratch full of NaN: what a
+        kernel reads there without having written it shows. Raises AssertionError if calls before
+        have left counters behind."""
+        assert not self._workspace.counters.any(), "counters of the workspace are not zeros again"
+        self._workspace.scratch.fill_(0xFF)
+        return self._workspace
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

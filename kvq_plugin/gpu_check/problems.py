@@ -12,6 +12,7 @@ from kvq_plugin import reference, rotation, sealed
 from kvq_plugin.formats import Kind, KVFormat
 from kvq_plugin.gpu_check.candidates import Candidate
 from kvq_plugin.gpu_check.context import Refused
+from kvq_plugin.kernels import Workspace
 from kvq_plugin.layout import GPU_V1, PageLayout
 from kvq_plugin.reference import StaticScale
 
@@ -197,7 +198,7 @@ class Decode:
         return (self.query, pool.cache, self.table, self.lengths, self.starts, pool.format, scale,
                 *pool.statics)  # fmt: skip
 
-    def run(self, candidate: Candidate, scratch: torch.Tensor, out=None) -> torch.Tensor:
+    def run(self, candidate: Candidate, scratch: Workspace, out=None) -> torch.Tensor:
         """The output; *out*, if given. *scratch* is the workspace."""
         out = torch.full_like(self.query, float("nan")) if out is None else out
         candidate.attend(out, *self.arguments(), max_query_len=1, max_seq_len=self.longest,

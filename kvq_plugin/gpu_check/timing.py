@@ -21,7 +21,6 @@ from kvq_plugin.gpu_check.candidates import Candidate
 from kvq_plugin.gpu_check.context import Case, Context, Refused
 from kvq_plugin.gpu_check.evidence import COLUMNS
 from kvq_plugin.gpu_check.problems import Pool, decode, fill
-from kvq_plugin.kernels.cuda import COUNTER_BYTES
 
 #: Contexts of the sequences of a batch: one long one, an awkward number, many, and a long one among
 #: short ones.
@@ -169,7 +168,7 @@ def _prefill(
     attend = {"flash": prefill, "fused": triton_paged}[kernel].attend
     call = partial(attend, torch.empty_like(query), query, pool.cache, table, lengths, starts,
                    format, HEAD_SIZE**-0.5, *pool.statics, max_query_len=new, max_seq_len=length,
-                   workspace=context.scratch()[COUNTER_BYTES:])  # fmt: skip
+                   workspace=context.scratch().scratch)  # fmt: skip
     return _row(device, "prefill", kernel, format.name, batch, text, pool.cache.numel(), call)
 
 

@@ -9,6 +9,7 @@ same as on CPUs apart from their order (layout ``gpu-v1``).
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cache as memoize
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,13 +19,25 @@ from typing import Any
 import torch
 
 from kvq_plugin.formats import KVFormat
-from kvq_plugin.kernels.cuda import COUNTER_BYTES
 from kvq_plugin.reference import StaticScale
 
 CHOICES = ("auto", "triton", "cuda")
 #: Tokens of a sequence that the CUDA C++ kernels take, those of speculative decoding, as long as
 #: they read the cache once, which they do for so many rows a kv head (choose.h).
 CUDA_TOKENS, CUDA_ROWS = 8, 128
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Memory of :func:`attend` that no call may need while another runs.
+
+    Attributes:
+        scratch: uint8; what is in it between calls does not matter.
+        counters: int32, zeros before the first call and again after each.
+    """
+
+    scratch: torch.Tensor
+    counters: torch.Tensor
 
 
 @memoize
@@ -117,8 +130,8 @@ def attend(
         max_query_len: bound of the batch, known on the host.
         options: the keywords of :func:`kvq_plugin.ops.attend`, and ``max_seq_len``, another such
             bound, which must be given. Grids and splits follow from the bounds and from shapes,
-            never from data on the device. ``workspace``: a :func:`new_workspace`, for one call at
-            a time; allocated for the call if None.
+            never from data on the device. ``workspace``: a :func:`new_workspace`; allocated for
+            the call if None.
 
     Raises ValueError for a head size, block size or alignment that the kernels cannot do.
     """
@@ -143,7 +156,7 @@ def attend(
         cuda.attend(*args, **options)
         return
     if options.get("workspace") is not None:
-        options["workspace"] = options["workspace"][COUNTER_BYTES:]
+        options["workspace"] = options["workspace"].scratch
     prefill = _triton("prefill")
     if prefill.serves(query, cache, seq_lens.shape[0], **options):
         bounds = {k: options.get(k) for k in ("max_query_len", "max_seq_len", "workspace")}
@@ -153,14 +166,17 @@ def attend(
 
 
 def workspace_size(head_size: int, device: torch.device) -> int:
-    """Bytes that :func:`attend` needs at most on *device*, whatever the batch."""
+    """Bytes of scratch that :func:`attend` needs at most on *device*, whatever the batch."""
     from kvq_plugin.kernels import cuda, launch, prefill
 
-    others = max(module.workspace_size(head_size, device) for module in (launch, prefill))
-    return max(COUNTER_BYTES + others, cuda.workspace_size(head_size, device))
+    return max(module.workspace_size(head_size, device) for module in (cuda, launch, prefill))
 
 
-def new_workspace(head_size: int, device: torch.device) -> torch.Tensor:
-    """Scratch memory to pass as ``workspace`` to :func:`attend`, reserved once: what CUDA C++
-    kernels count in it must be zeros the first time, and is so again after each call."""
-    return torch.zeros(workspace_size(head_size, device), dtype=torch.uint8, device=device)
+def new_workspace(head_size: int, device: torch.device) -> Workspace:
+    """What to reserve once and pass as ``workspace`` to :func:`attend`."""
+    from kvq_plugin.kernels.cuda import COUNTERS
+
+    return Workspace(
+        torch.empty(workspace_size(head_size, device), dtype=torch.uint8, device=device),
+        torch.zeros(COUNTERS, dtype=torch.int32, device=device),
+    )

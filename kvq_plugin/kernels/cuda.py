@@ -13,6 +13,7 @@ import ctypes
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache as memoize
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,13 +21,15 @@ from kvq_plugin.formats import KVFormat
 from kvq_plugin.layout import GPU_V1, PageLayout
 from kvq_plugin.reference import StaticScale
 
+if TYPE_CHECKING:
+    from kvq_plugin.kernels import Workspace
+
 LIBRARY = Path(__file__).parent.parent / "_kvq_cuda.so"
 ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 #: Compute capability from which mma.m16n8k16 and fp16 -> fp32 products exist.
 CAPABILITY = (8, 0)
-#: Bytes at the start of a workspace that count which partial results are in: zeros before the first
-#: call and after each (plan.h: 4 bytes a block).
-COUNTER_BYTES = 4 * 4096
+#: Counters of the partial results that are in, of which a launch takes one a block.
+COUNTERS = 4096
 #: Rows of all blocks that share a multiprocessor, at most (plan.h): 2 of 16, or 4 of 8.
 _ROWS = 32
 
@@ -344,23 +347,24 @@ def plan(library, params: AttendParams, max_seq_len: int, multiprocessors: int) 
 def workspace_size(head_size: int, device: torch.device) -> int:
     """Bytes that :func:`attend` uses at most, whatever the batch: two partial results a block."""
     rows = 2 * _ROWS * _multiprocessors(device)
-    return COUNTER_BYTES + rows * (head_size + 2) * 4
+    return rows * (head_size + 2) * 4
 
 
-def _place(params: AttendParams, need: int, workspace: torch.Tensor | None, device) -> object:
-    """Point *params* at *need* bytes in *workspace*, or in a new one. Returns what keeps it."""
+def _place(params: AttendParams, need: int, workspace: Workspace | None, device) -> tuple:
+    """Point *params* at *need* bytes in *workspace*, or at new ones. Returns what keeps them."""
     if workspace is None:
-        workspace = torch.empty(COUNTER_BYTES + need, dtype=torch.uint8, device=device)
-        workspace[:COUNTER_BYTES].zero_()
-    room = workspace.numel() * workspace.element_size()
-    if room < COUNTER_BYTES + need:
+        scratch = torch.empty(need, dtype=torch.uint8, device=device)
+        counters = torch.zeros(params.blocks, dtype=torch.int32, device=device)
+    else:
+        scratch, counters = workspace.scratch, workspace.counters
+    if scratch.numel() < need or counters.numel() < params.blocks:
         raise ValueError(
-            f"the workspace must hold {COUNTER_BYTES + need} bytes, got {room}; reserve "
+            f"the workspace must hold {need} bytes and {params.blocks} counters, got "
+            f"{scratch.numel()} and {counters.numel()}; reserve "
             f"kvq_plugin.kernels.new_workspace(...)"
         )
-    params.counters = workspace.data_ptr()
-    params.workspace = workspace.data_ptr() + COUNTER_BYTES
-    return workspace
+    params.workspace, params.counters = scratch.data_ptr(), counters.data_ptr()
+    return scratch, counters
 
 
 def store(
@@ -402,7 +406,7 @@ def attend(
     *,
     max_query_len: int,
     max_seq_len: int,
-    workspace: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
     **options,
 ) -> None:
     """As :func:`kvq_plugin.ops.attend`, over pages of layout ``gpu-v1``.
@@ -412,9 +416,8 @@ def attend(
 
     Args:
         max_query_len, max_seq_len: bounds of the batch, from shapes; no data is looked at.
-        workspace: uint8, :func:`workspace_size` bytes, 16-byte aligned, the first
-            ``COUNTER_BYTES`` of them zeros, as they are again after the call; not for calls that
-            may run at the same time. Allocated for the call if None.
+        workspace: with ``scratch`` of up to :func:`workspace_size` bytes, 16-byte aligned, and
+            COUNTERS ``counters``; allocated for the call if None.
         options: causal, window, softcap, alibi_slopes, sinks, recent_cache and recent_block_table
             of :func:`kvq_plugin.ops.attend`.
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 
 from kvq_plugin import ops
 from kvq_plugin.formats import GROUP, KVFormat, fnuz
+from kvq_plugin.kernels import Workspace, new_workspace
 from kvq_plugin.layout import GPU_V1, LANES, MAX_HEAD_SIZES
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
 from kvq_plugin.serving.compat import (
@@ -62,11 +64,11 @@ class GPUMetadata(KVQMetadata):
     Attributes:
         parts: one, or the decodes and then the rest: a decode reads its whole context with few
             rows and is split over the GPU, which a prefill of many rows is not.
-        workspace: scratch of the kernels, uint8.
+        workspace: memory of the kernels.
     """
 
     parts: tuple[Part, ...] = ()
-    workspace: torch.Tensor | None = None
+    workspace: Workspace | None = None
 
     def split(self, *parts: tuple[int, int, int]) -> GPUMetadata:
         """Itself with *parts* of (first request, one past the last, bound on query lengths)."""
@@ -98,18 +100,32 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
     supports_draft_decode_metadata_update = True
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
-        from kvq_plugin import kernels  # imports Triton
-
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        # Recent rows are attended to with the sealed ones, whose workspace it is.
-        self._workspace = None
-        if layer_names and all(name.endswith(SUFFIX) for name in layer_names):
-            return
-        # Once, enough for any batch: a captured graph keeps the address, and nothing may be
-        # allocated during capture. Like the scratch of vLLM's own Triton backend it lies outside
-        # what vLLM measures before it sizes the cache.
-        self._workspace = kernels.new_workspace(kv_cache_spec.head_size, device)
+        context = vllm_config.compilation_config.static_forward_context
+        # Recent rows are attended to with the sealed ones, in whose workspace that is.
+        recent = bool(layer_names) and all(name.endswith(SUFFIX) for name in layer_names)
+        names = () if recent else layer_names
+        self._layers = [context[name] for name in names if name in context]
+        self._workspace = None if recent else self._reserved()
+        self._captured: set[tuple[int, ...]] = set()
+
+    def _reserved(self) -> Workspace:
+        """The workspace of the layers, or, of batches that run beside each other, one of this
+        builder's own. Raises ValueError for those where the engine may sleep."""
+        if not self._layers:
+            return new_workspace(self.kv_cache_spec.head_size, self.device)
+        if self.vllm_config.parallel_config.use_ubatching:
+            if self.vllm_config.model_config.enable_sleep_mode:
+                raise ValueError(
+                    "dual batch overlap and sleep mode were asked for together: expected one of "
+                    "them; drop --enable-dbo or --enable-sleep-mode, or use --kv-cache-dtype auto"
+                )
+            return new_workspace(self.kv_cache_spec.head_size, self.device)
+        workspace = self._layers[0].impl.workspace
+        # A buffer, so that it outlives sleep(level=2) as scales do.
+        self._layers[0].register_buffer("_kvq_counters", workspace.counters, persistent=False)
+        return workspace
 
     def _describe(self, batch: CommonAttentionMetadata) -> GPUMetadata:
         return GPUMetadata.of(batch, workspace=self._workspace)
@@ -119,7 +135,33 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
     ) -> GPUMetadata:
         """One launch for all: where decodes end is not the same at every replay."""
         batch = common_attn_metadata
-        return self._describe(batch).split((0, batch.num_reqs, batch.max_query_len))
+        metadata = self._describe(batch).split((0, batch.num_reqs, batch.max_query_len))
+        bounds = (batch.num_actual_tokens, batch.num_reqs, batch.max_query_len, batch.max_seq_len)
+        if bounds not in self._captured:
+            self._captured.add(bounds)
+            self._launch(metadata)
+        return metadata
+
+    def _launch(self, m: GPUMetadata) -> None:
+        """Attention of every layer once, the output thrown away: a kernel is compiled or loaded at
+        its first launch, which must not be in a capture. The batches that vLLM warms up with are
+        no longer than their queries, and may have decodes apart: other kernels serve them."""
+        for layer in self._layers:
+            impl = layer.impl
+            like = {"dtype": self.vllm_config.model_config.dtype, "device": self.device}
+            query, out = (
+                torch.zeros(m.num_actual_tokens, impl.num_heads, impl.head_size, **like)
+                for _ in "qo"
+            )
+            if impl.kernel_format.recent is None:
+                impl.forward(layer, query, None, None, layer.kv_cache, m, out)
+                continue
+            # Their block table is in the forward context, and there is none yet.
+            cache = layer.kvq_recent.kv_cache
+            blocks = -(-m.max_seq_len // cache.shape[2])
+            table = m.block_table.new_zeros(m.block_table.shape[0], blocks)
+            recent = {"recent_cache": cache, "recent_block_table": table}
+            impl._attend(out, query, layer.kv_cache, m, impl._statics(layer), recent)
 
     def build(
         self,
@@ -147,6 +189,19 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
         """Nothing to do: the tensors *metadata* names are the ones vLLM updates."""
 
 
+#: By head size.
+_WORKSPACES: WeakValueDictionary[int, Workspace] = WeakValueDictionary()
+
+
+def _workspace(head_size: int) -> Workspace:
+    """That of all layers of *head_size*, enough for any batch: a captured graph keeps its address.
+    Reserved while weights are loaded, so that vLLM counts it before it sizes the cache."""
+    if (found := _WORKSPACES.get(head_size)) is None:
+        found = new_workspace(head_size, torch.device(current_platform.device_type))
+        _WORKSPACES[head_size] = found
+    return found
+
+
 class GPUImpl(KVQImpl):
     """Attention by the Triton or CUDA C++ kernels, whichever ops.attend chooses."""
 
@@ -154,6 +209,10 @@ class GPUImpl(KVQImpl):
         super().__init__(*args, **kwargs)
         if current_platform.is_fp8_fnuz():
             self.kernel_format = fnuz(self.format)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        self.workspace = _workspace(self.head_size)
 
     def _attend(self, out, query, kv_cache, m, statics, recent) -> None:
         table = recent.get("recent_block_table")

@@ -1,6 +1,7 @@
 """Packages that vLLM imports and a run on token ids never calls: empty modules in their place.
 
-In the bundle this file is ``sitecustomize.py``, so that every process has them.
+The bundle has a package of each name that puts :class:`Module` in its own place. Whether a finder
+is there already is not asked by its class's name: on the machine another's has the same.
 """
 
 import importlib.abc
@@ -14,7 +15,7 @@ NAMES = (
 )
 
 
-class _Module(types.ModuleType):
+class Module(types.ModuleType):
     """Has every name, as an empty class."""
 
     __path__: list[str] = []
@@ -33,11 +34,18 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def create_module(self, spec):
-        return _Module(spec.name)
+        return Module(spec.name)
 
     def exec_module(self, module):
         pass
 
 
-if not any(type(finder).__name__ == "_Finder" for finder in sys.meta_path):
-    sys.meta_path.append(_Finder())
+#: ``__init__.py`` of each.
+PACKAGE = """import sys
+
+import absent
+
+sys.modules[__name__] = absent.Module(__name__)
+"""
+
+sys.meta_path.append(_Finder())

@@ -11,6 +11,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import absent
+
 HERE = Path(__file__).parent
 VLLM = "0.33.0"
 #: Imported by ``LLM(...)`` and ``generate`` and not on the machine (which has numpy, httpx, ...).
@@ -60,7 +62,10 @@ def make(target: Path, cache: Path | None = None) -> None:
             with zipfile.ZipFile(wheel) as z:
                 z.extractall(site)
         shutil.copy2(HERE / "custom_ops.py", site / "vllm" / "_C_stable_libtorch.py")
-        shutil.copy2(HERE / "absent.py", site / "sitecustomize.py")
+        shutil.copy2(HERE / "absent.py", site)
+        for name in absent.NAMES:
+            (site / name).mkdir()
+            (site / name / "__init__.py").write_text(absent.PACKAGE)
         _describe_plugin(site)
         if cache is not None:
             stages = shutil.ignore_patterns("*.source", "*.ttir", "*.ttgir", "*.llir", "*.ptx")

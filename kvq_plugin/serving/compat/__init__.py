@@ -118,6 +118,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "decode_context_parallel_size",
         "pipeline_parallel_size",
         "prefill_context_parallel_size",
+        "use_ubatching",
     ),
     "vllm.config.scheduler:SchedulerConfig": (
         "disable_hybrid_kv_cache_manager",
@@ -143,6 +144,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     ),
     "vllm.config.model:ModelConfig": (
         "dtype",
+        "enable_sleep_mode",
         "get_head_size",
         "get_total_num_hidden_layers",
         "get_total_num_kv_heads",
