@@ -125,7 +125,7 @@ KVQ_HD void accumulate(const uint32_t (&words)[4 * S::kM][kWords],
 // Rows n, j of a tile: products to log2 scores, with -inf for what the row does not see. K: what
 // the tile holds (kKey, kValue, kBias), which is S but for formats with recent rows.
 template <class L, class S, class K>
-KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row, Span seen,
+KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row, const Span* spans,
                          int token, bool masked, const float (&scale)[2 * S::kM],
                          const float (&minimum)[2 * S::kM], float (&x)[2 * S::kM]) {
   const float factor = shared.factor[row], bias = K::kBias ? shared.bias[row] : 0.0f;
@@ -152,6 +152,7 @@ KVQ_HD void shape_scores(const AttendParams& p, const Shared<S>& shared, int row
     }
   }
   if (masked) {
+    const Span seen = spans[row];
     KVQ_UNROLL for (int i = 0; i < 2 * S::kM; ++i) {
       x[i] = token + i >= seen.begin && token + i < seen.end ? x[i] : kMinusInf;
     }
@@ -196,7 +197,7 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, const Span* 
         if constexpr (kGrouped) x[i] += bits_float(value_words[i]);
       }
       const int row = 8 * n + L::id() % 4 * 2 + j;
-      shape_scores<L, S, K>(p, shared, row, spans[row], token, masked, key_scale, key_minimum, x);
+      shape_scores<L, S, K>(p, shared, row, spans, token, masked, key_scale, key_minimum, x);
       const float shrink = raise<L>(run.peak[n][j], x);
       const float base = unit(run.peak[n][j]);
       float sum = 0.0f, minimum = 0.0f, shrink_out = shrink;
