@@ -239,15 +239,14 @@ KVQ_HD void softmax(const AttendParams& p, const Shared<S>& shared, const Span* 
   }
 }
 
-// One warp's tiles: first, first + kWarps, ... below last.
+// One warp's tiles: first, first + kWarps, ... below last. The first of them is on its way before
+// the queries are.
 template <class L, class S>
 KVQ_HD void attend_tiles(const AttendParams& p, const RowTile& r, Span seen, int first, int last,
-                         const Query<L, S>& query, const Shared<S>& shared, Running<L, S>& run) {
+                         Shared<S>& shared, Running<L, S>& run) {
   constexpr Format kFormat = S::kFormat;
   const PageLayout at = page_layout(kFormat, p.cache.head_size, p.cache.block_size);
   const int32_t* table = p.block_table + r.sequence * p.block_table_stride;
-  // What every row sees: tiles inside need no mask.
-  const int all_begin = shared.span[r.count - 1].begin, all_end = shared.span[0].end;
   Tile<L, S> tile;
   tile.look_up(p, table, seen, first, last);
   if (first < last) {
@@ -255,6 +254,13 @@ KVQ_HD void attend_tiles(const AttendParams& p, const RowTile& r, Span seen, int
     tile.load_value(p, at, r.kv_head, seen, first);
   }
   tile.look_up(p, table, seen, first + kWarps, last);
+  rotate_queries<L, S>(p, r, shared);
+  Query<L, S> query;
+  query.load(p, r, shared);
+  L::sync();
+  run.clear();
+  // What every row sees: tiles inside need no mask.
+  const int all_begin = shared.span[r.count - 1].begin, all_end = shared.span[0].end;
   for (int i = first; i < last; i += kWarps) {
     const int next = i + kWarps;
     float scores[S::kM][S::kN][4];
@@ -393,20 +399,12 @@ KVQ_HD void hand_in(const AttendParams& p, Shared<S>& shared) {
 // registers.
 template <class L, class S>
 KVQ_HD void attend_piece(const AttendParams& p, Shared<S>& shared) {
-  if constexpr (S::kKey.rotated) {
-    rotate_queries<L, S>(p, shared.rows, shared);
-    L::sync();
-  }
   Running<L, S> run;
   const int first = shared.tiles.begin + L::warp(), last = shared.tiles.end;
   if constexpr (S::kFormat.recent) {
     attend_ranges<L, S>(p, shared.rows, shared.seen, first, last, shared, run);
   } else {
-    Query<L, S> query;
-    query.load(p, shared.rows, shared);
-    L::sync();
-    run.clear();
-    attend_tiles<L, S>(p, shared.rows, shared.seen, first, last, query, shared, run);
+    attend_tiles<L, S>(p, shared.rows, shared.seen, first, last, shared, run);
   }
   put<L, S>(run, shared);
   L::sync();

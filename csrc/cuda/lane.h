@@ -181,6 +181,27 @@ KVQ_HD float load_activation(const void* data, Activation type, int64_t at) {
   }
 }
 
+// Elements index(i) of a row that starts at `at`, zeros from `limit` on. Their type is asked for
+// once, so that all loads are under way before the first is waited for.
+template <int kCount, class Index>
+KVQ_HD void load_activations(const void* data, Activation type, int64_t at, int limit,
+                             const Index& index, float (&x)[kCount]) {
+  const auto all = [&](auto* row, const auto& convert) {
+    row += at;
+    KVQ_UNROLL for (int i = 0; i < kCount; ++i) {
+      x[i] = convert(index(i) < limit ? row[index(i)] : decltype(row[0] + 0)(0));
+    }
+  };
+  switch (type) {
+    case Activation::kBFloat16:
+      return all(static_cast<const uint16_t*>(data), [](int u) { return bf16_to_float(u); });
+    case Activation::kHalf:
+      return all(static_cast<const uint16_t*>(data), [](int u) { return half_to_float(u); });
+    default:
+      return all(static_cast<const float*>(data), [](float f) { return f; });
+  }
+}
+
 KVQ_HD void save_activation(void* data, Activation type, int64_t at, float x) {
   switch (type) {
     case Activation::kBFloat16:

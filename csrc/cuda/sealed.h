@@ -467,6 +467,7 @@ template <class L, class S>
 KVQ_HD void attend_ranges(const AttendParams& p, const RowTile& r, Span tokens, int first, int last,
                           Shared<S>& shared, Running<L, S>& run) {
   static_assert(S::kTile == kSealed && S::kM == 2, "a tile is a group");
+  rotate_queries<L, S>(p, r, shared);
   SealedQuery<L, S> query;
   query.load(p, r, shared);
   L::sync();

@@ -50,21 +50,19 @@ struct alignas(16) Shared {
 // from it.
 template <class L, class S>
 KVQ_HD void rotate_queries(const AttendParams& p, const RowTile& r, Shared<S>& shared) {
+  if constexpr (!S::kKey.rotated) return;
   const int d = p.cache.head_size, dim = L::id() * kShare;
   for (int row = L::warp(); row < r.count; row += kWarps) {
     const int64_t at =
         (r.start + r.query(row)) * p.query.token_stride + r.head(row) * p.query.head_stride + dim;
-    float x[kShare] = {};
-    if (dim < d) {
-      KVQ_UNROLL for (int i = 0; i < kShare; ++i) {
-        x[i] = load_activation(p.query.data, p.activation, at + i);
-      }
-    }
+    float x[kShare];
+    load_activations(p.query.data, p.activation, at, d - dim, [](int i) { return i; }, x);
     rotate<L>(x, dim, d);
     if (dim < d) {
       KVQ_UNROLL for (int i = 0; i < kShare; ++i) shared.out[0][row][dim + i] = x[i];
     }
   }
+  L::sync();
 }
 
 // q as the B operand, in the order in which K's codes leave their words.
@@ -95,19 +93,21 @@ struct Query {
       const float* factor = S::kKey.per_token ? nullptr : p.key_scale.factor + channels;
       const float* zero_point = p.key_scale.zero_point;
       if (zero_point != nullptr) zero_point += channels;
-      float x[2 * kSteps][2], peak = 0.0f;
-      KVQ_UNROLL for (int i = 0; i < 2 * kSteps; ++i) {
-        KVQ_UNROLL for (int j = 0; j < 2; ++j) {
-          const int d = dim(t, i / kPairs, i % kPairs, j);
-          float v = 0.0f;
-          if (real && d < p.cache.head_size) {
-            v = S::kKey.rotated ? shared.out[0][row][d]
-                                : load_activation(p.query.data, p.activation, at + d);
-            if constexpr (!S::kKey.per_token) v *= factor[d];
-          }
-          x[i][j] = v;
-          peak = L::max(peak, v < 0.0f ? -v : v);
+      float x[4 * kSteps], peak = 0.0f;
+      const auto dim_of = [&](int i) { return dim(t, i / 2 / kPairs, i / 2 % kPairs, i % 2); };
+      const int limit = real ? p.cache.head_size : 0;
+      if constexpr (S::kKey.rotated) {
+        KVQ_UNROLL for (int i = 0; i < 4 * kSteps; ++i) {
+          x[i] = dim_of(i) < limit ? shared.out[0][row][dim_of(i)] : 0.0f;
         }
+      } else {
+        load_activations(p.query.data, p.activation, at, limit, dim_of, x);
+      }
+      KVQ_UNROLL for (int i = 0; i < 4 * kSteps; ++i) {
+        if constexpr (!S::kKey.per_token) {
+          x[i] *= dim_of(i) < limit ? factor[dim_of(i)] : 0.0f;
+        }
+        peak = L::max(peak, x[i] < 0.0f ? -x[i] : x[i]);
       }
       peak = reduce<L>(peak, 1, 4, [](float a, float b) { return L::max(a, b); });
       // A power of two puts the largest element of the row into [2^13, 2^14).
@@ -117,7 +117,8 @@ struct Query {
       float bias = 0.0f;
       KVQ_UNROLL for (int i = 0; i < 2 * kSteps; ++i) {
         const float gain = 1.0f / Key::gain(i % kPairs);
-        const uint32_t pair = L::pack_halves(x[i][0] * shrink * gain, x[i][1] * shrink * gain);
+        const uint32_t pair =
+            L::pack_halves(x[2 * i] * shrink * gain, x[2 * i + 1] * shrink * gain);
         fragment[n][i / 2][i % 2] = pair;
         // What offsets of the codes add to the score, from q as rounded.
         if constexpr (S::kBias) {

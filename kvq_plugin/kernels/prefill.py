@@ -22,8 +22,8 @@ from kvq_plugin.kernels.triton_prefill import combine_kernel, gather_kernel, pla
 from kvq_plugin.reference import StaticScale
 
 #: Query tokens of a sequence from which the detour through the scratch wins. An H100, 32/8 heads,
-#: 4 sequences of 8,192 tokens: 32 take the fused kernel 179 us (fp8), 324 (int8) and 419 (int4, each
-#: with scales per token), the detour 332 to 353; 128 take 561 and more against 334 to 340.
+#: 4 sequences of 8,192 tokens: 32 take the fused kernel 179 us (fp8), 324 (int8 per token) and 419
+#: (int4 per token), the detour 332 to 353; 128 take 561 and more against 334 to 340.
 MIN_QUERY = 64
 #: Bytes of scratch that are reserved: 32,768 tokens of 8 kv heads of 128 channels.
 SCRATCH = 128 << 20
