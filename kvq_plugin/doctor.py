@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvq_plugin import __version__, _native
-from kvq_plugin.formats import FORMATS, SERVED
+from kvq_plugin.formats import SERVED
+from kvq_plugin.kernels import cuda
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import patches
 from kvq_plugin.tables import print_table
@@ -313,8 +314,8 @@ def gpu() -> Iterator[Finding]:
 
 def _by_owner(known: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Our names that vLLM has from us alone, and those that are its own too."""
-    own = [name for name in FORMATS if name not in known or patches.is_own_dtype(name)]
-    return own, [name for name in FORMATS if name not in own]
+    own = [name for name in SERVED if name not in known or patches.is_own_dtype(name)]
+    return own, [name for name in SERVED if name not in own]
 
 
 def dtypes_table() -> Table:
@@ -356,8 +357,10 @@ def dtypes() -> dict[str, tuple[bool, str]]:
         for name in _by_owner(known)[1]:
             needs = rows[name][1]
             rows[name] = True, f"vLLM's own; the plugin's with --attention-backend KVQ: {needs}"
-        for name in SERVED.keys() - FORMATS.keys():
-            rows[name] = False, "the plugin has kernels for it on CPUs only"
+        lacking = cuda.library_refusal() if compat.is_cuda() else "they are for NVIDIA's GPUs"
+        if lacking:
+            for name in (name for name, format in SERVED.items() if format.recent is not None):
+                rows[name] = False, f"the CUDA C++ kernels: {lacking}"
         rows[", ".join(others)] = True, "vLLM's own, where one of its backends has it"
     else:
         rows[", ".join(others)] = False, "implemented neither by vLLM on CPUs nor by kvq_plugin"

@@ -281,11 +281,7 @@ def test_low_bits_on_gpus(sealing_gpu, monkeypatch, dtype):
     recent = SERVED[dtype].recent is not None
     check(sealing_gpu(dtype))
     for name, value, says in (
-        (
-            "library_refusal",
-            lambda: "_kvq_cuda.so is not built",
-            "kernels, and _kvq_cuda.so is not",
-        ),
+        ("library_refusal", lambda: "it is not built", "kernels, and it is not built; use"),
         ("shape_refusal", lambda *shape: f"no {shape[1:]}", r"kernels, and no \(64, 128\); use"),
     ):
         with monkeypatch.context() as patch:
@@ -293,7 +289,7 @@ def test_low_bits_on_gpus(sealing_gpu, monkeypatch, dtype):
             with pytest.raises(ValueError, match=says) if recent else nullcontext():
                 check(sealing_gpu(dtype))
     monkeypatch.setattr(compat.current_platform, "is_cuda", lambda: False)
-    with pytest.raises(ValueError, match="on ROCm") if recent else nullcontext():
+    with pytest.raises(ValueError, match="are for NVIDIA") if recent else nullcontext():
         check(sealing_gpu(dtype))
 
 

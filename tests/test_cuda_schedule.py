@@ -12,7 +12,7 @@ import emulator
 import numpy as np
 import pytest
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import get_format
 from kvq_plugin.gpu_check import checks, timing
 from kvq_plugin.kernels import cuda
 
@@ -44,7 +44,8 @@ def schedule(requests, *, heads=8, group=4, head_size=128, name="int8_per_token_
     lengths, counts = (np.array(x, dtype=np.int32) for x in zip(*requests, strict=True))
     starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
     params = cuda.AttendParams(
-        cache=cuda.Cache(None, 0, 0, 16, heads, head_size, FORMATS[name].id),
+        cache=cuda.Cache(None, 0, 0, 16, heads, head_size, get_format(name).id),
+        recent_table=1 if get_format(name).recent else None,  # never looked at
         num_tokens=tokens or int(starts[-1]), num_seqs=len(requests), num_heads=heads * group,
         max_query_len=int(counts.max()), window=window, causal=causal,
         seq_lens=lengths.ctypes.data, query_start=starts.ctypes.data,
@@ -131,9 +132,11 @@ def test_speculative_decodes_read_the_cache_once(tokens):
         assert np.abs(np.array(rest) - beside).max() <= 1
 
 
-def test_every_tile_once():
-    """Random batches: each tile of tokens that a tile of rows sees is in one piece."""
-    for seed in range(300):
+@pytest.mark.parametrize("name", ("int8", "int4_per_token_head", "k3v2"))
+def test_every_tile_once(name):
+    """Random batches: each tile of tokens that a tile of rows sees is in one piece; of formats with
+    recent rows the first row's too, and both of what is sealed to some of the rows."""
+    for seed in range(150):
         rng = random.Random(seed)
         requests = []
         for _ in range(rng.choice((1, 2, 5, 40, 200))):
@@ -144,7 +147,7 @@ def test_every_tile_once():
         heads, group = rng.choice((1, 2, 8)), rng.choice((1, 3, 8, 20))
         params, pieces = schedule(
             requests, heads=heads, group=group, head_size=rng.choice((64, 128, 256)),
-            name=rng.choice(("int8", "int4_per_token_head")), causal=rng.random() < 0.8,
+            name=name, causal=rng.random() < 0.8 or get_format(name).recent is not None,
             window=rng.choice((0, 0, 1, 16, 100, 4000)), multiprocessors=rng.choice((1, 3, 132)),
         )  # fmt: skip
         expected = sum(-(-count * group // params.tile_rows) for _, count in requests) * heads

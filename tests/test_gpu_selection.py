@@ -12,14 +12,14 @@ import sys
 import pytest
 from gpu_platform import FLASH, run
 
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED as NAMES
 
 pytest.importorskip("vllm")
 
-OURS = {name: f"kvq_plugin.serving.gpu.KVQ_{format.name}" for name, format in FORMATS.items()}
+OURS = {name: f"kvq_plugin.serving.gpu.KVQ_{format.name}" for name, format in NAMES.items()}
 STOCK = "kvq_plugin.serving.stock_triton.StockTritonBackend"
-#: What vLLM 0.32 does not know; all else in FORMATS stays its own unless KVQ is named.
-OWN = ["int8"]
+#: What vLLM 0.32 does not know; all else stays its own unless KVQ is named.
+OWN = ["int8", "k8v4", "int4", "k3v2"]
 TRITON = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 
 #: Layers that cannot be served, by what the message must say.
@@ -56,11 +56,11 @@ SELECT = f"""
 import json
 from kvq_plugin.serving.compat.patches import added_backend
 own = added_backend("KVQ").name
-names, refused, served = {list(FORMATS)!r}, {list(REFUSED.values())!r}, {SERVED!r}
+names, refused, served = {list(NAMES)!r}, {list(REFUSED.values())!r}, {SERVED!r}
 found = {{
     "own": own,
     "auto": {{n: select(n) for n in names}},
-    "stock": {{n: stock(n) for n in names if n != "int8"}},
+    "stock": {{n: stock(n) for n in names if n not in {OWN!r}}},
     "named": [select(n, own) for n in names],
     "triton": [select("auto", "TRITON_ATTN"), select("fp8", "TRITON_ATTN")],
     "unquantized": [select("auto", b) for b in (None, own, "FLASH_ATTN")],

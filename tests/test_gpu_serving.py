@@ -144,12 +144,12 @@ def _batch(query_lens=QUERY_LENS, seq_lens=SEQ_LENS, device="meta", blocks=None,
 class Layer(torch.nn.Module):
     """Of vLLM's attention: what the builder needs of it."""
 
-    def __init__(self, device="meta"):
+    def __init__(self, device="meta", format=FORMATS["fp8"]):
         super().__init__()
         self.kv_cache, self.forwards = torch.empty(0, device=device), []
         self.impl = SimpleNamespace(
             num_heads=QUERY_HEADS, head_size=HEAD_SIZE, forward=self._note,
-            kernel_format=FORMATS["fp8"],
+            kernel_format=format,
             workspace=gpu_kernels.new_workspace(HEAD_SIZE, torch.device(device)),
         )  # fmt: skip
 
@@ -159,7 +159,7 @@ class Layer(torch.nn.Module):
 
 
 def _builder(speculated=None, device="meta", format=FORMATS["fp8"], layers=(), **changes):
-    speculative = None
+    speculative, suffix = None, changes.get("suffix", "")
     if speculated:
         speculative = SimpleNamespace(num_speculative_tokens=speculated, parallel_drafting=False)
     config = SimpleNamespace(
@@ -171,16 +171,64 @@ def _builder(speculated=None, device="meta", format=FORMATS["fp8"], layers=(), *
             dtype=torch.bfloat16, enable_sleep_mode=changes.get("enable_sleep_mode", False)
         ),
         compilation_config=SimpleNamespace(
-            static_forward_context={f"layers.{i}.attn": layer for i, layer in enumerate(layers)}
+            static_forward_context={f"layers.{i}.attn{suffix}": x for i, x in enumerate(layers)}
         ),
         use_v2_model_runner=True,
     )
-    names = [f"layers.{i}.attn" for i in range(max(1, len(layers)))]
+    names = [f"layers.{i}.attn{suffix}" for i in range(max(1, len(layers)))]
     return gpu.GPUBuilder(_spec(format), names, config, torch.device(device))
 
 
 def _ranges(metadata):
     return [(p.begin, p.end, p.max_query_len) for p in metadata.parts]
+
+
+def test_recent_rows_have_no_workspace_of_their_own():
+    """Nor are they captured for: vLLM's builder of their group knows none of our layers."""
+    recent = SimpleNamespace(kv_cache=None)
+    builder = _builder(format=SERVED["int4"], layers=[recent], suffix=".recent")
+    assert builder.build(0, _batch()).workspace is None
+    builder.build_for_cudagraph_capture(_batch())
+
+
+def test_what_is_captured_with_recent_rows_is_launched_without_their_block_table():
+    """vLLM has set no forward context yet: whatever table, as long as it is one of that shape."""
+    format, seen = SERVED["int4"], []
+    layer = Layer(format=format)
+    layer.kvq_recent = SimpleNamespace(kv_cache=torch.empty(4, HEADS, 64, 136, device="meta"))
+    layer.impl._statics = lambda layer: (None, None)
+    layer.impl._attend = lambda *args: seen.append(args)
+    builder = _builder(format=format, layers=[layer])
+    builder.build_for_cudagraph_capture(_batch(max_query_len=TOKENS, max_seq_len=4096))
+    [(out, query, cache, metadata, statics, recent)] = seen
+    assert query.shape == (TOKENS, QUERY_HEADS, HEAD_SIZE) and metadata.max_seq_len == 4096
+    assert recent["recent_cache"] is layer.kvq_recent.kv_cache and layer.forwards == []
+    assert recent["recent_block_table"].shape == (5, 4096 // 64)
+
+
+def test_calls_with_recent_rows_reach_the_kernels_without_a_look_at_the_device(monkeypatch):
+    """On tensors whose data nobody can look at, as while a graph is captured."""
+    format, calls = SERVED["int4"], []
+    for name in ("store", "attend"):
+        monkeypatch.setattr(gpu_kernels, name, lambda *args, **options: calls.append(options))
+    like = {"device": "meta", "dtype": torch.uint8}
+    caches = [
+        torch.empty(4, HEADS, 128, f.bytes_per_token(HEAD_SIZE, 128), **like)
+        for f in (format, format.recent)
+    ]
+    rows = torch.empty(3, HEADS, HEAD_SIZE, device="meta")
+    slots, table = (torch.empty(3, 2, device="meta", dtype=t) for t in (torch.int64, torch.int32))
+    slots, lengths = slots[:, 0].contiguous(), table[:, 0].contiguous()
+    query, starts = rows.repeat(1, 4, 1), torch.empty(4, device="meta", dtype=torch.int32)
+    recent = {"recent_cache": caches[1], "recent_slot_mapping": slots}
+    ops.store(rows, rows, caches[0], slots, format, **recent)
+    recent = {"recent_cache": caches[1], "recent_block_table": table}
+    ops.attend(
+        torch.empty_like(query), query, caches[0], table, lengths, starts, format, 1.0, **recent
+    )
+    assert calls[0]["recent_slot_mapping"] is slots and calls[1]["recent_block_table"] is table
+    with pytest.raises(ValueError, match="it needs recent_cache and recent_slot_mapping"):
+        ops.store(rows, rows, caches[0], slots, format)
 
 
 def test_looking_at_a_device_tensor_raises_here():

@@ -103,10 +103,11 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         context = vllm_config.compilation_config.static_forward_context
-        # Recent rows are attended to with the sealed ones, whose workspace it is.
-        names = [name for name in layer_names if not name.endswith(SUFFIX)]
+        # Recent rows are attended to with the sealed ones, in whose workspace that is.
+        recent = bool(layer_names) and all(name.endswith(SUFFIX) for name in layer_names)
+        names = () if recent else layer_names
         self._layers = [context[name] for name in names if name in context]
-        self._workspace = self._reserved() if names else None
+        self._workspace = None if recent else self._reserved()
         self._captured: set[tuple[int, ...]] = set()
 
     def _reserved(self) -> Workspace:
@@ -144,18 +145,23 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
     def _launch(self, m: GPUMetadata) -> None:
         """Attention of every layer once, the output thrown away: a kernel is compiled or loaded at
         its first launch, which must not be in a capture. The batches that vLLM warms up with are
-        no longer than their queries, and may have decodes apart: other kernels serve them. Formats
-        with recent rows have CUDA C++ kernels alone, which are loaded all at once."""
+        no longer than their queries, and may have decodes apart: other kernels serve them."""
         for layer in self._layers:
             impl = layer.impl
-            if impl.kernel_format.recent is not None:
-                continue
             like = {"dtype": self.vllm_config.model_config.dtype, "device": self.device}
             query, out = (
                 torch.zeros(m.num_actual_tokens, impl.num_heads, impl.head_size, **like)
                 for _ in "qo"
             )
-            impl.forward(layer, query, None, None, layer.kv_cache, m, out)
+            if impl.kernel_format.recent is None:
+                impl.forward(layer, query, None, None, layer.kv_cache, m, out)
+                continue
+            # Their block table is in the forward context, and there is none yet.
+            cache = layer.kvq_recent.kv_cache
+            blocks = -(-m.max_seq_len // cache.shape[2])
+            table = m.block_table.new_zeros(m.block_table.shape[0], blocks)
+            recent = {"recent_cache": cache, "recent_block_table": table}
+            impl._attend(out, query, layer.kv_cache, m, impl._statics(layer), recent)
 
     def build(
         self,
@@ -251,7 +257,7 @@ class GPUBackend(KVQBackend):
         if format.recent is None:
             return None
         if not current_platform.is_cuda():
-            return "on ROCm, for which it has no kernels"
+            return "they are for NVIDIA's GPUs"
         from kvq_plugin.kernels import cuda
 
         return cuda.library_refusal() or cuda.shape_refusal(format, head_size, BLOCK_SIZE)

@@ -27,6 +27,7 @@ def engines() -> list[dict]:
     graphs = {"graphs": "FULL_DECODE_ONLY"}
     int8, fp8 = {**ours, "dtype": "int8_per_token_head"}, {**ours, "dtype": "fp8"}
     int4 = {**ours, "dtype": "int4_per_token_head"}
+    sealed = {**ours, "dtype": "int4"}
     breakable = {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}  # pieces without torch.compile
     auto = {"dtype": "auto", "backend": "TRITON_ATTN", "like": "transformers"}
     plan = {
@@ -39,6 +40,8 @@ def engines() -> list[dict]:
         "fp8-graphs": {**fp8, **graphs, "like": "fp8"},
         "int4": int4,
         "int4-graphs": {**int4, **graphs, "like": "int4"},
+        "sealed": sealed,
+        "sealed-graphs": {**sealed, **graphs, "like": "sealed"},
         "static": {**ours, "dtype": "int8", "model": "scaled"},
         "static-graphs": {**ours, **graphs, "dtype": "int8", "model": "scaled", "like": "static"},
         "int8-full": {**int8, "graphs": "FULL", "like": "int8"},
@@ -51,7 +54,7 @@ def engines() -> list[dict]:
 
 
 #: What a run does unless told otherwise.
-DEFAULT = 12
+DEFAULT = 14
 
 
 def main(a) -> int:
