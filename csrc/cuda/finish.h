@@ -54,31 +54,26 @@ KVQ_HD void put_rotated(const AttendParams& p, const RowTile& r, int row, const 
 }
 
 // kVector elements of a row over all pieces of an item, which `piece` finds: element(i, x) for
-// each. Several pieces are loaded at a time, the last one again where there are fewer: of one long
-// sequence there are 50, and all other work has ended.
-constexpr int kVector = 4, kExponents = 16, kPieces = 8;
+// each.
+constexpr int kVector = 4;
 
 template <class L, class Find, class Element>
 KVQ_HD void merged(const AttendParams& p, const RowTile& r, int row, int dim, int pieces,
                    const Find& piece, const Element& element) {
   const int d = p.cache.head_size;
-  const int statistics = p.tile_rows * d + 2 * row, elements = row * d + dim;
+  const int64_t statistics = static_cast<int64_t>(p.tile_rows) * d + 2 * row;
+  const int64_t elements = static_cast<int64_t>(row) * d + dim;
   float exponent = -__builtin_inff(), sum = 0.0f, out[kVector] = {};
-  for (int first = 0; first < pieces; first += kExponents) {
-    KVQ_UNROLL for (int i = 0; i < kExponents; ++i) {
-      const float* from = piece(min_of(first + i, pieces - 1));
-      exponent = L::max(exponent, L::load_new(from + statistics));
-    }
-  }
-  for (int first = 0; first < pieces; first += kPieces) {
-    KVQ_UNROLL for (int i = 0; i < kPieces; ++i) {
-      const float* from = piece(min_of(first + i, pieces - 1));
-      float share = share_of<L>(L::load_new(from + statistics), exponent), x[kVector];
-      L::load_new(from + elements, x);
-      if (first + i >= pieces) share = 0.0f;
-      sum += L::load_new(from + statistics + 1) * share;
-      KVQ_UNROLL for (int j = 0; j < kVector; ++j) out[j] += x[j] * share;
-    }
+  // Unrolled, so that the loads of several pieces are under way at once.
+  KVQ_UNROLL_BY(8)
+  for (int i = 0; i < pieces; ++i) exponent = L::max(exponent, L::load_new(piece(i) + statistics));
+  KVQ_UNROLL_BY(8) for (int i = 0; i < pieces; ++i) {
+    const float* from = piece(i);
+    const float share = share_of<L>(L::load_new(from + statistics), exponent);
+    float x[kVector];
+    L::load_new(from + elements, x);
+    sum += L::load_new(from + statistics + 1) * share;
+    KVQ_UNROLL for (int j = 0; j < kVector; ++j) out[j] += x[j] * share;
   }
   KVQ_UNROLL for (int j = 0; j < kVector; ++j) {
     element(j, result<L>(p, r, row, dim + j, exponent, sum, out[j]));

@@ -8,8 +8,11 @@
 
 #if defined(__CUDACC__)
 #define KVQ_UNROLL _Pragma("unroll")
+#define KVQ_UNROLL_BY(n) _Pragma(KVQ_STRING(unroll n))
+#define KVQ_STRING(x) #x
 #else
 #define KVQ_UNROLL
+#define KVQ_UNROLL_BY(n)
 #endif
 
 namespace kvq {
