@@ -42,6 +42,40 @@ def reference_kernels() -> SimpleNamespace:
     return SimpleNamespace(store=store, attend=attend, launches=launches)
 
 
+class NotedKernel:
+    """A Triton kernel that only notes what it is launched with: (name, grid, keywords)."""
+
+    def __init__(self, name: str, launches: list):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.name, grid, kwargs))
+
+
+def noted_kernels(monkeypatch, family: str) -> list:
+    """What the kernels of *family* ("cuda" or "triton") are launched with from now on, on CPU
+    tensors and as on an H100, instead of being launched."""
+    import emulator
+
+    from kvq_plugin import kernels
+    from kvq_plugin.kernels import cuda, launch, triton_store
+
+    made = []
+    monkeypatch.setenv("KVQ_GPU_KERNELS", family)
+    monkeypatch.setattr(kernels, "_choice", lambda: family)
+    monkeypatch.setattr(cuda, "_load", emulator.host_library)
+    monkeypatch.setattr(cuda, "_device_refusal", lambda device: None)
+    for module, name in ((cuda, "_multiprocessors"), (launch, "multiprocessors")):
+        monkeypatch.setattr(module, name, lambda device: 132)
+    monkeypatch.setattr(cuda, "_launch", lambda name, *rest: made.append((name, None, {})))
+    monkeypatch.setattr(launch, "interpreted", lambda: True)
+    paged = kernels._triton("triton_paged")
+    for module, name in ((paged, "attend_kernel"), (paged, "merge_kernel"),
+                         (triton_store, "store_kernel")):  # fmt: skip
+        monkeypatch.setattr(module, name, NotedKernel(name, made))
+    return made
+
+
 def exchange_backends() -> SimpleNamespace:
     """Make the CPU platform select the GPU's classes; the stand-in for their kernels."""
     from vllm.platforms import current_platform

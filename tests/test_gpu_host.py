@@ -3,17 +3,17 @@
 The kernels are stood in for; everything up to the launch is the package's own.
 """
 
-import emulator
 import oracle
 import pytest
 import torch
 from cases import ROWS, name_of
+from gpu_engine import noted_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kvq_plugin import kernels
-from kvq_plugin.kernels import cuda, launch, triton_attend, triton_store
+from kvq_plugin.kernels import triton_attend, triton_store
 from kvq_plugin.layout import GPU_V1
 
 
@@ -30,33 +30,10 @@ class Constructions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Kernel:
-    """A Triton kernel that only notes what it is launched with."""
-
-    def __init__(self, launches: list):
-        self.launches = launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((grid, kwargs))
-
-
 @pytest.fixture(params=("cuda", "triton"))
 def launches(request, monkeypatch):
-    """Kernels of one family, on CPU tensors; the launches they were asked for."""
-    made = []
-    monkeypatch.setenv("KVQ_GPU_KERNELS", request.param)
-    kernels._choice.cache_clear()
-    monkeypatch.setattr(cuda, "_load", emulator.host_library)
-    monkeypatch.setattr(cuda, "_device_refusal", lambda device: None)
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(cuda, "_launch", lambda name, *rest: made.append((name, {})))
-    monkeypatch.setattr(launch, "interpreted", lambda: True)
-    paged = kernels._triton("triton_paged")
-    for module, name in ((paged, "attend_kernel"), (paged, "merge_kernel"),
-                         (triton_store, "store_kernel")):  # fmt: skip
-        monkeypatch.setattr(module, name, Kernel(made))
-    yield made
-    kernels._choice.cache_clear()
+    """Kernels of one family; the launches they were asked for."""
+    return noted_kernels(monkeypatch, request.param)
 
 
 def step(problem, workspace, out) -> None:

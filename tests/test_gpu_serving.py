@@ -17,7 +17,7 @@ import oracle
 import pytest
 import torch
 from cases import ROWS, name_of
-from gpu_engine import reference_kernels
+from gpu_engine import noted_kernels, reference_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("vllm")
@@ -148,7 +148,8 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.kv_cache, self.forwards = torch.empty(0, device=device), []
         self.impl = SimpleNamespace(
-            num_heads=QUERY_HEADS, head_size=HEAD_SIZE, forward=self._note, kernel_format=format,
+            num_heads=QUERY_HEADS, head_size=HEAD_SIZE, forward=self._note,
+            kernel_format=format,
             workspace=gpu_kernels.new_workspace(HEAD_SIZE, torch.device(device)),
         )  # fmt: skip
 
@@ -283,6 +284,41 @@ def test_what_is_captured_is_launched_once_before():
         assert metadata.max_seq_len == 4096
     builder.build_for_cudagraph_capture(_batch(max_query_len=TOKENS, max_seq_len=8192))
     assert len(layers[0].forwards) == 2
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "most"), [((1, 1, 1, 1), 1), ((1, 1, 1, 61), 64)], ids=["decode", "mixed"]
+)
+def test_no_kernel_is_new_to_a_capture(monkeypatch, query_lens, most):
+    """Of graphs of decodes (FULL_AND_PIECEWISE) and of whole steps (FULL). In PIECEWISE, attention
+    is not captured. vLLM's own warm-up has other launches: short contexts, decodes apart."""
+    launches = noted_kernels(monkeypatch, "triton")
+    monkeypatch.setattr(gpu, "ops", gpu_kernels)
+    monkeypatch.setattr(gpu, "_WORKSPACES", gpu.WeakValueDictionary())
+    monkeypatch.setattr(gpu_kernels, "workspace_size", lambda head_size, device: 1 << 24)
+    impl = _impl(gpu, FORMATS["int8_per_token_head"])
+    layer = torch.nn.Module()
+    content = impl.format.bytes_per_token(HEAD_SIZE)
+    layer.impl, layer.kv_cache = impl, torch.zeros(8, HEADS, BLOCK, content, dtype=torch.uint8)
+    builder = _builder(device="cpu", format=impl.format, layers=[layer])
+    batch = _batch(query_lens, query_lens, device="cpu", max_query_len=most)
+
+    def noted() -> set:
+        kernels = {(name, *sorted(kwargs.items())) for name, _, kwargs in launches}
+        launches.clear()
+        return kernels
+
+    def forward(metadata) -> set:
+        rows = torch.zeros(sum(query_lens), QUERY_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
+        impl.forward(layer, rows, None, None, layer.kv_cache, metadata, rows.clone())
+        return noted()
+
+    warm = forward(builder.build(0, batch))
+    batch.max_seq_len = 131072
+    metadata = builder.build_for_cudagraph_capture(batch)
+    before = noted()
+    captured = forward(metadata)
+    assert captured <= before and captured - warm
 
 
 class _Allocations(TorchDispatchMode):

@@ -127,9 +127,9 @@ def reference_kernels() -> None:
     from kvq_plugin.layout import GPU_V1
     from kvq_plugin.serving import base, gpu
 
-    def store(key, value, cache, slot_mapping, *rest):
+    def store(key, value, cache, slot_mapping, *rest, **recent):
         n = slot_mapping.shape[0]
-        reference.store(key[:n], value[:n], cache, slot_mapping, *rest, layout=GPU_V1)
+        reference.store(key[:n], value[:n], cache, slot_mapping, *rest, **recent, layout=GPU_V1)
 
     def attend(out, query, *where, max_query_len, max_seq_len, workspace, **options):
         starts = where[3]
