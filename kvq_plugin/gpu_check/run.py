@@ -19,7 +19,7 @@ from kvq_plugin.gpu_check.evidence import LOST, Lines, read
 #: Steps that are done once per format, most telling first.
 STEPS = ("bytes", "batches", "graphs", "grid")
 #: GPU memory that one process may need: all pools of one format, decoded, and one sequence of it.
-MEMORY = 5 << 30
+MEMORY = 6 << 30
 #: Seconds between asking a process to end, by its --seconds, and killing its group.
 GRACE = 15
 #: How often a step goes on behind a case that took its process with it.
