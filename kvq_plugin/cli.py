@@ -95,7 +95,7 @@ def _add_demo(commands) -> None:
 def _add_eval(commands) -> None:
     evaluation = commands.add_parser(
         "eval",
-        help="perplexity through the engine, and its change against the unquantized cache",
+        help="perplexity and KL divergence through the engine, against the unquantized cache",
     )
     evaluation.add_argument(
         "model", nargs="?", help="directory or hub name; without it, the built-in SmolLM2"
@@ -110,6 +110,18 @@ def _add_eval(commands) -> None:
     )
     evaluation.add_argument(
         "--windows", type=_positive, default=8, help="2048-token windows (%(default)s)"
+    )
+    evaluation.add_argument(
+        "--no-divergence",
+        dest="divergence",
+        action="store_false",
+        help="perplexity alone, without KL divergence and the noise floor",
+    )
+    evaluation.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="a folder to make: the report as one HTML page, its plots and figures",
     )
     _add_kv_memory(evaluation)
     evaluation.set_defaults(run=_run_eval)
@@ -257,6 +269,8 @@ def _run_eval(options: argparse.Namespace) -> None:
         options.text,
         windows=options.windows,
         kv_memory_bytes=int(options.kv_memory_gib * 2**30),
+        divergence=options.divergence,
+        page=options.report,
     )
 
 

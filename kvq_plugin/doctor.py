@@ -197,7 +197,7 @@ def cpu(machine: Machine) -> Iterator[Finding]:
     """Threads, preloaded libraries and shared memory."""
     cores = len(machine.cpus)
     yield Finding(
-        GOOD, f"{_model_name()}: {cores} cores for this process, {machine.nodes} NUMA node(s)"
+        GOOD, f"{processor()}: {cores} cores for this process, {machine.nodes} NUMA node(s)"
     )
     yield _binding(machine)
     threads = machine.env.get("OMP_NUM_THREADS")
@@ -214,7 +214,8 @@ def cpu(machine: Machine) -> Iterator[Finding]:
         )
 
 
-def _model_name() -> str:
+def processor() -> str:
+    """The processor's name, as Linux tells it."""
     match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return match[1] if match else platform.machine()
 

@@ -4,6 +4,9 @@ The engine prefills windows of 2,048 tokens with ``prompt_logprobs``. Attention 
 back from the cache while prefilling, so the figure includes what quantizing them costs. vLLM
 never serves such a request from its prefix cache (some positions would lack a logprob), so
 windows may be repeated and shared between servers.
+
+Beside it, how far the next-token distributions are from the unquantized cache's: computed from all
+logits in the engine's own process (:mod:`kvq_plugin.logits`).
 """
 
 from __future__ import annotations
@@ -11,17 +14,23 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from kvq_plugin.divergence import Divergence
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.servers import engine_process, run_engine
+from kvq_plugin.serving import compat
 from kvq_plugin.serving.scales.declared import read_json, unquantized_dtype
 
 WINDOW = 2048
 BUILTIN_TEXT = "builtin"
 BASELINE = "auto"
+#: Windows of each text that the unquantized engine runs again in other chunks: the noise floor.
+FLOOR_WINDOWS = 2
+#: Nats between vLLM's log-probability of a token and that of the logits we were shown.
+LOGITS_TOLERANCE = 1e-3
 
 Window = list[int]
 Tick = Callable[[], None]
@@ -101,13 +110,21 @@ def http_logprobs(client, model: str, window: Window) -> list[float]:
 
 @dataclass(frozen=True)
 class Score:
-    """Log-probabilities of every scored token of a text, in order."""
+    """Log-probabilities of every scored token of a text, in order.
+
+    *divergence*, where it was measured, has as many entries, and is against the unquantized cache.
+    """
 
     logprobs: tuple[float, ...]
+    divergence: Divergence | None = field(default=None, kw_only=True)
 
     @property
     def perplexity(self) -> float:
         return math.exp(-statistics.fmean(self.logprobs))
+
+    def head(self, tokens: int) -> Score:
+        """The score of the first *tokens* alone, without divergence."""
+        return Score(self.logprobs[:tokens])
 
     def change(self, baseline: Score) -> tuple[float, float]:
         """Perplexity against *baseline* as (change, standard error), both in percent.
@@ -142,39 +159,116 @@ def _score(logprobs: Callable[[Window], list[float]], windows, tick: Tick) -> Sc
     return Score(tuple(scored))
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What one engine showed: the score of every text, and how many tokens its KV cache holds
+    (None where vLLM does not say)."""
+
+    scores: dict[str, Score]
+    kv_tokens: int | None
+
+
 def evaluate(
     model: str,
     kv_cache_dtype: str,
     texts: Mapping[str, Sequence[Window]],
     *,
     kv_memory_bytes: int = 1 << 30,
+    keep: Path | None = None,
+    reference: Path | None = None,
+    chunk: int | None = None,
     tick: Tick = lambda: None,
-) -> dict[str, Score]:
+) -> Evaluation:
     """Score every text's windows with an engine of its own process, which is gone afterwards.
 
-    *texts* maps a name to windows; *tick* is called after each window. Raises ServerError with
-    the end of the engine's log, which is then kept, when it does not start or fails.
+    *texts* maps a name to windows; *tick* is called after each window. Scores have a divergence
+    with *reference*, a folder that an earlier call was given as *keep* (a file per window), for
+    the same texts or the first windows of each. *chunk*: prefill at most so many tokens at once.
+
+    Raises ServerError with the end of the engine's log, which is then kept, when it does not
+    start or fails, and ValueError when the engine does not show its logits.
     """
     options = {
         "model": model,
         "kv_cache_dtype": cache_dtype(model, kv_cache_dtype),
         "kv_cache_memory_bytes": kv_memory_bytes,
         "max_model_len": max(len(w) for windows in texts.values() for w in windows) + 1,
+        "skip_tokenizer_init": True,  # windows are tokens
         "enforce_eager": True,  # compiling takes longer than the run
     }
+    if chunk is not None:
+        options |= {"max_num_batched_tokens": chunk, "max_num_seqs": 1}
+    watched = keep is not None or reference is not None
+    if watched:
+        options["worker_extension_cls"] = "kvq_plugin.logits.LogitsWorker"
+    jobs = [
+        (window, *(str(at / f"{t}-{i}.safetensors") if at else None for at in (reference, keep)))
+        for t, windows in enumerate(texts.values())
+        for i, window in enumerate(windows)
+    ]
     with engine_process(__name__, f"with {kv_cache_dtype}") as engine:
-        engine.send((options, [window for windows in texts.values() for window in windows]))
-        return {t: _score(lambda _: engine.receive(), w, tick) for t, w in texts.items()}
+        engine.send((options, watched, jobs))
+        kv_tokens = engine.receive()
+        scores = {}
+        for text, windows in texts.items():
+            seen = []
+            for window in windows:
+                seen.append(engine.receive())
+                if watched:
+                    check_seen(window, *seen[-1], reference is not None)
+                tick()
+            scores[text] = _joined(seen, reference is not None)
+    return Evaluation(scores, kv_tokens)
+
+
+def check_seen(window: Window, logprobs: list[float], columns: dict, compared: bool) -> None:
+    """ValueError unless the logits in *columns* are those that vLLM's *logprobs* came from."""
+    names = ("logprobs", *(("kl", "tv", "same") if compared else ()))
+    counts = {len(columns.get(name, ())) for name in names}
+    if counts != {len(window) - 1}:
+        got = f"{sorted(counts)} rows"
+    else:
+        pairs = zip(columns["logprobs"], logprobs, strict=True)
+        worst = max(abs(ours - theirs) for ours, theirs in pairs)
+        if worst <= LOGITS_TOLERANCE:
+            return
+        got = f"log-probabilities that are up to {worst:.3g} nats from vLLM's"
+    raise ValueError(
+        f"divergences need the engine's logits: expected {len(window) - 1} rows that agree with "
+        f"vLLM's log-probabilities, got {got}. This vLLM calls compute_logits in another way than "
+        f"vLLM {compat.SUPPORTED}: use --no-divergence, or one of these"
+    )
+
+
+def _joined(seen: Sequence[tuple[list[float], dict]], compared: bool) -> Score:
+    logprobs = tuple(value for window, _ in seen for value in window)
+    if not compared:
+        return Score(logprobs)
+    columns = {n: tuple(v for _, c in seen for v in c[n]) for n in ("kl", "tv", "same")}
+    return Score(logprobs, divergence=Divergence(**columns))
+
+
+def floor_chunk(windows: Sequence[Window]) -> int:
+    """Tokens to prefill at once for the noise floor: a quarter of a window and a little."""
+    return max(map(len, windows)) // 4 + 1
 
 
 def _work(pipe: Connection) -> None:
-    """The engine's process: receives its options and the windows, sends each one's logprobs."""
-    options, windows = pipe.recv()
+    """The engine's process: receives its options and the windows; sends the tokens that its KV
+    cache holds, then each window's logprobs and what the worker saw of its logits."""
+    options, watched, jobs = pipe.recv()
     from vllm import LLM
 
     llm = LLM(**options)
-    for window in windows:
-        pipe.send(offline_logprobs(llm, window))
+    pipe.send(compat.kv_cache_tokens(llm))
+    if watched:
+        llm.collective_rpc("kvq_watch")
+    for window, *files in jobs:
+        if watched:
+            llm.collective_rpc("kvq_begin", args=(window, *files))
+        logprobs = offline_logprobs(llm, window)
+        seen = llm.collective_rpc("kvq_end") if watched else []
+        pipe.send((logprobs, next(filter(None, seen), {})))
 
 
 if __name__ == "__main__":

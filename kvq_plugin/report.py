@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvq_plugin import evaluation_page
 from kvq_plugin.evaluate import (
     BASELINE,
+    FLOOR_WINDOWS,
     WINDOW,
+    Evaluation,
     Score,
+    Window,
     evaluate,
+    floor_chunk,
     load_tokenizer,
     make_windows,
     read_text,
 )
 from kvq_plugin.tables import print_table
+
+#: The row of the unquantized engine against itself.
+FLOOR = f"{BASELINE}, noise floor"
 
 
 def progress(console: Console) -> Progress:
@@ -41,6 +53,27 @@ def change_text(score: Score, baseline: Score) -> str:
     return f"{change:+.2f} ± {error:.2f}"
 
 
+@dataclass(frozen=True)
+class Results:
+    """Every engine of one ``kvq eval``.
+
+    Attributes:
+        evaluations: by dtype, in the order of the command line.
+        floor: the unquantized engine against itself, or None without divergences: the first
+            windows of each text, prefilled in other chunks.
+    """
+
+    evaluations: dict[str, Evaluation]
+    floor: Evaluation | None
+
+    def is_at_floor(self, dtype: str, text: str) -> bool:
+        """Whether *dtype* diverges no more from the unquantized engine than that from itself."""
+        if self.floor is None:
+            return False
+        own = self.evaluations[dtype].scores[text].divergence
+        return own is not None and own.mean <= self.floor.scores[text].divergence.mean
+
+
 def run_evaluation(
     model: str,
     dtypes: Sequence[str],
@@ -48,24 +81,66 @@ def run_evaluation(
     *,
     windows: int,
     kv_memory_bytes: int,
-) -> dict[str, dict[str, Score]]:
-    """Score every text with every dtype, print the table, return ``scores[dtype][text]``."""
+    divergence: bool = True,
+    page: Path | None = None,
+) -> Results:
+    """Score every text with every dtype, ``auto`` first, and print the tables.
+
+    *page* is a folder to make, with the report as HTML. Raises ValueError before anything is run
+    when it cannot be made.
+    """
     console = Console()
+    if page is not None:
+        evaluation_page.check_folder(page)
+    started = datetime.now(UTC)
     tokenizer = load_tokenizer(model)
     texts = {name: make_windows(tokenizer, read_text(name), windows) for name in text_names}
-    scores = {}
-    with progress(console) as bars:
-        for dtype in dtypes:
-            bar = bars.add_task(dtype, total=windows * len(texts), stage="")
-            scores[dtype] = evaluate(
-                model,
-                dtype,
-                texts,
-                kv_memory_bytes=kv_memory_bytes,
-                tick=partial(bars.advance, bar),
-            )
+    with tempfile.TemporaryDirectory(prefix="kvq-eval-") as folder, progress(console) as bars:
+        results = _evaluate_all(
+            model, dtypes, texts, kv_memory_bytes, Path(folder) if divergence else None, bars
+        )
+    scores = {dtype: e.scores for dtype, e in results.evaluations.items()}
     print_table(console, evaluation_table(model, scores, windows))
-    return scores
+    if results.floor is not None and len(dtypes) > 1:
+        print_table(console, divergence_table(results))
+    if page is not None:
+        about = evaluation_page.about_run(
+            model,
+            windows=f"{windows} of {WINDOW:,} tokens of each text",
+            texts=[Path(name).name for name in text_names],
+            KV_memory=f"{kv_memory_bytes / 2**30:g} GiB",
+            started=f"{started:%Y-%m-%d %H:%M} UTC",
+            took=f"{(datetime.now(UTC) - started).total_seconds():.0f} s",
+        )
+        evaluation_page.write(page, results.evaluations, results.floor, WINDOW, about)
+        console.print(f"written: {page / evaluation_page.PAGE}", soft_wrap=True)
+    return results
+
+
+def _evaluate_all(
+    model: str,
+    dtypes: Sequence[str],
+    texts: Mapping[str, Sequence[Window]],
+    kv_memory_bytes: int,
+    folder: Path | None,
+    bars: Progress,
+) -> Results:
+    """*folder* is for what the unquantized engine is compared by; None: no divergences."""
+
+    def run(name: str, dtype: str, texts: Mapping[str, Sequence[Window]], **options) -> Evaluation:
+        bar = bars.add_task(name, total=sum(map(len, texts.values())), stage="")
+        tick = partial(bars.advance, bar)
+        return evaluate(model, dtype, texts, kv_memory_bytes=kv_memory_bytes, tick=tick, **options)
+
+    evaluations, floor = {BASELINE: run(BASELINE, BASELINE, texts, keep=folder)}, None
+    if folder is not None:
+        heads = {text: windows[:FLOOR_WINDOWS] for text, windows in texts.items()}
+        chunk = floor_chunk(next(iter(heads.values())))
+        floor = run(FLOOR, BASELINE, heads, reference=folder, chunk=chunk)
+    for dtype in dtypes:
+        if dtype != BASELINE:
+            evaluations[dtype] = run(dtype, dtype, texts, reference=folder)
+    return Results(evaluations, floor)
 
 
 def evaluation_table(model: str, scores: dict[str, dict[str, Score]], windows: int) -> Table:
@@ -89,3 +164,38 @@ def evaluation_table(model: str, scores: dict[str, dict[str, Score]], windows: i
             cells += [f"{score.perplexity:.3f}", change]
         table.add_row(dtype, *cells)
     return table
+
+
+def divergence_table(results: Results) -> Table:
+    """A section per text, a row per dtype; the noise floor first."""
+    table = Table(
+        title=f"Next-token distributions against {BASELINE}'s",
+        caption="KL divergence in nats per token; TV: total variation; top-1: the same token is "
+        f"the most likely. Noise floor: {BASELINE} against itself, its first {FLOOR_WINDOWS} "
+        "windows prefilled in chunks of another size. What is not above it is not told from "
+        f"{BASELINE} (marked ≤)",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
+    table.add_column("KV cache", no_wrap=True)
+    for name in ("KL", "p50", "p99", "p99.9", "TV", "top-1"):
+        table.add_column(name, justify="right", no_wrap=True)
+    texts = list(results.floor.scores)
+    for text in texts:
+        table.add_section()
+        if len(texts) > 1:
+            table.add_row(f"[bold]{escape(Path(text).name)}[/bold]")
+        table.add_row(FLOOR, *_divergence_cells(results.floor.scores[text]))
+        for dtype, evaluation in results.evaluations.items():
+            if evaluation.scores[text].divergence is not None:
+                mark = "≤ " if results.is_at_floor(dtype, text) else ""
+                table.add_row(mark + dtype, *_divergence_cells(evaluation.scores[text]))
+    return table
+
+
+def _divergence_cells(score: Score) -> list[str]:
+    figures = score.divergence.summary()
+    names = ("kl", "kl_p50", "kl_p99", "kl_p99.9", "tv")
+    return [*(f"{figures[name]:.5f}" for name in names), f"{figures['top1']:.2%}"]

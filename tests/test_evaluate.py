@@ -98,7 +98,7 @@ def reference(smollm2):
 
 @pytest.fixture(scope="module")
 def unquantized(smollm2, reference) -> Score:
-    return evaluate.evaluate(str(smollm2), evaluate.BASELINE, reference)["builtin"]
+    return evaluate.evaluate(str(smollm2), evaluate.BASELINE, reference).scores["builtin"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "kvq_plugin"
 #: Modules of the package from the bottom up; one may import only what stands strictly lower,
 #: or its own submodules. Those on the same line do not know each other.
 LEVELS = (
-    ("formats", "hugepages", "rotation", "tables"),
+    ("formats", "hugepages", "rotation", "tables", "divergence", "logits"),
     ("codes", "layout"),
     ("arguments", "sealed"),
     ("reference",),
@@ -22,6 +22,7 @@ LEVELS = (
     ("inspection",),
     ("hf_cache",),
     ("evaluate", "doctor"),
+    ("evaluation_page",),
     ("report", "inspection_report"),
     ("calibrate",),
     ("demo", "bench", "gpu_check"),

@@ -338,6 +338,12 @@ def cpu_backend_has(kv_cache_dtype: str) -> bool:
     return kv_cache_dtype in CPUAttentionBackend.supported_kv_cache_dtypes
 
 
+def kv_cache_tokens(llm: Any) -> int | None:
+    """Tokens that the KV cache of a ``vllm.LLM`` holds, as vLLM logs it; None if it is not said."""
+    config = getattr(getattr(llm, "llm_engine", None), "vllm_config", None)
+    return getattr(getattr(config, "cache_config", None), "kv_cache_size_tokens", None)
+
+
 def is_weights_pre_processed() -> bool:
     """True while vLLM hands over weights that another process has post-processed (0.30+)."""
     utils = importlib.import_module("vllm.model_executor.utils")

@@ -1,0 +1,165 @@
+"""`kvq eval --report`: the page is whole, well formed and needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import random
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from kvq_plugin import cli, evaluation_page, report
+from kvq_plugin.divergence import Divergence
+from kvq_plugin.evaluate import BASELINE, Evaluation, Score
+
+LENGTH, WINDOWS = 101, 2
+ABOUT = {"model": "a <b> & c", "versions": {"vLLM": "0.32"}, "texts": ["x&y.txt"]}
+
+
+def score(loss: float, kl: float | None, windows: int = WINDOWS) -> Score:
+    """Later tokens are easier to guess, and diverge more."""
+    tokens = range(windows * (LENGTH - 1))
+    place = [1 + t % (LENGTH - 1) for t in tokens]
+    noise = random.Random(0)
+    logprobs = tuple(-3 + p / LENGTH - loss * noise.random() for p in place)
+    if kl is None:
+        return Score(logprobs)
+    kls = tuple(kl * p / LENGTH for p in place)
+    return Score(logprobs, divergence=Divergence(kls, kls, tuple(t % 10 > 0 for t in tokens)))
+
+
+def evaluations(texts=("novel.txt", "x&y.txt"), kl: float | None = 1.0) -> dict[str, Evaluation]:
+    losses = {BASELINE: (100, 0.0, None), "int8": (190, 0.001, 0.001), "int4": (360, 0.1, 0.05)}
+    found = {}
+    for dtype, (held, loss, own) in losses.items():
+        scores = {text: score(loss, kl and own) for text in texts}
+        found[dtype] = Evaluation(scores, held)
+    return found
+
+
+def floor(texts=("novel.txt", "x&y.txt")) -> Evaluation:
+    return Evaluation({text: score(0.0, 0.002, 1) for text in texts}, 100)
+
+
+def images(page: ElementTree.Element) -> list[bytes]:
+    found = []
+    for image in page.iter("img"):
+        kind, data = image.get("src").split(",", 1)
+        assert kind == "data:image/png;base64"
+        found.append(base64.b64decode(data, validate=True))
+    return found
+
+
+def colours(png: bytes) -> int:
+    """How many the picture has, once decoded."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.size[0] > 500
+        return len(image.convert("RGB").getcolors(1 << 24))
+
+
+def test_page_is_whole(tmp_path):
+    folder = tmp_path / "report"
+    evaluation_page.write(folder, evaluations(), floor(), LENGTH, ABOUT)
+    names = {"index.html", "report.json", *evaluation_page.PLOTS}
+    assert {file.name for file in folder.iterdir()} == names
+    assert [file.name for file in tmp_path.iterdir()] == ["report"]
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    page = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>"))  # well formed
+    assert page.findtext("head/title") == "KV caches of a <b> & c"
+    found = images(page)
+    assert len(found) == 3
+    assert all(colours(png) > 20 for png in found)
+    assert found == [(folder / name).read_bytes() for name in evaluation_page.PLOTS]
+    cells = {cell.text for cell in page.iter("td")}
+    assert {"auto, noise floor", "≤ int8", "int4", "360", "90.00%", "vLLM 0.32"} <= cells
+
+
+def test_page_needs_no_other_host(tmp_path):
+    evaluation_page.write(tmp_path / "r", evaluations(), floor(), LENGTH, ABOUT)
+    text = (tmp_path / "r" / "index.html").read_text()
+    without_images = re.sub(r'"data:image/png;base64,[^"]*"', '""', text)
+    assert not re.search(r"//|@import|url\(|<script|<link|<iframe", without_images)
+
+
+def test_figures_by_hand(tmp_path):
+    evaluation_page.write(tmp_path / "r", evaluations(), floor(), LENGTH, ABOUT)
+    found = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert found["about"] == ABOUT
+    int4 = found["dtypes"]["int4"]
+    own = int4["texts"]["novel.txt"]
+    assert int4["kv_tokens"] == 360 and own["tokens"] == 200
+    assert own["divergence"]["kl"] == pytest.approx(0.05 / 2)
+    assert own["perplexity"] == pytest.approx(math.exp(2.5 + 0.05), rel=0.02)
+    # Positions 1 to 3 of 100 in the first of 32 bins; the last one ends at 100.
+    assert found["positions"][0] == [1, 3] and found["positions"][-1][1] == 100
+    assert own["kl_by_position"][0] == pytest.approx(0.05 * 2 / LENGTH)
+    assert own["kl_by_position"] == sorted(own["kl_by_position"])
+    assert found["floor"]["novel.txt"]["tokens"] == 100
+
+
+def test_without_divergences(tmp_path):
+    """Perplexity alone: two plots, and memory against its change."""
+    evaluation_page.write(tmp_path / "r", evaluations(kl=None), None, LENGTH, ABOUT)
+    names = {file.name for file in (tmp_path / "r").iterdir()} & set(evaluation_page.PLOTS)
+    assert names == {"perplexity_by_position.png", "memory_and_quality.png"}
+
+
+def test_one_dtype_has_nothing_to_plot_against(tmp_path):
+    only = {BASELINE: evaluations()[BASELINE]}
+    evaluation_page.write(tmp_path / "r", only, floor(), LENGTH, ABOUT)
+    assert not (tmp_path / "r" / "memory_and_quality.png").exists()
+
+
+def test_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation_page, "_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluation_page.write(tmp_path / "r", evaluations(), floor(), LENGTH, ABOUT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_is_looked_at_before_engines_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "evaluate", None)  # would be a traceback
+    assert cli.main(["eval", "m", "--report", str(tmp_path)]) == 1
+    assert "exists: name another folder" in capsys.readouterr().err
+    assert cli.main(["eval", "m", "--report", str(tmp_path / "a" / "b")]) == 1
+    assert "not a writable directory" in capsys.readouterr().err
+
+
+def test_command_measures_the_floor_and_writes(tmp_path, monkeypatch, capsys):
+    """``auto`` first, keeping what the others are compared with; the floor in small chunks."""
+    asked = []
+
+    def evaluate(model, dtype, texts, *, keep=None, reference=None, chunk=None, **_):
+        assert keep is None or keep.is_dir()
+        asked.append(
+            (dtype, keep is not None, reference is not None, chunk, *map(len, texts.values()))
+        )
+        kl = None if reference is None else 0.002 if dtype == BASELINE else 0.05
+        return Evaluation({t: score(0.1, kl, len(w)) for t, w in texts.items()}, 100)
+
+    monkeypatch.setattr(report, "evaluate", evaluate)
+    monkeypatch.setattr(report, "WINDOW", LENGTH)
+    monkeypatch.setattr(report, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(report, "make_windows", lambda *_: [[1] * LENGTH] * 4)
+    out = tmp_path / "report"
+    command = ["eval", "m", "--dtypes", "int4", "--windows", "4"]
+    assert cli.main([*command, "--report", str(out)]) == 0
+    assert asked == [
+        (BASELINE, True, False, None, 4),
+        (BASELINE, False, True, 26, 2),
+        ("int4", False, True, None, 4),
+    ]
+    printed = capsys.readouterr().out
+    assert "0.02500" in printed and "noise floor" in printed and "index.html" in printed
+    about = json.loads((out / "report.json").read_text())["about"]
+    assert about["versions"]["vLLM"] and about["compiled kernels"]
+    asked.clear()
+    assert cli.main([*command, "--no-divergence"]) == 0
+    assert asked == [(BASELINE, False, False, None, 4), ("int4", False, False, None, 4)]
+    assert "noise floor" not in capsys.readouterr().out
