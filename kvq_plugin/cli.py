@@ -118,6 +118,14 @@ def _add_eval(commands) -> None:
         help="perplexity alone, without KL divergence and the noise floor",
     )
     evaluation.add_argument(
+        "--drift",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="also N long greedy generations: where each KV cache first leaves those of "
+        f"{BASELINE}, and what it makes of {BASELINE}'s, token by token",
+    )
+    evaluation.add_argument(
         "--report",
         type=Path,
         metavar="DIR",
@@ -270,6 +278,7 @@ def _run_eval(options: argparse.Namespace) -> None:
         windows=options.windows,
         kv_memory_bytes=int(options.kv_memory_gib * 2**30),
         divergence=options.divergence,
+        drift=options.drift,
         page=options.report,
     )
 

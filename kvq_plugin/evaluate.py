@@ -27,6 +27,8 @@ from kvq_plugin.serving.scales.declared import read_json, unquantized_dtype
 WINDOW = 2048
 BUILTIN_TEXT = "builtin"
 BASELINE = "auto"
+#: The text that the unquantized engine wrote itself.
+OWN = "own generations"
 #: Windows of each text that the unquantized engine runs again in other chunks: the noise floor.
 FLOOR_WINDOWS = 2
 #: Nats between vLLM's log-probability of a token and that of the logits we were shown.
@@ -98,6 +100,23 @@ def offline_logprobs(llm, window: Window) -> list[float]:
     return [row[token].logprob for token, row in zip(window[1:], rows, strict=True)]
 
 
+def offline_greedy(llm, prompts: Sequence[Window], length: int) -> list[Window]:
+    """*prompts*, each continued to *length* tokens at temperature 0 by a vllm.LLM."""
+    from vllm import SamplingParams
+
+    common = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(max_tokens=length - len(prompt), **common) for prompt in prompts]
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(given, params, use_tqdm=False)
+    return [p + list(o.outputs[0].token_ids) for p, o in zip(prompts, outputs, strict=True)]
+
+
+def agreement(generation: Window, baseline: Window, prompt: int) -> int:
+    """Tokens after the *prompt* before the first that differs."""
+    pairs = list(zip(generation, baseline, strict=True))[prompt:]
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
 def http_logprobs(client, model: str, window: Window) -> list[float]:
     """As :func:`offline_logprobs`, from a server through an ``openai.OpenAI`` *client*."""
     extra = {"prompt_logprobs": 0}
@@ -161,11 +180,17 @@ def _score(logprobs: Callable[[Window], list[float]], windows, tick: Tick) -> Sc
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one engine showed: the score of every text, and how many tokens its KV cache holds
-    (None where vLLM does not say)."""
+    """What one engine showed.
+
+    Attributes:
+        scores: by text.
+        kv_tokens: tokens its KV cache holds; None where vLLM does not say.
+        generations: every prompt with its greedy continuation.
+    """
 
     scores: dict[str, Score]
     kv_tokens: int | None
+    generations: tuple[Window, ...] = ()
 
 
 def evaluate(
@@ -177,13 +202,17 @@ def evaluate(
     keep: Path | None = None,
     reference: Path | None = None,
     chunk: int | None = None,
+    prompts: Sequence[Window] = (),
+    length: int = 0,
     tick: Tick = lambda: None,
 ) -> Evaluation:
     """Score every text's windows with an engine of its own process, which is gone afterwards.
 
     *texts* maps a name to windows; *tick* is called after each window. Scores have a divergence
     with *reference*, a folder that an earlier call was given as *keep* (a file per window), for
-    the same texts or the first windows of each. *chunk*: prefill at most so many tokens at once.
+    the same texts or the first windows of each. *chunk*: prefill at most so many tokens at once,
+    and run one request at a time. *prompts* are continued greedily to *length* tokens each, at the
+    same time; unless OWN is among *texts*, what is so written is scored as the text of that name.
 
     Raises ServerError with the end of the engine's log, which is then kept, when it does not
     start or fails, and ValueError when the engine does not show its logits.
@@ -192,7 +221,7 @@ def evaluate(
         "model": model,
         "kv_cache_dtype": cache_dtype(model, kv_cache_dtype),
         "kv_cache_memory_bytes": kv_memory_bytes,
-        "max_model_len": max(len(w) for windows in texts.values() for w in windows) + 1,
+        "max_model_len": max(length, *(len(w) for ws in texts.values() for w in ws)) + 1,
         "skip_tokenizer_init": True,  # windows are tokens
         "enforce_eager": True,  # compiling takes longer than the run
     }
@@ -201,14 +230,12 @@ def evaluate(
     watched = keep is not None or reference is not None
     if watched:
         options["worker_extension_cls"] = "kvq_plugin.logits.LogitsWorker"
-    jobs = [
-        (window, *(str(at / f"{t}-{i}.safetensors") if at else None for at in (reference, keep)))
-        for t, windows in enumerate(texts.values())
-        for i, window in enumerate(windows)
-    ]
     with engine_process(__name__, f"with {kv_cache_dtype}") as engine:
-        engine.send((options, watched, jobs))
-        kv_tokens = engine.receive()
+        engine.send((options, watched, prompts, length))
+        kv_tokens, generations = engine.receive()
+        if prompts and OWN not in texts:
+            texts = {**texts, OWN: generations}
+        engine.send(_jobs(texts, reference, keep))
         scores = {}
         for text, windows in texts.items():
             seen = []
@@ -218,7 +245,16 @@ def evaluate(
                     check_seen(window, *seen[-1], reference is not None)
                 tick()
             scores[text] = _joined(seen, reference is not None)
-    return Evaluation(scores, kv_tokens)
+    return Evaluation(scores, kv_tokens, tuple(generations))
+
+
+def _jobs(texts: Mapping[str, Sequence[Window]], *folders: Path | None) -> list[tuple]:
+    """(window, its file in each of *folders*) of all windows."""
+    return [
+        (window, *(str(at / f"{t}-{i}.safetensors") if at else None for at in folders))
+        for t, windows in enumerate(texts.values())
+        for i, window in enumerate(windows)
+    ]
 
 
 def check_seen(window: Window, logprobs: list[float], columns: dict, compared: bool) -> None:
@@ -254,16 +290,18 @@ def floor_chunk(windows: Sequence[Window]) -> int:
 
 
 def _work(pipe: Connection) -> None:
-    """The engine's process: receives its options and the windows; sends the tokens that its KV
-    cache holds, then each window's logprobs and what the worker saw of its logits."""
-    options, watched, jobs = pipe.recv()
+    """The engine's process: receives its options and prompts; sends the tokens that its KV cache
+    holds and the generations. Then it receives windows, and sends each one's logprobs and what the
+    worker saw of its logits."""
+    options, watched, prompts, length = pipe.recv()
     from vllm import LLM
 
     llm = LLM(**options)
-    pipe.send(compat.kv_cache_tokens(llm))
+    generations = offline_greedy(llm, prompts, length) if prompts else []
+    pipe.send((compat.kv_cache_tokens(llm), generations))
     if watched:
         llm.collective_rpc("kvq_watch")
-    for window, *files in jobs:
+    for window, *files in pipe.recv():
         if watched:
             llm.collective_rpc("kvq_begin", args=(window, *files))
         logprobs = offline_logprobs(llm, window)

@@ -83,6 +83,7 @@ def write(
     floor: Evaluation | None,
     length: int,
     about: Mapping[str, Any],
+    agreements: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Write page, plots and figures to the new directory *folder*.
 
@@ -91,12 +92,15 @@ def write(
         floor: the unquantized engine against itself, on the first windows.
         length: tokens of a window.
         about: what was run, on what, with which versions; for the page and the JSON.
+        agreements: by dtype, tokens of each greedy generation before the first that is not
+            ``auto``'s.
     """
     private = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.resolve().parent))
     try:
         scratch = private / "new"
         scratch.mkdir()
         figures = collected(evaluations, floor, length)
+        figures["greedy_tokens_in_common"] = dict(agreements or {})
         _plots(scratch, figures)
         text = json.dumps({"about": dict(about), **figures}, indent=1)
         (scratch / FIGURES).write_text(text + "\n", encoding="utf-8")
@@ -268,6 +272,8 @@ def _page(folder: Path, figures: Mapping[str, Any], about: Mapping[str, Any]) ->
         "chunks of another size; what is not above it (≤) is not told from "
         f"{BASELINE}.</p>"
     )
+    if figures["greedy_tokens_in_common"]:
+        parts += ["<h2>Greedy generations</h2>", _agreement_table(figures)]
     for name, caption in PLOTS.items():
         if (folder / name).is_file():
             data = base64.b64encode((folder / name).read_bytes()).decode()
@@ -307,6 +313,19 @@ def _table(figures: Mapping[str, Any], text: str) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def _agreement_table(figures: Mapping[str, Any]) -> str:
+    lines = "\n".join(
+        f"<tr><td>{escape(name)}</td><td>{statistics.median(tokens):g}</td>"
+        f"<td>{', '.join(map(str, tokens))}</td></tr>"
+        for name, tokens in figures["greedy_tokens_in_common"].items()
+    )
+    return (
+        f"<p>Tokens before the first that differs from {BASELINE}'s generation.</p>\n<table>\n"
+        "<thead><tr><th>KV cache</th><th>median</th><th>of each generation</th></tr></thead>\n"
+        f"<tbody>\n{lines}\n</tbody>\n</table>"
+    )
 
 
 def _rows(about: Mapping[str, Any]) -> str:

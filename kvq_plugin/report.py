@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from kvq_plugin import evaluation_page
 from kvq_plugin.evaluate import (
     BASELINE,
     FLOOR_WINDOWS,
+    OWN,
     WINDOW,
     Evaluation,
     Score,
     Window,
+    agreement,
+    builtin_text,
     evaluate,
     floor_chunk,
     load_tokenizer,
@@ -31,6 +35,8 @@ from kvq_plugin.evaluate import (
 )
 from kvq_plugin.tables import print_table
 
+#: Tokens of a prompt that greedy generations start from.
+PROMPT = 128
 #: The row of the unquantized engine against itself.
 FLOOR = f"{BASELINE}, noise floor"
 
@@ -61,10 +67,24 @@ class Results:
         evaluations: by dtype, in the order of the command line.
         floor: the unquantized engine against itself, or None without divergences: the first
             windows of each text, prefilled in other chunks.
+        agreements: by dtype and for the floor, tokens of each greedy generation before the first
+            that differs from ``auto``'s; empty without generations.
     """
 
     evaluations: dict[str, Evaluation]
     floor: Evaluation | None
+
+    @property
+    def agreements(self) -> dict[str, list[int]]:
+        baseline = self.evaluations[BASELINE].generations
+        others = {d: e for d, e in self.evaluations.items() if d != BASELINE}
+        if self.floor is not None:
+            others = {FLOOR: self.floor, **others}
+        return {
+            name: [agreement(*pair, PROMPT) for pair in zip(e.generations, baseline, strict=False)]
+            for name, e in others.items()
+            if e.generations
+        }
 
     def is_at_floor(self, dtype: str, text: str) -> bool:
         """Whether *dtype* diverges no more from the unquantized engine than that from itself."""
@@ -82,10 +102,12 @@ def run_evaluation(
     windows: int,
     kv_memory_bytes: int,
     divergence: bool = True,
+    drift: int = 0,
     page: Path | None = None,
 ) -> Results:
     """Score every text with every dtype, ``auto`` first, and print the tables.
 
+    *drift*: so many greedy generations of every engine; those of ``auto`` are one more text.
     *page* is a folder to make, with the report as HTML. Raises ValueError before anything is run
     when it cannot be made.
     """
@@ -97,22 +119,33 @@ def run_evaluation(
     texts = {name: make_windows(tokenizer, read_text(name), windows) for name in text_names}
     with tempfile.TemporaryDirectory(prefix="kvq-eval-") as folder, progress(console) as bars:
         results = _evaluate_all(
-            model, dtypes, texts, kv_memory_bytes, Path(folder) if divergence else None, bars
+            model,
+            dtypes,
+            texts,
+            make_windows(tokenizer, builtin_text(), drift, PROMPT) if drift else [],
+            kv_memory_bytes,
+            Path(folder) if divergence else None,
+            bars,
         )
     scores = {dtype: e.scores for dtype, e in results.evaluations.items()}
     print_table(console, evaluation_table(model, scores, windows))
     if results.floor is not None and len(dtypes) > 1:
         print_table(console, divergence_table(results))
+    if results.agreements:
+        print_table(console, drift_table(results.agreements))
     if page is not None:
         about = evaluation_page.about_run(
             model,
             windows=f"{windows} of {WINDOW:,} tokens of each text",
             texts=[Path(name).name for name in text_names],
+            greedy_generations=drift,
             KV_memory=f"{kv_memory_bytes / 2**30:g} GiB",
             started=f"{started:%Y-%m-%d %H:%M} UTC",
             took=f"{(datetime.now(UTC) - started).total_seconds():.0f} s",
         )
-        evaluation_page.write(page, results.evaluations, results.floor, WINDOW, about)
+        evaluation_page.write(
+            page, results.evaluations, results.floor, WINDOW, about, results.agreements
+        )
         console.print(f"written: {page / evaluation_page.PAGE}", soft_wrap=True)
     return results
 
@@ -121,6 +154,7 @@ def _evaluate_all(
     model: str,
     dtypes: Sequence[str],
     texts: Mapping[str, Sequence[Window]],
+    prompts: Sequence[Window],
     kv_memory_bytes: int,
     folder: Path | None,
     bars: Progress,
@@ -128,15 +162,23 @@ def _evaluate_all(
     """*folder* is for what the unquantized engine is compared by; None: no divergences."""
 
     def run(name: str, dtype: str, texts: Mapping[str, Sequence[Window]], **options) -> Evaluation:
-        bar = bars.add_task(name, total=sum(map(len, texts.values())), stage="")
+        total = sum(map(len, texts.values()))
+        if prompts and OWN not in texts:
+            total += len(prompts)
+        bar = bars.add_task(name, total=total, stage="")
         tick = partial(bars.advance, bar)
-        return evaluate(model, dtype, texts, kv_memory_bytes=kv_memory_bytes, tick=tick, **options)
+        common = {"kv_memory_bytes": kv_memory_bytes, "tick": tick, "prompts": prompts}
+        length = WINDOW if prompts else 0
+        return evaluate(model, dtype, texts, **(common | {"length": length} | options))
 
     evaluations, floor = {BASELINE: run(BASELINE, BASELINE, texts, keep=folder)}, None
+    if prompts:
+        texts = {**texts, OWN: evaluations[BASELINE].generations}
     if folder is not None:
         heads = {text: windows[:FLOOR_WINDOWS] for text, windows in texts.items()}
         chunk = floor_chunk(next(iter(heads.values())))
-        floor = run(FLOOR, BASELINE, heads, reference=folder, chunk=chunk)
+        few = prompts[:FLOOR_WINDOWS]
+        floor = run(FLOOR, BASELINE, heads, reference=folder, chunk=chunk, prompts=few)
     for dtype in dtypes:
         if dtype != BASELINE:
             evaluations[dtype] = run(dtype, dtype, texts, reference=folder)
@@ -199,3 +241,23 @@ def _divergence_cells(score: Score) -> list[str]:
     figures = score.divergence.summary()
     names = ("kl", "kl_p50", "kl_p99", "kl_p99.9", "tv")
     return [*(f"{figures[name]:.5f}" for name in names), f"{figures['top1']:.2%}"]
+
+
+def drift_table(agreements: Mapping[str, Sequence[int]]) -> Table:
+    """A row per dtype, the noise floor first: how long greedy generations stay ``auto``'s."""
+    length = WINDOW - PROMPT
+    table = Table(
+        title=f"Greedy generations against {BASELINE}'s",
+        caption=f"tokens before the first that differs, of {length:,} after prompts of {PROMPT} "
+        f"tokens. Noise floor: {BASELINE} again, the first {FLOOR_WINDOWS}, one at a time",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("KV cache", no_wrap=True)
+    for name in ("median", "fewest", "all the same"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, tokens in agreements.items():
+        whole = f"{sum(t == length for t in tokens)} of {len(tokens)}"
+        table.add_row(name, f"{statistics.median(tokens):g}", f"{min(tokens)}", whole)
+    return table

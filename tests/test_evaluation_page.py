@@ -103,6 +103,16 @@ def test_figures_by_hand(tmp_path):
     assert found["floor"]["novel.txt"]["tokens"] == 100
 
 
+def test_greedy_generations_have_a_table(tmp_path):
+    agreements = {"auto, noise floor": [900, 1100], "int4": [7, 30]}
+    evaluation_page.write(tmp_path / "r", evaluations(), floor(), LENGTH, ABOUT, agreements)
+    text = (tmp_path / "r" / "index.html").read_text()
+    assert "<td>int4</td><td>18.5</td><td>7, 30</td>" in text
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["greedy_tokens_in_common"] == (
+        agreements
+    )
+
+
 def test_without_divergences(tmp_path):
     """Perplexity alone: two plots, and memory against its change."""
     evaluation_page.write(tmp_path / "r", evaluations(kl=None), None, LENGTH, ABOUT)
@@ -159,7 +169,38 @@ def test_command_measures_the_floor_and_writes(tmp_path, monkeypatch, capsys):
     assert "0.02500" in printed and "noise floor" in printed and "index.html" in printed
     about = json.loads((out / "report.json").read_text())["about"]
     assert about["versions"]["vLLM"] and about["compiled kernels"]
+    assert "Greedy" not in printed
     asked.clear()
     assert cli.main([*command, "--no-divergence"]) == 0
     assert asked == [(BASELINE, False, False, None, 4), ("int4", False, False, None, 4)]
     assert "noise floor" not in capsys.readouterr().out
+
+
+def test_command_compares_generations(monkeypatch, capsys):
+    """Those of ``auto`` are a text for the others, and each engine's own are compared."""
+    asked = []
+
+    def evaluate(model, dtype, texts, *, reference=None, prompts=(), length=0, **_):
+        asked.append((dtype, {name: len(windows) for name, windows in texts.items()}, len(prompts)))
+        generations = tuple([1] * length for _ in prompts)
+        if dtype == "int4":
+            generations[1][report.PROMPT + 40] = 2
+            generations[2][report.PROMPT + 10] = 2
+        scores = {t: score(0.1, reference and 0.01, len(w)) for t, w in texts.items()}
+        return Evaluation({report.OWN: score(0.1, None, 3), **scores}, 100, generations)
+
+    monkeypatch.setattr(report, "evaluate", evaluate)
+    monkeypatch.setattr(report, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(
+        report, "make_windows", lambda _, text, count, length=LENGTH: [[1] * length] * count
+    )
+    assert cli.main(["eval", "m", "--dtypes", "int4", "--windows", "4", "--drift", "3"]) == 0
+    both = {"builtin": 4, report.OWN: 3}
+    assert asked == [
+        (BASELINE, {"builtin": 4}, 3),
+        (BASELINE, {"builtin": 2, report.OWN: 2}, 2),
+        ("int4", both, 3),
+    ]
+    printed = capsys.readouterr().out
+    assert re.search(r"noise floor +1920 +1920 +2 of 2", printed)
+    assert re.search(r"int4 +40 +10 +1 of 3", printed)
