@@ -198,7 +198,6 @@ def attend_kernel(
     k_inside = k_at < K_ROW
     static_k = key_scale + kv_head * D if key_scale is not None else None
     rows = (start + token).to(tl.int64) * query_stride_t + head.to(tl.int64) * query_stride_h
-    tl.static_assert(K_PACKED or not K_ROTATED)
     if K_PACKED:
         channel = tl.arange(0, 2 * K_WIDTH)
         q = _load_query(query, rows, static_k, key_zero, channel, D, real)
@@ -208,6 +207,8 @@ def attend_kernel(
         amax = tl.maximum(tl.max(tl.abs(q0), 1), tl.max(tl.abs(q1), 1))
     else:
         q0 = _load_query(query, rows, static_k, key_zero, k_dims, D, real)
+        if K_ROTATED:
+            q0 = rotate(q0, k_dims, BLOCK_M, K_WIDTH, STAGES, TURN)
         q1 = q0
         amax = tl.max(tl.abs(q0), 1)
     exponent = tl.minimum(tl.maximum(float_bits(amax) >> 23, 1), 253)
@@ -331,13 +332,14 @@ def attend_kernel(
     if value_scale is not None:
         acc0 *= tl.load(value_scale + channel, mask=v_inside, other=0.0)[None, :]
     acc0 *= inverse[:, None]
-    tl.static_assert(V_PACKED or not V_ROTATED)
     o_dims, result = v_dims, acc0
     if V_PACKED:
         o_dims = tl.arange(0, 2 * V_WIDTH)
         result = channels_of(acc0, acc1 * inverse[:, None], BLOCK_M, 2 * V_WIDTH)
         if V_ROTATED:
             result = unrotate(result, o_dims, BLOCK_M, 2 * V_WIDTH, STAGES, TURN_BACK)
+    elif V_ROTATED:
+        result = unrotate(result, o_dims, BLOCK_M, V_WIDTH, STAGES, TURN_BACK)
     if SPLIT:
         program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
         slot = (program * tl.num_programs(2) + tl.program_id(2)) * BLOCK_M + row

@@ -119,7 +119,6 @@ def _decode_rows(target, rows, page, position, keep, head, scale, zero, CODES: t
     channel = head * D + tl.where(inside, at, 0)  # codes of 4 bits have no static scales
     x = _row(page, position, keep, at, mask, channel, scale, zero, CODES, METADATA, CODE, DYNAMIC,
              ISA, ROW, False)  # fmt: skip
-    tl.static_assert(PACKED or not ROTATED)
     dims = at
     if PACKED:
         upper = _row(page, position, keep, at, mask, channel, scale, zero, CODES, METADATA, CODE,
@@ -128,6 +127,8 @@ def _decode_rows(target, rows, page, position, keep, head, scale, zero, CODES: t
         x = channels_of(x, upper, BLOCK_T, 2 * WIDTH)
         if ROTATED:
             x = unrotate(x, dims, BLOCK_T, 2 * WIDTH, STAGES, TURN_BACK)
+    elif ROTATED:
+        x = unrotate(x, dims, BLOCK_T, WIDTH, STAGES, TURN_BACK)
     to = target + rows[:, None] + dims[None, :]
     x = to_output(x, target.dtype.element_ty, INTERPRETED)
     tl.store(to, x, mask=keep[:, None] & (dims < D)[None, :])

@@ -65,7 +65,6 @@ def _store_stream(
 ):  # fmt: skip
     """WIDTH channels per token, D padded to a power of two; 4-bit codes are two to a byte."""
     PACKED: tl.constexpr = CODE == INT4
-    tl.static_assert(PACKED or not ROTATED)
     ROW: tl.constexpr = D // 2 if PACKED else D
     head = tl.program_id(1)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -109,6 +108,8 @@ def _store_stream(
         word |= minimum.to(tl.int16, bitcast=True).to(tl.int32) << 16
         word = tl.where(poison, 0x7E007E00, word)
     else:
+        if ROTATED:
+            low = float_bits(rotate(bits_float(low), dims, BLOCK_T, WIDTH, STAGES, TURN))
         poison = tl.max(is_nan_bits(low).to(tl.int32), 1) > 0
         y = _finite(low)
         amax = tl.maximum(tl.max(tl.abs(y), 1), _AMAX_FLOOR)

@@ -4,7 +4,7 @@ alone, so a plain one in float64 stands in for it, which leaves the same things 
 import oracle
 import pytest
 import torch
-from cases import BATCHES, OUTPUT_ROUNDING, ROWS, name_of
+from cases import BATCHES, OUTPUT_ROUNDING, PLAIN_ROWS, name_of
 
 from kvq_plugin.formats import Granularity, get_format
 from kvq_plugin.kernels import prefill
@@ -61,7 +61,7 @@ def check(format, batch=MIXED, tokens_of_scratch=None, **options) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name_of)
-@pytest.mark.parametrize("format", ROWS, ids=name_of)
+@pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
 def test_formats(format, dtype):
     check(format, dtype=dtype, granularity=Granularity.CHANNEL)
 
