@@ -332,14 +332,12 @@ def attend_kernel(
     if value_scale is not None:
         acc0 *= tl.load(value_scale + channel, mask=v_inside, other=0.0)[None, :]
     acc0 *= inverse[:, None]
-    o_dims, result = v_dims, acc0
+    O_WIDTH: tl.constexpr = 2 * V_WIDTH if V_PACKED else V_WIDTH
+    o_dims, result = tl.arange(0, O_WIDTH), acc0
     if V_PACKED:
-        o_dims = tl.arange(0, 2 * V_WIDTH)
-        result = channels_of(acc0, acc1 * inverse[:, None], BLOCK_M, 2 * V_WIDTH)
-        if V_ROTATED:
-            result = unrotate(result, o_dims, BLOCK_M, 2 * V_WIDTH, STAGES, TURN_BACK)
-    elif V_ROTATED:
-        result = unrotate(result, o_dims, BLOCK_M, V_WIDTH, STAGES, TURN_BACK)
+        result = channels_of(acc0, acc1 * inverse[:, None], BLOCK_M, O_WIDTH)
+    if V_ROTATED:
+        result = unrotate(result, o_dims, BLOCK_M, O_WIDTH, STAGES, TURN_BACK)
     if SPLIT:
         program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
         slot = (program * tl.num_programs(2) + tl.program_id(2)) * BLOCK_M + row

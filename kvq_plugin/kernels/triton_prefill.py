@@ -119,16 +119,14 @@ def _decode_rows(target, rows, page, position, keep, head, scale, zero, CODES: t
     channel = head * D + tl.where(inside, at, 0)  # codes of 4 bits have no static scales
     x = _row(page, position, keep, at, mask, channel, scale, zero, CODES, METADATA, CODE, DYNAMIC,
              ISA, ROW, False)  # fmt: skip
-    dims = at
+    ALL: tl.constexpr = 2 * WIDTH if PACKED else WIDTH
+    dims = tl.arange(0, ALL)
     if PACKED:
         upper = _row(page, position, keep, at, mask, channel, scale, zero, CODES, METADATA, CODE,
                      DYNAMIC, ISA, ROW, True)  # fmt: skip
-        dims = tl.arange(0, 2 * WIDTH)
-        x = channels_of(x, upper, BLOCK_T, 2 * WIDTH)
-        if ROTATED:
-            x = unrotate(x, dims, BLOCK_T, 2 * WIDTH, STAGES, TURN_BACK)
-    elif ROTATED:
-        x = unrotate(x, dims, BLOCK_T, WIDTH, STAGES, TURN_BACK)
+        x = channels_of(x, upper, BLOCK_T, ALL)
+    if ROTATED:
+        x = unrotate(x, dims, BLOCK_T, ALL, STAGES, TURN_BACK)
     to = target + rows[:, None] + dims[None, :]
     x = to_output(x, target.dtype.element_ty, INTERPRETED)
     tl.store(to, x, mask=keep[:, None] & (dims < D)[None, :])

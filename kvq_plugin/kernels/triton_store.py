@@ -65,6 +65,7 @@ def _store_stream(
 ):  # fmt: skip
     """WIDTH channels per token, D padded to a power of two; 4-bit codes are two to a byte."""
     PACKED: tl.constexpr = CODE == INT4
+    tl.static_assert(DYNAMIC or not ROTATED)
     ROW: tl.constexpr = D // 2 if PACKED else D
     head = tl.program_id(1)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -73,6 +74,8 @@ def _store_stream(
     dims = tl.arange(0, WIDTH)
     rows = x + token.to(tl.int64)[:, None] * stride_t + head.to(tl.int64) * stride_h
     low = widen(tl.load(rows + dims[None, :], mask=keep[:, None] & (dims < D)[None, :], other=0.0))
+    if ROTATED:
+        low = float_bits(rotate(bits_float(low), dims, BLOCK_T, WIDTH, STAGES, TURN))
     at = tl.arange(0, WIDTH // 2 if PACKED else WIDTH)
     inside = at < ROW
     position = slot % PAGE
@@ -84,10 +87,7 @@ def _store_stream(
             CODE,
         )  # fmt: skip
     elif PACKED:
-        wide = bits_float(low)
-        if ROTATED:
-            wide = rotate(wide, dims, BLOCK_T, WIDTH, STAGES, TURN)
-        x0, x1 = fields_of(wide, BLOCK_T, WIDTH)
+        x0, x1 = fields_of(bits_float(low), BLOCK_T, WIDTH)
         low, high = float_bits(x0), float_bits(x1)
         poison = tl.max((is_nan_bits(low) | is_nan_bits(high)).to(tl.int32), 1) > 0
         x0 = tl.minimum(tl.maximum(_finite(low), -_FP16_MAX), _FP16_MAX)
@@ -108,8 +108,6 @@ def _store_stream(
         word |= minimum.to(tl.int16, bitcast=True).to(tl.int32) << 16
         word = tl.where(poison, 0x7E007E00, word)
     else:
-        if ROTATED:
-            low = float_bits(rotate(bits_float(low), dims, BLOCK_T, WIDTH, STAGES, TURN))
         poison = tl.max(is_nan_bits(low).to(tl.int32), 1) > 0
         y = _finite(low)
         amax = tl.maximum(tl.max(tl.abs(y), 1), _AMAX_FLOOR)
