@@ -75,7 +75,7 @@ def _add_demo(commands) -> None:
         help="serve a model with several KV caches, one after the other, and compare them",
     )
     demo.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
-    _add_dtypes(demo, f"{BASELINE},fp8,int8,int8_per_token_head")
+    _add_dtypes(demo, f"{BASELINE},fp8,int8,int8_per_token_head,int4")
     demo.add_argument(
         "--windows", type=_positive, default=4, help="2048-token perplexity windows (%(default)s)"
     )

@@ -6,6 +6,7 @@ import re
 import signal
 import tempfile
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -50,7 +51,7 @@ def continues(start: int, text: str) -> bool:
 
 def complete(server: Server, prompt: str, **options):
     return server.client().completions.create(
-        model=server.model, prompt=prompt, temperature=0.0, max_tokens=8, **options
+        model=server.model, prompt=prompt, temperature=0.0, **({"max_tokens": 8} | options)
     )
 
 
@@ -112,6 +113,29 @@ def test_ends_cleanly(server):
     while process_group(group) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert process_group(group) == []
+
+
+def preemptions(server: Server) -> float:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as reply:
+        found = re.search(r"^vllm:num_preemptions_total\{.*\} (\S+)$", reply.read().decode(), re.M)
+    return float(found[1])
+
+
+def test_a_pool_too_small_for_its_clients(smollm2):
+    """Each of 32 clients needs four blocks before it is done, two of them of recent rows."""
+    args = [*ARGS, "--max-model-len", "512", "--num-gpu-blocks-override", "40"]
+    starts = range(11, 11 + 25 * CLIENTS, 25)
+    with serve(smollm2, "int4", args=args) as server, ThreadPoolExecutor(CLIENTS) as pool:
+        server.model = str(smollm2)
+        options = {"extra_body": {"ignore_eos": True}, "max_tokens": 120}
+        replies = list(pool.map(lambda s: complete(server, counting(s), **options), starts))
+        assert [r.usage.completion_tokens for r in replies] == [120] * CLIENTS
+        texts = [r.choices[0].text for r in replies]
+        wrong = [(s, t) for s, t in zip(starts, texts, strict=True) if not continues(s, t)]
+        assert not wrong
+        assert preemptions(server) > 0
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(GRACE_SECONDS) == 0
 
 
 def test_refusal_shows_the_reason(smollm2, monkeypatch, tmp_path):

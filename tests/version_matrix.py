@@ -33,4 +33,6 @@ def environment(version: str) -> dict[str, str]:
     if tree(version) != FOLDER / version:
         return {}
     path = [str(FOLDER / version), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    # What vLLM notes about models is of its version: shared, each version writes it anew.
+    cache = FOLDER / f"{version}.cache"
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "VLLM_CACHE_ROOT": str(cache)}

@@ -38,7 +38,8 @@ class StoreChoice:
     warps: int
 
 
-# On an H100 these reach 56 to 74 % of a copy at 8 bits (docs/performance.md). To stream 4.3 TB/s at about 0.8 us of latency, each of an H200's 132
+# On an H100 these reach 56 to 74 % of a copy at 8 bits (docs/performance.md). To stream 4.3 TB/s
+# at about 0.8 us of latency, each of an H200's 132
 # SMs needs some 26 KiB under way; two tiles of 8 KiB of K and as much of V give 32 KiB per program,
 # and shared memory holds four programs per SM. Stages: the address of a tile comes out of the block
 # table, so Triton spends half the stages on that load; with fewer than five, tiles are loaded one

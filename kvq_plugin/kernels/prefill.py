@@ -5,7 +5,8 @@ A fused kernel decodes every K and V tile again for each 64 rows of queries, whi
 the products themselves. Here all tokens of the context that a batch reads go through a scratch of
 fixed size: this step's own in one causal call, those before them in as many calls as the scratch
 needs, put together by their log-sum-exps. K and V are rounded to the queries' dtype once, as an
-unquantized cache has them.
+unquantized cache has them. A NaN of V may reach earlier queries of its own prompt, as it does in
+FlashAttention over such a cache.
 
 Nothing here looks at data on the device: a CUDA graph may capture every call.
 """

@@ -104,24 +104,24 @@ def _operand(x, EXACT_DOT: tl.constexpr):
 
 
 @triton.jit
-def _words(page, METADATA: tl.constexpr, position, mask):
+def words(page, METADATA: tl.constexpr, position, mask):
     at = (page + METADATA + position * 4).to(tl.pointer_type(tl.int32), bitcast=True)
     return tl.load(at, mask=mask, other=0)
 
 
 @triton.jit
-def _low_half(word):
+def low_half(word):
     return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _high_half(word):
+def high_half(word):
     return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _token_scale(word, CODE: tl.constexpr):
-    return _low_half(word) if CODE == INT4 else bits_float(word)
+def token_scale(word, CODE: tl.constexpr):
+    return low_half(word) if CODE == INT4 else bits_float(word)
 
 
 @triton.jit
@@ -265,10 +265,10 @@ def attend_kernel(
             if key_zero is not None:
                 s -= bias[:, None]
         if K_DYNAMIC:
-            word = _words(page, K_METADATA, position, seen)
-            s *= _token_scale(word, K_CODE)[None, :]
+            word = words(page, K_METADATA, position, seen)
+            s *= token_scale(word, K_CODE)[None, :]
             if K_PACKED:
-                s += bias[:, None] * _high_half(word)[None, :]
+                s += bias[:, None] * high_half(word)[None, :]
         s *= factor[:, None]
         if SOFTCAP:
             s = (softcap * LOG2E) * _tanh(s / softcap)
@@ -287,8 +287,8 @@ def attend_kernel(
         # P takes V's token scale: the maximum is that of their product, to within a factor 2.
         # Scales below 2**-60 do not count, so that the mass stays far below fp32's maximum.
         if V_DYNAMIC:
-            word = _words(page, V_METADATA, position, seen)
-            v_scale = _token_scale(word, V_CODE)
+            word = words(page, V_METADATA, position, seen)
+            v_scale = token_scale(word, V_CODE)
             v_exponent = ((float_bits(v_scale) >> 23) & 0xFF) - 127
             shift = int_to_float(tl.maximum(v_exponent, -60)) - HEADROOM
             loudest = tl.max(s + shift[None, :], 1)
@@ -303,7 +303,7 @@ def attend_kernel(
         if V_DYNAMIC:
             # A hidden token's scale may be NaN, and 0 * NaN is NaN.
             if V_PACKED:
-                offset = _high_half(word) + INT4_CENTER * v_scale
+                offset = high_half(word) + INT4_CENTER * v_scale
                 lift = tl.where(visible, p * offset[None, :], 0.0)
                 minima = minima * shrink + tl.sum(lift, 1)
             p = tl.where(visible, p * v_scale[None, :], 0.0)

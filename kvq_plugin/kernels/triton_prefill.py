@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kvq_plugin.kernels.codec import INT4, decode, to_output
-from kvq_plugin.kernels.triton_attend import _high_half, _token_scale, _words
+from kvq_plugin.kernels.triton_attend import high_half, token_scale, words
 from kvq_plugin.kernels.triton_rotate import channels_of, unrotate
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -51,10 +51,10 @@ def _row(page, position, keep, at, mask, channel, scale, zero, CODES: tl.constex
     if scale is not None:
         x *= tl.load(scale + channel)[None, :]
     if DYNAMIC:
-        word = _words(page, METADATA, position, keep)
-        x *= _token_scale(word, CODE)[:, None]
+        word = words(page, METADATA, position, keep)
+        x *= token_scale(word, CODE)[:, None]
         if CODE == INT4:
-            x += _high_half(word)[:, None]
+            x += high_half(word)[:, None]
     return x
 
 
