@@ -222,7 +222,6 @@ def evaluate(
         "kv_cache_dtype": cache_dtype(model, kv_cache_dtype),
         "kv_cache_memory_bytes": kv_memory_bytes,
         "max_model_len": max(length, *(len(w) for ws in texts.values() for w in ws)) + 1,
-        "skip_tokenizer_init": True,  # windows are tokens
         "enforce_eager": True,  # compiling takes longer than the run
     }
     if chunk is not None:

@@ -12,7 +12,15 @@ from tiny_models import VOCAB, make
 
 from kvq_plugin import logits
 from kvq_plugin.divergence import Divergence, percentile
-from kvq_plugin.evaluate import BASELINE, OWN, agreement, check_seen, evaluate, floor_chunk
+from kvq_plugin.evaluate import (
+    BASELINE,
+    OWN,
+    agreement,
+    check_seen,
+    evaluate,
+    floor_chunk,
+    load_tokenizer,
+)
 
 
 def rows(base: torch.Tensor, other: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -151,9 +159,10 @@ def test_agreement_counts_from_the_prompt():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_engines_against_the_unquantized_one(tmp_path):
+def test_engines_against_the_unquantized_one(tmp_path, smollm2):
     """The same engine: 0 to the last bit. In other chunks: noise at most. Quantized: more."""
     model = str(make(tmp_path, "gqa"))
+    load_tokenizer(str(smollm2)).save_pretrained(model)  # any: prompts are tokens
     random.seed(1)
     windows = [[random.randrange(3, VOCAB) for _ in range(300)] for _ in range(2)]
     texts, folder = {"random": windows}, tmp_path / "kept"

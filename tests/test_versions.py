@@ -18,10 +18,12 @@ from types import SimpleNamespace
 import pytest
 import version_facts
 from engine_jobs import Batch, Job, Result, only, run
+from safetensors.torch import load_file
 from scaled import add_scales
 from tiny_models import make
 from version_matrix import environment
 
+from kvq_plugin.evaluate import BASELINE, evaluate, floor_chunk, load_tokenizer
 from kvq_plugin.formats import FORMATS, SERVED
 from kvq_plugin.serving.compat import RUN_VERSIONS
 
@@ -211,3 +213,17 @@ def test_refusals_are_value_errors(results, what):
 def test_a_block_size_chosen_late_is_refused_too(facts):
     """By vLLM's own last check, against what our backend says it takes."""
     assert facts["late_block_size"].startswith("ValueError: No common block size for 48")
+
+
+def test_eval_sees_the_logits(version, tmp_path, smollm2, monkeypatch):
+    """``kvq eval`` refuses divergences from other logits than those vLLM scores a prompt by; here
+    they come in four chunks."""
+    for name, value in environment(version).items():
+        monkeypatch.setenv(name, value)
+    model = make(tmp_path, "gqa")
+    load_tokenizer(str(smollm2)).save_pretrained(model)  # any: prompts are tokens
+    texts, chunk = {"random": PROMPTS[-1:]}, floor_chunk(PROMPTS[-1:])
+    options = {"keep": tmp_path, "chunk": chunk, "kv_memory_bytes": 64 << 20}
+    found = evaluate(str(model), BASELINE, texts, **options)
+    assert found.kv_tokens > 0
+    assert load_file(tmp_path / "0-0.safetensors")["sizes"].tolist() == [76, 76, 76, 71]
