@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-PATH = f"{__name__}.LogitsWorker"
 ROWS = 128  # at a time in float32: 25 MB of SmolLM2's logits
 
 
