@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvq_plugin.kernels import cuda
+from kvq_plugin.kernels import cuda, structs
 
 ROOT = Path(__file__).parent.parent
 SOURCES = (ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda", ROOT / "csrc")
@@ -36,7 +36,7 @@ class DecodeParams(ctypes.Structure):
     ]
 
 
-_KINDS = {cuda.StoreParams: 0, cuda.AttendParams: 1, DecodeParams: 2}
+_KINDS = {structs.StoreParams: 0, structs.AttendParams: 1, DecodeParams: 2}
 
 
 def cached(name: str, command: list[str], *inputs: Path) -> Path:
@@ -83,7 +83,7 @@ def host_library():
     library = ctypes.CDLL(str(cached("host", command, *SOURCES)))
     library.kvq_cuda_plan.restype = ctypes.c_int64
     library.kvq_cuda_plan.argtypes = [
-        ctypes.POINTER(cuda.AttendParams), ctypes.c_int64, ctypes.c_int32,
+        ctypes.POINTER(structs.AttendParams), ctypes.c_int64, ctypes.c_int32,
     ]  # fmt: skip
     return library
 
@@ -131,7 +131,7 @@ def attend(path: Path, out: torch.Tensor, arguments, *, multiprocessors: int = 4
     need = cuda.plan(host_library(), params, max_seq_len, multiprocessors)
     workspace = torch.full((need // 4,), float("nan")) if need else None
     counters = torch.zeros(params.blocks, dtype=torch.int32) if need else None
-    params.workspace, params.counters = map(cuda._pointer, (workspace, counters))
+    params.workspace, params.counters = map(structs.pointer, (workspace, counters))
     query, cache, *tables, _, _, key, value = arguments
     statics = [t for s in (key, value) if s is not None for t in (s.scale, s.zero_point)]
     names = ("alibi_slopes", "sinks", "recent_cache", "recent_block_table")

@@ -16,7 +16,7 @@ from cases import BATCHES, DYNAMIC_ROWS, OUTPUT_ROUNDING, PLAIN_ROWS, STATIC_ROW
 
 from kvq_plugin import reference
 from kvq_plugin.formats import CODES, FORMATS, Granularity, get_format
-from kvq_plugin.kernels import Workspace, cuda
+from kvq_plugin.kernels import Workspace, cuda, structs
 from kvq_plugin.layout import GPU_V1, PageLayout
 
 every_format = pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
@@ -249,7 +249,7 @@ def test_every_byte_decodes(tmp_path, code):
 
 @pytest.mark.parametrize("which", (0, 1), ids=("store", "attend"))
 def test_structs_match(which):
-    struct = (cuda.StoreParams, cuda.AttendParams)[which]
+    struct = (structs.StoreParams, structs.AttendParams)[which]
     offsets = (ctypes.c_int64 * 64)()
     count = emulator.host_library().kvq_cuda_layout(which, offsets, 64)
     mirrored = [ctypes.sizeof(struct)] + [getattr(struct, n).offset for n, _ in struct._fields_]
@@ -263,8 +263,8 @@ def test_plans_fit_the_workspace(monkeypatch):
     shapes = ((8, 8, 128), (32, 8, 128), (32, 2, 64), (16, 1, 256))
     for sequences, queries in itertools.product((1, 2, 3, 7, 17, 64, 300), (1, 2, 8, 300)):
         for heads, kv_heads, head_size in shapes:
-            params = cuda.AttendParams(
-                cache=cuda.Cache(None, 0, 0, 16, kv_heads, head_size, 3), num_tokens=sequences,
+            params = structs.AttendParams(
+                cache=structs.Cache(None, 0, 0, 16, kv_heads, head_size, 3), num_tokens=sequences,
                 num_seqs=sequences, num_heads=heads, max_query_len=queries,
             )  # fmt: skip
             need = cuda.plan(library, params, 131072, 132)

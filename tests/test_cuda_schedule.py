@@ -14,7 +14,7 @@ import pytest
 
 from kvq_plugin.formats import get_format
 from kvq_plugin.gpu_check import checks, timing
-from kvq_plugin.kernels import cuda
+from kvq_plugin.kernels import cuda, structs
 
 H100 = 132  # multiprocessors
 COLUMNS = ("block", "sequence", "kv_head", "row", "first", "last", "dealt", "rounds", "tiles")
@@ -32,7 +32,7 @@ def library():
     found = ctypes.CDLL(str(emulator.cached("schedule", command, *emulator.SOURCES)))
     found.kvq_schedule.restype = ctypes.c_int64
     found.kvq_schedule.argtypes = [
-        ctypes.POINTER(cuda.AttendParams), ctypes.c_void_p, ctypes.c_int64,
+        ctypes.POINTER(structs.AttendParams), ctypes.c_void_p, ctypes.c_int64,
     ]  # fmt: skip
     return found
 
@@ -43,8 +43,8 @@ def schedule(requests, *, heads=8, group=4, head_size=128, name="int8_per_token_
     *longest* and rows of query *tokens* (default: the batch's own); pieces by COLUMNS."""
     lengths, counts = (np.array(x, dtype=np.int32) for x in zip(*requests, strict=True))
     starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
-    params = cuda.AttendParams(
-        cache=cuda.Cache(None, 0, 0, 16, heads, head_size, get_format(name).id),
+    params = structs.AttendParams(
+        cache=structs.Cache(None, 0, 0, 16, heads, head_size, get_format(name).id),
         recent_table=1 if get_format(name).recent else None,  # never looked at
         num_tokens=tokens or int(starts[-1]), num_seqs=len(requests), num_heads=heads * group,
         max_query_len=int(counts.max()), window=window, causal=causal,

@@ -1,5 +1,5 @@
 // What a GPU kernel needs to know, in plain pointers and fixed-size integers: no torch, no CUDA
-// types. kvq_plugin/kernels/cuda.py mirrors these structs with ctypes; layout.cpp exports their
+// types. kvq_plugin/kernels/structs.py mirrors these structs with ctypes; layout.cpp exports their
 // offsets so that a test compares the two.
 #pragma once
 
