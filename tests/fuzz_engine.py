@@ -35,8 +35,8 @@ def requests(rng: random.Random, count: int) -> list[tuple[list[int], int]]:
         prompt = []
         if out and rng.random() < 0.5:
             earlier = rng.choice(out)[0]
-            prompt = earlier[: rng.randint(1, len(earlier))]
-        length = rng.choice((1, 5, 31, 32, 33, 64, 127, 128, 129, rng.randint(1, 400)))
+            prompt = earlier[: rng.choice((128, 256, rng.randint(1, len(earlier))))]
+        length = rng.choice((1, 5, 33, 64, 127, 128, 129, 300, rng.randint(1, 440)))
         missing = max(1, length - len(prompt))
         prompt = prompt + [rng.randrange(*VOCABULARY) for _ in range(missing)]
         out.append((prompt[:440], rng.choice((1, 2, 8, 40, 70))))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import exact_engine
+import fuzz_engine
 import pytest
 import saturated_engine
 from engine_jobs import Batch, Job, Output, only, run
@@ -118,6 +119,18 @@ def test_the_schedules_happened(by_schedule):
     counters = by_schedule["ngram"].counters
     drafts = counters["vllm:spec_decode_num_draft_tokens"]
     assert 0 < counters["vllm:spec_decode_num_accepted_tokens"] < drafts
+
+
+def test_random_requests(models):
+    """A short run of fuzz_engine.py; `--requests 1000` for a long one."""
+    done = subprocess.run(
+        [sys.executable, fuzz_engine.__file__, "--requests", "60", "--seed", "1",
+         "--model", models["gqa"]],
+        env=os.environ | CORES, capture_output=True, text=True, timeout=800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["preemptions"] and said["cancelled"] and not said["different"]
 
 
 # --- ways of running an engine ---------------------------------------------------------
