@@ -310,3 +310,13 @@ def test_refusals_say_what_to_do():
     rows = torch.zeros(1, 1, 128)
     with pytest.raises(ValueError, match="KVQ_GPU_KERNELS=triton"):
         cuda.store(rows, rows, cache, torch.zeros(1, dtype=torch.int64), format)
+
+
+def test_caches_of_more_slots_than_stores_can_count(monkeypatch):
+    monkeypatch.setattr(cuda, "_load", lambda: None)
+    monkeypatch.setattr(cuda, "_device_refusal", lambda device: None)
+    format = FORMATS["int8_per_token_head"]
+    most = torch.empty(1 << 27, 1, 16, 136, dtype=torch.uint8, device="meta")
+    assert cuda.refusal(format, 64, most) is None
+    beyond = torch.empty((1 << 27) + 1, 1, 16, 136, dtype=torch.uint8, device="meta")
+    assert "count to 2,147,483,648" in cuda.refusal(format, 64, beyond)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 LIBRARY = Path(__file__).parent.parent / "_kvq_cuda.so"
 #: Compute capability from which mma.m16n8k16 and fp16 -> fp32 products exist.
 CAPABILITY = (8, 0)
+#: Slots that stores, which divide in 32 bits, can tell apart.
+SLOTS = 1 << 31
 #: Counters of the partial results that are in, of which a launch takes one a block.
 COUNTERS = 4096
 #: Rows of all blocks that share a multiprocessor, at most (plan.h): 2 of 16, or 4 of 8.
@@ -116,6 +118,11 @@ def refusal(
         return reason
     reason = _device_refusal(cache.device) or shape_refusal(format, head_size, cache.shape[2])
     for name, x in (("cache", cache), ("recent cache", recent_cache)):
+        if reason is None and x is not None and x.shape[0] * x.shape[2] > SLOTS:
+            reason = (
+                f"the {name} has {x.shape[0] * x.shape[2]:,} slots, and CUDA C++ kernels count to "
+                f"{SLOTS:,}"
+            )
         if reason is None and x is not None and not _aligned(x):
             reason = (
                 f"pages must start at multiples of 16 bytes; the {name} starts at "

@@ -7,6 +7,7 @@ import torch
 from cases import BATCHES, OUTPUT_ROUNDING, PLAIN_ROWS, name_of
 
 from kvq_plugin.formats import Granularity, get_format
+from kvq_plugin.gpu_check import checks
 from kvq_plugin.kernels import prefill
 from kvq_plugin.layout import GPU_V1
 
@@ -129,3 +130,8 @@ def test_which_calls_it_serves():
     assert not serves(max_query_len=prefill.MIN_QUERY - 1)
     assert not serves(batch=4096, max_seq_len=1 << 20)
     assert not serves(workspace=torch.empty(1 << 10, dtype=torch.uint8))
+
+
+def test_gpu_check_knows_from_where_it_serves():
+    """It must not need Triton to know which outputs have K and V rounded."""
+    assert checks.LONG == prefill.MIN_QUERY
