@@ -29,7 +29,7 @@ def scores(smollm2, tmp_path_factory):
     texts = {"reference": windows[:WINDOWS]}
     models = {"int8": calibrated}
     return {
-        dtype: evaluate(str(models.get(dtype, smollm2)), dtype, texts)["reference"]
+        dtype: evaluate(str(models.get(dtype, smollm2)), dtype, texts).scores["reference"]
         for dtype in (BASELINE, *BOUNDS)
     }
 
