@@ -51,7 +51,7 @@ wheel: install $(STAMPS)/tools  ## sdist and manylinux wheel in dist/, of the li
 
 docs: install $(STAMPS)/tools  ## the site in build/site; fails on a broken link
 	$(VENV)/bin/python scripts/make_docs.py
-	NO_MKDOCS_2_WARNING=1 $(VENV)/tools/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/tools/bin/mkdocs build --strict
 
 cuda:  ## build the CUDA C++ kernels into kvq_plugin/ (needs nvcc and cmake, no GPU)
 	cmake -S csrc/cuda -B build/cuda
