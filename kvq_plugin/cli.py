@@ -55,10 +55,24 @@ def _leaving_in_order() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _Version(argparse.Action):
+    """Prints the version and which kernels are installed, which loads them: not before asked."""
+
+    def __call__(self, parser, *_) -> None:
+        from kvq_plugin import doctor
+
+        print(f"kvq {__version__}")
+        try:
+            print(doctor.built_kernels())
+        except (ImportError, OSError, ValueError) as error:
+            print(error)
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of ``kvq``."""
     top = argparse.ArgumentParser(prog="kvq", description="Quantized KV caches for vLLM.")
-    top.add_argument("--version", action="version", version=f"kvq {__version__}")
+    top.add_argument("--version", action=_Version, nargs=0, help="version and kernels; then exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_eval(commands)
