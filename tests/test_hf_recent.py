@@ -220,8 +220,13 @@ def assert_same_tokens(ours, expected, scores, slack):
             assert first - second < slack
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("feature", ["gqa", "window_and_full_layers", "sinks", "softcap"])
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        ("int4", "gqa"), ("int4", "window_and_full_layers"), ("int4", "sinks"),
+        ("int4", "softcap"), ("k3v2", "window_and_full_layers"),
+    ],
+)  # fmt: skip
 def test_same_tokens(models, feature, name):
     """Left padding, windows beside full layers, sinks, softcap: greedy tokens are those of
     transformers' attention over its own cache of dequantized values."""
@@ -277,6 +282,23 @@ def test_one_pass_or_many(models, monkeypatch, name):
     real = inputs["attention_mask"].bool()
     for other in others:
         assert torch.equal(whole[real], other[real])
+
+
+def test_prompt_in_chunks(models):
+    """The same tokens, and the rows of one chunk at a time beside the pages."""
+    model, inputs = models("gqa"), prompts((300,))
+    answers, peaks = [], []
+    for chunk in (None, 64):
+        cache = KVQCache(model.config, "int4", block_size=BLOCK)
+        layer, held = cache.layers[0], []
+        commit = layer.commit
+        layer.commit = lambda mask, commit=commit, layer=layer, held=held: (
+            commit(mask), held.append(layer.recent.shape[0] * GROUP)
+        )[0]  # fmt: skip
+        answers.append(generate(model, cache, inputs, prefill_chunk_size=chunk))
+        peaks.append(max(held))
+    assert torch.equal(*answers)
+    assert peaks[0] == 320 and peaks[1] <= 64 + 2 * GROUP + SPARE + GROUP
 
 
 def test_other_attention_is_refused(models):
