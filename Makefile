@@ -33,8 +33,7 @@ demo: install  ## serve the built-in model with each KV cache and compare; ARGS=
 # wait by spinning would take it from the other.
 WORKERS ?= 2
 test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(STAMPS)/vllm-versions $(STAMPS)/tools  ## run all tests, or ARGS="-k name"
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
-	  --no-loadscope-reorder $(ARGS)
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
 	scripts/sanitize.sh $(VENV)/bin/python $(or $(ARGS),10000)
