@@ -118,7 +118,7 @@ $(STAMPS)/transformers: $(STAMPS)/python
 	@mkdir -p $(STAMPS) && touch $@
 
 # For make wheel, make docs and their tests, which skip without it.
-$(STAMPS)/tools: $(STAMPS)/python Makefile
+$(STAMPS)/tools: $(STAMPS)/python
 	-$(VENV)/bin/python -m venv $(VENV)/tools && \
 	  $(VENV)/tools/bin/python -m pip --disable-pip-version-check install --quiet $(TOOLS)
 	@mkdir -p $(STAMPS) && touch $@
