@@ -17,6 +17,7 @@ from kvq_plugin import cli, evaluation_page, report
 from kvq_plugin.evaluate import BASELINE, OWN, agreement, floor_chunk
 from kvq_plugin.evaluate_transformers import MEMORY, TransformersDriver
 from kvq_plugin.formats import SERVED
+from kvq_plugin.logits import Seen
 
 FORMATS = [f.name for f in dict.fromkeys(SERVED.values()) if f.default_scale or f.is_dynamic]
 LENGTH = 200
@@ -79,6 +80,8 @@ def test_prefill_and_decode_give_the_same_figures(tmp_path, gqa, windows, monkey
     """Teacher-forced in one pass, in several and token by token: every figure at every position is
     the same to the last bit, with products that do not depend on the batch."""
     exact_products(monkeypatch)
+    passes, see = [], Seen.see
+    monkeypatch.setattr(Seen, "see", lambda *args: passes.append(len(args[1])) or see(*args))
     driver = TransformersDriver(str(gqa))
     texts = {"random": windows[:1]}
     driver.evaluate(BASELINE, texts, keep=tmp_path)
@@ -86,6 +89,7 @@ def test_prefill_and_decode_give_the_same_figures(tmp_path, gqa, windows, monkey
         driver.evaluate(dtype, texts, reference=tmp_path, chunk=chunk).scores["random"]
         for chunk in (None, 77, 1)
     )
+    assert passes == 2 * [LENGTH - 1, 1] + [77, 77, 45, 1] + LENGTH * [1]
     assert whole.divergence.mean > 0
     for other in others:
         assert other.logprobs == whole.logprobs
