@@ -98,6 +98,22 @@ def test_prefill_and_decode_give_the_same_figures(tmp_path, gqa, windows, monkey
         assert other.divergence == whole.divergence
 
 
+@pytest.mark.parametrize("dtype", ["int8_per_token_head", "int4"])
+def test_questions(gqa, windows, monkeypatch, dtype):
+    """Of several lengths at once: each is answered as if alone."""
+    exact_products(monkeypatch)
+    driver = TransformersDriver(str(gqa))
+    driver._tokenizer = SimpleNamespace(
+        decode=lambda ids, skip_special_tokens: " ".join(str(token) for token in ids)
+    )
+    questions = [(windows[0][:90], 20), (windows[1][:64], 7), (windows[1][:3], 12)]
+    together, *alone = (
+        driver._answers(dtype, asked) for asked in (questions, *([q] for q in questions))
+    )
+    assert together == [answer for [answer] in alone]
+    assert [len(answer.split()) for answer in together] == [20, 7, 12]
+
+
 def test_memory_is_what_a_token_takes(gqa, windows):
     """Of 2 layers, 2 kv heads of 32: 512 bytes a token in bfloat16, in pages of 128 tokens for
     ours, which 200 tokens fill by 78 %."""
