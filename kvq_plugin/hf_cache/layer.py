@@ -108,9 +108,9 @@ class KVQLayer(CacheLayerMixin):
         if step.recent is not None:
             if step.recent.after is not None and self._after is None:
                 raise ValueError(
-                    f"KVQCache: attention reads K and V of a layer twice in one forward pass of "
-                    f"{WIDE} tokens or more, whose {self.format.name} rows are gone by then: pass "
-                    f"prefill_chunk_size={WIDE // 2} to generate, or use 'int8_per_token_head'"
+                    "KVQCache: attention reads K and V of a layer twice in one forward pass of "
+                    f"more than {WIDE} tokens, whose {self.format.name} rows are gone by then: "
+                    f"pass prefill_chunk_size={WIDE} to generate, or use 'int8_per_token_head'"
                 )
             options |= {"recent_cache": self.recent, "recent_block_table": step.recent.table}
         out = torch.empty((len(asked), heads, size), dtype=query.dtype, device=query.device)
@@ -260,8 +260,8 @@ class KVQLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` positions. ValueError for a positive number, and,
-        in formats with recent rows, for more than ``SPARE`` and than the last update brought, if
-        that was less than ``WIDE``."""
+        in formats with recent rows, for more than ``SPARE`` and more than the last ``WIDE`` that
+        the last update brought."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"KVQCache.crop({tokens_to_remove}): expected minus the number of tokens to remove"

@@ -7,7 +7,7 @@ rows of the table and no page: sequences share blocks until one of them has to w
 
 Formats with recent rows have blocks of ``GROUP`` tokens for them beside the others. A sequence lets
 go of those that no query will read and nobody can step back to: ``SPARE`` tokens before the last
-forward pass, or, if that was ``WIDE``, before its end.
+forward pass, or ``WIDE`` before its end where that was longer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from kvq_plugin.hf_cache.blocks import Blocks
 
 #: Tokens that can be taken back at any time, in formats with recent rows.
 SPARE = GROUP
-#: Tokens of a forward pass whose recent rows do not outlive it: a prompt's, not drafts.
+#: Tokens of the last forward pass that can be taken back: drafts, of which the first come with the
+#: prompt. Recent rows before them do not outlive the pass.
 WIDE = 512
 
 
@@ -165,9 +166,9 @@ class BlockTable:
             if self.format.sealed_before(count) < first * GROUP:
                 raise ValueError(
                     f"KVQCache.crop to {length} tokens: in {self.format.name} up to {SPARE} tokens "
-                    f"can be taken back, or those of a last forward pass of less than {WIDE}, as "
-                    "older rows are sealed for good: reset() the cache and give it the tokens "
-                    "again, or use 'int8_per_token_head', which has no limit"
+                    f"can be taken back, or up to {WIDE} of the last forward pass, as older rows "
+                    "are sealed for good: reset() the cache and give it the tokens again, or use "
+                    "'int8_per_token_head', which has no limit"
                 )
 
     def crop(self, length: int) -> None:
@@ -230,12 +231,13 @@ class BlockTable:
             if now is not None:
                 slots = torch.where(now, slots, -1)
             asked = moved, blocks.count, copies, slots.flatten(), blocks.table
-            is_wide = has_recent and position.shape[-1] >= WIDE
-            after = blocks.drop(self._kept_columns(lengths)) if is_wide else None
+            is_wide = has_recent and position.shape[-1] > WIDE
+            after = blocks.drop(self._kept_columns(lengths, WIDE)) if is_wide else None
             places[i] = Place(*asked, after)
         return places
 
-    def _kept_columns(self, counts: list[int]) -> list[int]:
-        """The first block of recent rows that sequences of so many tokens need."""
-        lowest = (self.format.sealed_before(count) - SPARE for count in counts)
+    def _kept_columns(self, counts: list[int], spare: int = SPARE) -> list[int]:
+        """The first block of recent rows that sequences of so many tokens need, of which *spare*
+        may be taken back."""
+        lowest = (self.format.sealed_before(count) - spare for count in counts)
         return [max(0, at) // GROUP for at in lowest]
