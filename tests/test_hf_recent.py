@@ -158,7 +158,7 @@ def test_taking_back_more_is_refused():
     for layer in cache.layers:
         layer.attend(torch.zeros(1, HEADS, 1600, SIZE), layer.commit(), 1.0)
     cache.crop(-WIDE)  # of one long pass
-    with pytest.raises(ValueError, match="up to 512 of the last forward pass"):
+    with pytest.raises(ValueError, match="up to 256 of the last forward pass"):
         cache.crop(-SPARE)
     cache.crop(-cache.get_seq_length())  # all of them: nothing is read any more
     raw = Raw("int4")
@@ -323,7 +323,7 @@ def test_layers_that_share_unannounced_are_refused():
     layer = cache.layers[0]
     step, query = layer.commit(), torch.randn(1, 2 * HEADS, 1500, SIZE)
     layer.attend(query, step, 0.1)
-    with pytest.raises(ValueError, match="twice in one forward pass.*prefill_chunk_size=512"):
+    with pytest.raises(ValueError, match="twice in one forward pass.*prefill_chunk_size=256"):
         layer.attend(query, step, 0.1)
 
 

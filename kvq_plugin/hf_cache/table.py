@@ -23,7 +23,7 @@ from kvq_plugin.hf_cache.blocks import Blocks
 SPARE = GROUP
 #: Tokens of the last forward pass that can be taken back: drafts, of which the first come with the
 #: prompt. Recent rows before them do not outlive the pass.
-WIDE = 512
+WIDE = 256
 
 
 @dataclass(frozen=True, slots=True)
