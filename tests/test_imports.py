@@ -22,7 +22,7 @@ LEVELS = (
     ("inspection",),
     ("hf_cache",),
     ("evaluate", "doctor"),
-    ("evaluation_page",),
+    ("evaluation_page", "doctor_url"),
     ("report", "inspection_report"),
     ("calibrate",),
     ("demo", "bench", "gpu_check"),
