@@ -16,6 +16,7 @@ from kvq_plugin.formats import SERVED
 from kvq_plugin.servers import ServerError
 
 INTERRUPTED = 130
+KV_MEMORY_GIB = 1.0  # of each engine, unless the user says otherwise
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -55,10 +56,24 @@ def _leaving_in_order() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _Version(argparse.Action):
+    """Prints the version and which kernels are installed, which loads them: not before asked."""
+
+    def __call__(self, parser, *_) -> None:
+        from kvq_plugin import doctor
+
+        print(f"kvq {__version__}")
+        try:
+            print(doctor.built_kernels())
+        except (ImportError, OSError, ValueError) as error:
+            print(error)
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of ``kvq``."""
     top = argparse.ArgumentParser(prog="kvq", description="Quantized KV caches for vLLM.")
-    top.add_argument("--version", action="version", version=f"kvq {__version__}")
+    top.add_argument("--version", action=_Version, nargs=0, help="version and kernels; then exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_eval(commands)
@@ -95,7 +110,8 @@ def _add_demo(commands) -> None:
 def _add_eval(commands) -> None:
     evaluation = commands.add_parser(
         "eval",
-        help="perplexity and KL divergence through the engine, against the unquantized cache",
+        help="perplexity and KL divergence through vLLM or transformers, against the unquantized "
+        "cache",
     )
     evaluation.add_argument(
         "model", nargs="?", help="directory or hub name; without it, the built-in SmolLM2"
@@ -131,8 +147,15 @@ def _add_eval(commands) -> None:
         metavar="DIR",
         help="a folder to make: the report as one HTML page, its plots and figures",
     )
+    evaluation.add_argument(
+        "--driver",
+        choices=("vllm", "transformers"),
+        default="vllm",
+        help="what runs the model (%(default)s); transformers: generate's models with KVQCache, "
+        "in this process, beside transformers' own cache",
+    )
     _add_kv_memory(evaluation)
-    evaluation.set_defaults(run=_run_eval)
+    evaluation.set_defaults(run=_run_eval, kv_memory_gib=None)
 
 
 def _add_calibrate(commands) -> None:
@@ -234,12 +257,12 @@ def _add_dtypes(command: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def _add_kv_memory(command: argparse.ArgumentParser, default: float = 1.0) -> None:
+def _add_kv_memory(command: argparse.ArgumentParser, default: float = KV_MEMORY_GIB) -> None:
     command.add_argument(
         "--kv-memory-gib",
         type=float,
         default=default,
-        help="memory for each engine's KV cache (%(default)s)",
+        help=f"memory for each engine's KV cache ({default:g})",
     )
 
 
@@ -290,12 +313,19 @@ def _run_demo(options: argparse.Namespace) -> None:
 def _run_eval(options: argparse.Namespace) -> None:
     from kvq_plugin import report
 
+    memory = KV_MEMORY_GIB if options.kv_memory_gib is None else options.kv_memory_gib
+    if options.driver != report.DRIVERS[0] and options.kv_memory_gib is not None:
+        raise ValueError(
+            f"--kv-memory-gib {memory:g} was asked: with --driver {options.driver} a cache grows "
+            "with its tokens and has no pool; leave it out, or use --driver vllm"
+        )
     report.run_evaluation(
         _model(options.model),
         options.dtypes,
         options.text,
         windows=options.windows,
-        kv_memory_bytes=int(options.kv_memory_gib * 2**30),
+        driver=options.driver,
+        kv_memory_bytes=int(memory * 2**30),
         divergence=options.divergence,
         drift=options.drift,
         page=options.report,

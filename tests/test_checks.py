@@ -276,7 +276,7 @@ def sealing_gpu(on_gpu, monkeypatch):
     return on_gpu
 
 
-@pytest.mark.parametrize("dtype", SERVED.keys() - FORMATS.keys())
+@pytest.mark.parametrize("dtype", sorted(SERVED.keys() - FORMATS.keys()))
 def test_low_bits_on_gpus(sealing_gpu, monkeypatch, dtype):
     recent = SERVED[dtype].recent is not None
     check(sealing_gpu(dtype))
