@@ -38,6 +38,9 @@ test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(
 sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
 	scripts/sanitize.sh $(VENV)/bin/python $(or $(ARGS),10000)
 
+soak: install  ## abuse real servers for 20 minutes; ARGS="--requests N --minutes M"
+	$(VENV)/bin/python tests/soak.py $(ARGS)
+
 bench: install  ## time kernels and engines against vLLM's own; CSVs and plots in build/bench
 	$(VENV)/bin/kvq bench attention --out build/bench
 	$(VENV)/bin/kvq bench store --out build/bench
@@ -129,4 +132,4 @@ $(STAMPS)/vllm-versions: $(STAMPS)/plugin scripts/vllm_versions.py \
   kvq_plugin/serving/compat/__init__.py
 	-$(VENV)/bin/python scripts/vllm_versions.py $(VENV)/vllm-versions && touch $@
 
-.PHONY: help install demo test sanitize bench wheel docs cuda gpu-check gpu-bundle lint format clean
+.PHONY: help install demo test sanitize soak bench wheel docs cuda gpu-check gpu-bundle lint format clean

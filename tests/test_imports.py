@@ -23,7 +23,7 @@ LEVELS = (
     ("hf_cache",),
     ("evaluate", "doctor"),
     ("evaluate_transformers",),
-    ("evaluation_page",),
+    ("evaluation_page", "doctor_url"),
     ("report", "inspection_report"),
     ("calibrate",),
     ("demo", "bench", "gpu_check"),
