@@ -11,6 +11,11 @@ LLM_COMPRESSOR ?= llmcompressor==0.14.0.1 compressed-tensors==0.19.0 datasets==5
 OTHER_TRITON ?= triton==3.6.0
 # The newest transformers, which vLLM does not take, beside the environment's own.
 OTHER_TRANSFORMERS ?= transformers==5.24.0
+LONGBENCH ?= jieba rapidfuzz rouge
+# lm-evaluation-harness with what it imports and vLLM does not bring, beside the environment's own.
+LM_EVAL ?= lm-eval==0.4.13 datasets==5.2.0 sacrebleu==2.6.0 pyarrow pandas python-dateutil pytz \
+  tzdata dill multiprocess xxhash more-itertools sqlitedict pytablewriter DataProperty mbstrdecoder \
+  pathvalidate tabledata tcolorpy typepy portalocker tabulate colorama lxml chardet regex six
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.kvq
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
@@ -26,7 +31,8 @@ install: $(STAMPS)/plugin  ## build the environment: torch, vLLM for CPU, the pl
 demo: install  ## serve the built-in model with each KV cache and compare; ARGS="--model PATH ..."
 	$(VENV)/bin/kvq demo $(ARGS)
 
-test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(STAMPS)/vllm-versions  ## run all tests, or ARGS="-k name"
+test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(STAMPS)/longbench \
+  $(STAMPS)/lm-eval $(STAMPS)/vllm-versions  ## run all tests, or ARGS="-k name"
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
@@ -102,6 +108,16 @@ $(STAMPS)/transformers: $(STAMPS)/python
 	-$(PIP) install --quiet --no-deps --target $(VENV)/other-transformers --upgrade \
 	  $(OTHER_TRANSFORMERS)
 	@mkdir -p $(STAMPS) && touch $@
+
+# For the tests of LongBench's metrics; they skip without. jieba is built from its sources.
+$(STAMPS)/longbench: $(STAMPS)/plugin
+	-$(PIP) install --quiet --no-build-isolation $(LONGBENCH)
+	@touch $@
+
+# For the test that runs lm-evaluation-harness, 0.4 GB; it skips without it.
+$(STAMPS)/lm-eval: $(STAMPS)/plugin
+	-$(PIP) install --quiet --no-deps --target $(VENV)/lm-eval --upgrade $(LM_EVAL)
+	@touch $@
 
 # The vLLM versions beside the installed one, 2 GB, for tests/test_versions.py. One that cannot be
 # had skips there with the reason, and is tried again by the next run: then there is no stamp.

@@ -93,9 +93,11 @@ def _add_demo(commands) -> None:
 
 
 def _add_eval(commands) -> None:
+    from kvq_plugin.tasks import arguments as task_arguments
+
     evaluation = commands.add_parser(
         "eval",
-        help="perplexity and KL divergence through the engine, against the unquantized cache",
+        help="perplexity, KL divergence and tasks, against the unquantized cache",
     )
     evaluation.add_argument(
         "model", nargs="?", help="directory or hub name; without it, the built-in SmolLM2"
@@ -125,6 +127,7 @@ def _add_eval(commands) -> None:
         help="also N long greedy generations: where each KV cache first leaves those of "
         f"{BASELINE}, and what it makes of {BASELINE}'s, token by token",
     )
+    task_arguments.add(evaluation)
     evaluation.add_argument(
         "--report",
         type=Path,
@@ -270,6 +273,7 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 def _run_eval(options: argparse.Namespace) -> None:
     from kvq_plugin import report
+    from kvq_plugin.tasks import arguments as task_arguments
 
     report.run_evaluation(
         _model(options.model),
@@ -279,6 +283,7 @@ def _run_eval(options: argparse.Namespace) -> None:
         kv_memory_bytes=int(options.kv_memory_gib * 2**30),
         divergence=options.divergence,
         drift=options.drift,
+        tasks=task_arguments.settings(options),
         page=options.report,
     )
 

@@ -21,7 +21,7 @@ LEVELS = (
     ("serving", "hub", "model", "servers"),
     ("inspection",),
     ("hf_cache",),
-    ("evaluate", "doctor"),
+    ("evaluate", "doctor", "tasks"),
     ("evaluation_page",),
     ("report", "inspection_report"),
     ("calibrate",),
