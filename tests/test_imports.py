@@ -21,7 +21,7 @@ LEVELS = (
     ("serving", "hub", "model", "servers"),
     ("inspection",),
     ("hf_cache",),
-    ("evaluate", "doctor"),
+    ("evaluate", "doctor", "tasks"),
     ("evaluate_transformers",),
     ("evaluation_page", "doctor_url"),
     ("report", "inspection_report"),
