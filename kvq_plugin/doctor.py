@@ -176,6 +176,15 @@ def plugin(machine: Machine) -> Iterator[Finding]:
 # --- kernels ---------------------------------------------------------------------------
 
 
+def built_kernels() -> str:
+    """The compiled kernels that are installed. Raises ImportError or OSError without the CPU's."""
+    names = ", ".join(_native.compiled_isas())
+    refusal = cuda.library_refusal()
+    size = 0 if refusal else cuda.LIBRARY.stat().st_size
+    gpu = refusal or f"CUDA C++ kernels ({size / 1e6:.0f} MB)"
+    return f"CPU kernels for {names}; {gpu}"
+
+
 def kernels(machine: Machine) -> Iterator[Finding]:
     """The compiled kernels, and the instruction sets they can use here."""
     try:
@@ -183,6 +192,7 @@ def kernels(machine: Machine) -> Iterator[Finding]:
     except (ImportError, OSError, ValueError) as error:
         yield Finding(BAD, str(error))
         return
+    yield Finding(GOOD, f"this installation has {built_kernels()}")
     yield Finding(GOOD, f"{current} kernels; this processor runs {', '.join(isas)}")
     if current != isas[0]:
         yield Finding(ADVICE, f"KVQ_ISA forces {current} where {isas[0]} works", "unset KVQ_ISA")

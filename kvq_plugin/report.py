@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -34,6 +34,9 @@ from kvq_plugin.evaluate import (
     read_text,
 )
 from kvq_plugin.tables import print_table
+
+#: What runs the model: vLLM's engine, a process for every dtype, or transformers, in this one.
+DRIVERS = ("vllm", "transformers")
 
 #: Tokens of a prompt that greedy generations start from.
 PROMPT = 128
@@ -100,16 +103,17 @@ def run_evaluation(
     text_names: Sequence[str],
     *,
     windows: int,
-    kv_memory_bytes: int,
+    kv_memory_bytes: int = 1 << 30,
     divergence: bool = True,
     drift: int = 0,
     page: Path | None = None,
+    driver: str = DRIVERS[0],
 ) -> Results:
     """Score every text with every dtype, ``auto`` first, and print the tables.
 
-    *drift*: so many greedy generations of every engine; those of ``auto`` are one more text.
-    *page* is a folder to make, with the report as HTML. Raises ValueError before anything is run
-    when it cannot be made.
+    *driver* is one of DRIVERS; *kv_memory_bytes* concern vLLM's engines alone. *drift*: so many
+    greedy generations of every engine; those of ``auto`` are one more text. *page* is a folder to
+    make, with the report as HTML. Raises ValueError before anything is run when it cannot be made.
     """
     console = Console()
     if page is not None:
@@ -117,18 +121,18 @@ def run_evaluation(
     started = datetime.now(UTC)
     tokenizer = load_tokenizer(model)
     texts = {name: make_windows(tokenizer, read_text(name), windows) for name in text_names}
+    engine = _engine(driver, model, kv_memory_bytes)
     with tempfile.TemporaryDirectory(prefix="kvq-eval-") as folder, progress(console) as bars:
         results = _evaluate_all(
-            model,
+            engine,
             dtypes,
             texts,
             make_windows(tokenizer, builtin_text(), drift, PROMPT) if drift else [],
-            kv_memory_bytes,
             Path(folder) if divergence else None,
             bars,
         )
     scores = {dtype: e.scores for dtype, e in results.evaluations.items()}
-    print_table(console, evaluation_table(model, scores, windows))
+    print_table(console, evaluation_table(model, scores, windows, driver))
     if results.floor is not None and len(dtypes) > 1:
         print_table(console, divergence_table(results))
     if results.agreements:
@@ -139,6 +143,7 @@ def run_evaluation(
             windows=f"{windows} of {WINDOW:,} tokens of each text",
             texts=[Path(name).name for name in text_names],
             greedy_generations=drift,
+            driver=driver,
             KV_memory=f"{kv_memory_bytes / 2**30:g} GiB",
             started=f"{started:%Y-%m-%d %H:%M} UTC",
             took=f"{(datetime.now(UTC) - started).total_seconds():.0f} s",
@@ -150,12 +155,20 @@ def run_evaluation(
     return results
 
 
+def _engine(driver: str, model: str, kv_memory_bytes: int) -> Callable[..., Evaluation]:
+    """What evaluates a dtype: :func:`kvq_plugin.evaluate.evaluate` from its second argument on."""
+    if driver == DRIVERS[0]:
+        return partial(evaluate, model, kv_memory_bytes=kv_memory_bytes)
+    from kvq_plugin.evaluate_transformers import TransformersDriver
+
+    return TransformersDriver(model).evaluate
+
+
 def _evaluate_all(
-    model: str,
+    engine: Callable[..., Evaluation],
     dtypes: Sequence[str],
     texts: Mapping[str, Sequence[Window]],
     prompts: Sequence[Window],
-    kv_memory_bytes: int,
     folder: Path | None,
     bars: Progress,
 ) -> Results:
@@ -167,9 +180,8 @@ def _evaluate_all(
             total += len(prompts)
         bar = bars.add_task(name, total=total, stage="")
         tick = partial(bars.advance, bar)
-        common = {"kv_memory_bytes": kv_memory_bytes, "tick": tick, "prompts": prompts}
-        length = WINDOW if prompts else 0
-        return evaluate(model, dtype, texts, **(common | {"length": length} | options))
+        common = {"tick": tick, "prompts": prompts, "length": WINDOW if prompts else 0}
+        return engine(dtype, texts, **(common | options))
 
     evaluations, floor = {BASELINE: run(BASELINE, BASELINE, texts, keep=folder)}, None
     if prompts:
@@ -185,10 +197,13 @@ def _evaluate_all(
     return Results(evaluations, floor)
 
 
-def evaluation_table(model: str, scores: dict[str, dict[str, Score]], windows: int) -> Table:
+def evaluation_table(
+    model: str, scores: dict[str, dict[str, Score]], windows: int, driver: str = DRIVERS[0]
+) -> Table:
     """A row per dtype; perplexity and change against ``auto`` per text."""
+    through = "the engine" if driver == DRIVERS[0] else driver
     table = Table(
-        title=f"Perplexity through the engine: {Path(model).name}",
+        title=f"Perplexity through {through}: {Path(model).name}",
         caption=f"{windows} windows of {WINDOW:,} tokens; change against {BASELINE} in this run, "
         "± its standard error",
         box=box.SIMPLE_HEAD,

@@ -24,6 +24,7 @@ LEVELS = (
     ("inspection",),
     ("hf_cache",),
     ("evaluate", "doctor"),
+    ("evaluate_transformers",),
     ("evaluation_page",),
     ("report", "inspection_report"),
     ("calibrate",),
@@ -34,7 +35,14 @@ LEVELS = (
 MAY_IMPORT = {
     "triton": {"kernels"},
     "vllm": {"serving", "calibrate", "evaluate", "bench"},
-    "transformers": {"hf_cache", "calibrate", "evaluate", "model", "bench"},
+    "transformers": {
+        "hf_cache",
+        "calibrate",
+        "evaluate",
+        "evaluate_transformers",
+        "model",
+        "bench",
+    },
 }
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

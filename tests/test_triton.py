@@ -39,12 +39,13 @@ def pytest_of(triton: str, *arguments: str, **environment: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
          *(str(ROOT / "tests" / a) for a in arguments)],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=290,
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=880,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("triton", ("this", "other"))
 def test_interpreted_kernels(triton):
     """tests/interpreted, in a process of its own: TRITON_INTERPRET changes what Triton's import
@@ -52,6 +53,7 @@ def test_interpreted_kernels(triton):
     pytest_of(triton, "interpreted", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
+@pytest.mark.timeout(900)
 def test_compiled_kernels_of_the_other_triton(tmp_path):
     """What test_triton_compile.py holds of this Triton's code, of the other's."""
     pytest_of("other", "test_triton_compile.py", TRITON_CACHE_DIR=str(tmp_path))
