@@ -24,7 +24,7 @@ from rich.table import Table
 
 from kvq_plugin import __version__, _native
 from kvq_plugin.formats import SERVED
-from kvq_plugin.kernels import refusal
+from kvq_plugin.kernels import cuda, refusal
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import patches
 from kvq_plugin.tables import print_table
