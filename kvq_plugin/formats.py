@@ -207,7 +207,7 @@ _LOWBIT_ROWS = (
     ),
 )
 
-#: Every name of the others, aliases included.
+#: Formats of one code for K and V, by every name, aliases included.
 FORMATS: dict[str, KVFormat] = {n: f for f in _ROWS for n in (f.name, *f.aliases)}
 #: Formats below 8 bits that vLLM does not know, and what their recent rows are stored as.
 LOWBIT: dict[str, KVFormat] = {f.name: f for f in _LOWBIT_ROWS}

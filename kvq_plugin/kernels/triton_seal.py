@@ -149,23 +149,30 @@ def seal_kernel(
 ):  # fmt: skip
     """Grid ``(ceil(tokens / BLOCK_T), kv heads, 2)``; the last axis is K or V."""
     head = tl.program_id(1).to(tl.int64)
-    for i in range(BLOCK_T):
-        token = tl.program_id(0) * BLOCK_T + i
-        slot = tl.load(slots + token, mask=token < tokens, other=-1)
-        row = tl.load(recent_slots + token, mask=token < tokens, other=-1)
-        last = (slot >= 0) & (slot < num_slots) & (slot % GROUP == GROUP - 1)
-        if last & (row >= 0) & (row < num_recent):
-            page = cache + slot // PAGE * block_stride + head * head_stride
-            source = recent + row // RECENT_PAGE * recent_block_stride + head * recent_head_stride
-            within, position = slot % PAGE // GROUP * GROUP, row % RECENT_PAGE // GROUP * GROUP
-            if tl.program_id(2) == 0:
-                _seal(source, K_ROWS + position * D, K_SCALES + position * 4, page, within,
-                      FIRST, FIRST + 2 * D, K_CODES, K_METADATA, K_CODE, K_BITS, K_QMAX_INVERSE,
-                      K_LITE, True, 1, D, WIDTH)  # fmt: skip
-            else:
-                _seal(source, V_ROWS + position * D, V_SCALES + position * 4, page, within,
-                      FIRST + D, FIRST + 2 * D + 4, V_CODES, V_METADATA, V_CODE, V_BITS,
-                      V_QMAX_INVERSE, V_LITE, False, V_PARTS, D, WIDTH)  # fmt: skip
+    i = tl.arange(0, BLOCK_T)
+    begin = tl.program_id(0) * BLOCK_T
+    slot = tl.load(slots + begin + i, mask=begin + i < tokens, other=-1)
+    row = tl.load(recent_slots + begin + i, mask=begin + i < tokens, other=-1)
+    last = (slot >= 0) & (slot < num_slots) & (slot % GROUP == GROUP - 1)
+    last = last & (row >= 0) & (row < num_recent)
+    turns = tl.where(last, i, BLOCK_T)
+    at = tl.min(turns, 0)
+    while at < BLOCK_T:
+        to = tl.load(slots + begin + at)
+        source = tl.load(recent_slots + begin + at)
+        page = cache + to // PAGE * block_stride + head * head_stride
+        rows = recent + source // RECENT_PAGE * recent_block_stride + head * recent_head_stride
+        within, position = to % PAGE // GROUP * GROUP, source % RECENT_PAGE // GROUP * GROUP
+        if tl.program_id(2) == 0:
+            _seal(rows, K_ROWS + position * D, K_SCALES + position * 4, page, within,
+                  FIRST, FIRST + 2 * D, K_CODES, K_METADATA, K_CODE, K_BITS, K_QMAX_INVERSE,
+                  K_LITE, True, 1, D, WIDTH)  # fmt: skip
+        else:
+            _seal(rows, V_ROWS + position * D, V_SCALES + position * 4, page, within,
+                  FIRST + D, FIRST + 2 * D + 4, V_CODES, V_METADATA, V_CODE, V_BITS,
+                  V_QMAX_INVERSE, V_LITE, False, V_PARTS, D, WIDTH)  # fmt: skip
+        turns = tl.where(i == at, BLOCK_T, turns)
+        at = tl.min(turns, 0)
 
 
 @memoize

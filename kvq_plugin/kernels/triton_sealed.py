@@ -70,12 +70,13 @@ def _lite(word):
 
 
 @triton.jit
-def _scaled(codes, scale, minimum, ISA: tl.constexpr, EXACT_DOT: tl.constexpr):
+def _scaled(codes, scale, minimum, EXACT_DOT: tl.constexpr):
     """codes * scale + minimum in fp16, rounded once."""
     if EXACT_DOT:  # the interpreter would round twice
         wide = codes.to(tl.float32) * scale.to(tl.float32) + minimum.to(tl.float32)
         return wide.to(tl.float16).to(tl.float32)
-    return tl.fma(codes, scale + tl.zeros_like(codes), minimum + tl.zeros_like(codes))
+    scale, minimum = tl.broadcast_to(scale, codes.shape), tl.broadcast_to(minimum, codes.shape)
+    return tl.fma(codes, scale, minimum)
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def _key(c, third, scales, at, FIELD: tl.constexpr, FIELDS: tl.constexpr, LITE: 
         scale = word.to(tl.int16).to(tl.float16, bitcast=True) * UNIT
         minimum = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True) * UNIT
     codes = _field(c, third, FIELD, FIELDS, ISA, False)
-    return _scaled(codes, scale[:, None], minimum[:, None], ISA, EXACT_DOT)
+    return _scaled(codes, scale[:, None], minimum[:, None], EXACT_DOT)
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def _value(c, scale, minimum, FIELD: tl.constexpr, FIELDS: tl.constexpr, ISA: tl
     """V of one field, ``[TOKENS, W]``: codes (less INT4_CENTER), or UNIT times values."""
     codes = _field(c, None, FIELD, FIELDS, ISA, True)
     if scale is not None:
-        return _scaled(codes, scale, minimum, ISA, EXACT_DOT)
+        return _scaled(codes, scale, minimum, EXACT_DOT)
     return operand(codes, EXACT_DOT)
 
 
