@@ -14,8 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "kvq_plugin"
 LEVELS = (
     ("formats", "hugepages", "rotation", "tables", "divergence", "logits"),
     ("codes", "layout"),
-    ("arguments", "sealed"),
+    ("sealed",),
     ("reference",),
+    ("calls",),
+    ("arguments",),
     ("_native", "kernels"),
     ("ops",),
     ("serving", "hub", "model", "servers"),
