@@ -43,6 +43,9 @@ test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(
 sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
 	scripts/sanitize.sh $(VENV)/bin/python $(or $(ARGS),10000)
 
+soak: install  ## abuse real servers for 20 minutes; ARGS="--requests N --minutes M"
+	$(VENV)/bin/python tests/soak.py $(ARGS)
+
 bench: install  ## time kernels and engines against vLLM's own; CSVs and plots in build/bench
 	$(VENV)/bin/kvq bench attention --out build/bench
 	$(VENV)/bin/kvq bench store --out build/bench
@@ -55,7 +58,7 @@ wheel: install $(STAMPS)/tools  ## sdist and manylinux wheel in dist/, of the li
 
 docs: install $(STAMPS)/tools  ## the site in build/site; fails on a broken link
 	$(VENV)/bin/python scripts/make_docs.py
-	NO_MKDOCS_2_WARNING=1 $(VENV)/tools/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/tools/bin/mkdocs build --strict
 
 cuda:  ## build the CUDA C++ kernels into kvq_plugin/ (needs nvcc and cmake, no GPU)
 	cmake -S csrc/cuda -B build/cuda
@@ -133,7 +136,7 @@ $(STAMPS)/lm-eval: $(STAMPS)/plugin
 	@touch $@
 
 # For make wheel, make docs and their tests, which skip without it.
-$(STAMPS)/tools: $(STAMPS)/python Makefile
+$(STAMPS)/tools: $(STAMPS)/python
 	-$(VENV)/bin/python -m venv $(VENV)/tools && \
 	  $(VENV)/tools/bin/python -m pip --disable-pip-version-check install --quiet $(TOOLS)
 	@mkdir -p $(STAMPS) && touch $@
@@ -144,4 +147,4 @@ $(STAMPS)/vllm-versions: $(STAMPS)/plugin scripts/vllm_versions.py \
   kvq_plugin/serving/compat/__init__.py
 	-$(VENV)/bin/python scripts/vllm_versions.py $(VENV)/vllm-versions && touch $@
 
-.PHONY: help install demo test sanitize bench wheel docs cuda gpu-check gpu-bundle lint format clean
+.PHONY: help install demo test sanitize soak bench wheel docs cuda gpu-check gpu-bundle lint format clean

@@ -244,6 +244,9 @@ def _add_doctor(commands) -> None:
     doctor = commands.add_parser(
         "doctor", help="what works on this machine, what does not, and what would run faster"
     )
+    doctor.add_argument(
+        "--url", help="a running server instead: what it serves with, and whether its scales fit"
+    )
     doctor.set_defaults(run=_run_doctor)
 
 
@@ -396,9 +399,12 @@ def _run_inspect(options: argparse.Namespace) -> None:
 
 
 def _run_doctor(options: argparse.Namespace) -> None:
-    from kvq_plugin import doctor
+    from kvq_plugin import doctor, doctor_url
 
-    doctor.run()
+    if options.url:
+        doctor_url.run(options.url)
+    else:
+        doctor.run()
 
 
 if __name__ == "__main__":

@@ -14,17 +14,18 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvq_plugin import __version__, _native
 from kvq_plugin.formats import SERVED
-from kvq_plugin.kernels import cuda
+from kvq_plugin.kernels import cuda, refusal
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import patches
 from kvq_plugin.tables import print_table
@@ -91,16 +92,23 @@ def run(console: Console | None = None) -> None:
         ("CPU", cpu(machine)),
         ("GPU", gpu()),
     ):
-        console.print(f"\n[bold]{title}[/]")
-        for finding in findings:
-            broken += finding.state == BAD
-            mark = f"[{_STYLES[finding.state]}]{finding.state:>8}[/]"
-            console.print(f"{mark}  {finding.what}", highlight=False, soft_wrap=True)
-            if finding.advice:
-                console.print(f"          {finding.advice}", markup=False, soft_wrap=True)
+        broken += print_findings(console, title, findings)
     print_table(console, dtypes_table())
     if broken:
         raise ValueError(f"{broken} problem(s) found; see above")
+
+
+def print_findings(console: Console, title: str, findings: Iterable[Finding]) -> int:
+    """Print *findings* under *title*; returns how many of them are BAD."""
+    broken = 0
+    console.print(f"\n[bold]{title}[/]")
+    for finding in findings:
+        broken += finding.state == BAD
+        mark = f"[{_STYLES[finding.state]}]{finding.state:>8}[/]"
+        console.print(f"{mark}  {escape(finding.what)}", highlight=False, soft_wrap=True)
+        if finding.advice:
+            console.print(f"          {finding.advice}", markup=False, soft_wrap=True)
+    return broken
 
 
 # --- versions and plugin ---------------------------------------------------------------
@@ -368,10 +376,9 @@ def dtypes() -> dict[str, tuple[bool, str]]:
         for name in _by_owner(known)[1]:
             needs = rows[name][1]
             rows[name] = True, f"vLLM's own; the plugin's with --attention-backend KVQ: {needs}"
-        lacking = cuda.library_refusal() if compat.is_cuda() else "they are for NVIDIA's GPUs"
-        if lacking:
-            for name in (name for name, format in SERVED.items() if format.recent is not None):
-                rows[name] = False, f"the CUDA C++ kernels: {lacking}"
+        for name, format in SERVED.items():
+            if lacking := format.recent and refusal(format, 64, 128):
+                rows[name] = False, f"GPU kernels: {lacking}"
         rows[", ".join(others)] = True, "vLLM's own, where one of its backends has it"
     else:
         rows[", ".join(others)] = False, "implemented neither by vLLM on CPUs nor by kvq_plugin"
