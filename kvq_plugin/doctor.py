@@ -14,12 +14,13 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvq_plugin import __version__, _native
@@ -91,16 +92,23 @@ def run(console: Console | None = None) -> None:
         ("CPU", cpu(machine)),
         ("GPU", gpu()),
     ):
-        console.print(f"\n[bold]{title}[/]")
-        for finding in findings:
-            broken += finding.state == BAD
-            mark = f"[{_STYLES[finding.state]}]{finding.state:>8}[/]"
-            console.print(f"{mark}  {finding.what}", highlight=False, soft_wrap=True)
-            if finding.advice:
-                console.print(f"          {finding.advice}", markup=False, soft_wrap=True)
+        broken += print_findings(console, title, findings)
     print_table(console, dtypes_table())
     if broken:
         raise ValueError(f"{broken} problem(s) found; see above")
+
+
+def print_findings(console: Console, title: str, findings: Iterable[Finding]) -> int:
+    """Print *findings* under *title*; returns how many of them are BAD."""
+    broken = 0
+    console.print(f"\n[bold]{title}[/]")
+    for finding in findings:
+        broken += finding.state == BAD
+        mark = f"[{_STYLES[finding.state]}]{finding.state:>8}[/]"
+        console.print(f"{mark}  {escape(finding.what)}", highlight=False, soft_wrap=True)
+        if finding.advice:
+            console.print(f"          {finding.advice}", markup=False, soft_wrap=True)
+    return broken
 
 
 # --- versions and plugin ---------------------------------------------------------------

@@ -19,6 +19,18 @@ from kvq_plugin.report import progress
 from kvq_plugin.tables import print_table
 
 
+def check_folder(out: Path | None) -> None:
+    """Make the folder *out* for CSVs and plots, before anything is measured.
+
+    Raises OSError or ValueError when nothing can be written there.
+    """
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"{out} is not writable: name another folder")
+
+
 @contextmanager
 def _replacing(path: Path):
     """A temporary file beside *path* that takes its place when the block succeeds."""
@@ -102,6 +114,7 @@ def run_kernels(
     kind: str, names: Sequence[str], threads: int, repeats: int, out: Path | None
 ) -> list[Row]:
     """Measure, print, and with *out* write ``out/<kind>.csv`` and ``out/<kind>.png``."""
+    check_folder(out)
     console = Console()
     with progress(console) as bars:
         total = repeats * len(kernels.KINDS[kind][1])
@@ -223,6 +236,7 @@ def run_serve(
 ) -> list[serve.Row]:
     """Measure, print, and with *out* write ``out/serve.csv`` (every round) and ``out/serve.png``;
     returns the rows of all rounds."""
+    check_folder(out)
     console = Console()
     with progress(console) as bars:
         bar = bars.add_task("serve", total=len(engines) * (1 + load.rounds), stage="")
@@ -308,6 +322,7 @@ def run_generate(
 ) -> list:
     """Measure, print, and with *out* write ``generate.csv``, ``generate-memory.png`` and
     ``generate-latency.png``; returns the rows."""
+    check_folder(out)
     from kvq_plugin.bench import generate
 
     chosen = generate.candidates(dtypes)
