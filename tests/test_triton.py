@@ -93,34 +93,16 @@ def test_splits_fill_the_device_and_stay_worth_it(monkeypatch):
     assert launch.split_count(8, 131072, device, long=False) == 66
 
 
-def check(rows, cache) -> None:
-    launch.check(Store(rows, rows, cache, None, FORMAT))
-
-
-@pytest.mark.parametrize(
-    ("head_size", "block_size", "message"),
-    (
-        (272, 16, r"head size 272.*multiple of 16 up to 256; use --kv-cache-dtype auto"),
-        (64, 24, r"block size 24.*multiple of 16"),
-    ),
-)
-def test_pages_that_cannot_be(head_size, block_size, message):
-    rows = torch.zeros(1, 1, head_size)
-    cache = torch.zeros(1, 1, block_size, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=message):
-        check(rows, cache)
-
-
-def test_activations_that_cannot_be():
-    with pytest.raises(ValueError, match="float64.*expected bfloat16.*use --dtype bfloat16"):
-        check(torch.zeros(1, 1, 64).double(), torch.zeros(1, 1, 16, 136).byte())
-
-
 def test_misaligned_pages():
-    storage = torch.zeros(16 * 136 + 8, dtype=torch.uint8)
-    cache = storage[8:].view(1, 1, 16, 136)
-    with pytest.raises(ValueError, match="multiples of 16 bytes.*allocate it aligned"):
-        check(torch.zeros(1, 1, 64), cache)
+    good = torch.zeros(1, 1, 16, 136, dtype=torch.uint8)
+    bad, rows = (
+        torch.zeros(16 * 136 + 8, dtype=torch.uint8)[8:].view_as(good),
+        torch.zeros(1, 1, 64),
+    )
+    for name, caches in (("the cache", (bad, None)), ("the recent cache", (good, bad))):
+        call = Store(rows, rows, caches[0], None, FORMAT, recent_cache=caches[1])
+        with pytest.raises(ValueError, match=f"of 16 bytes: {name}'s .*allocate it aligned"):
+            launch.check(call)
 
 
 # --- which kernels -------------------------------------------------------------------------------

@@ -14,10 +14,8 @@ import triton
 
 from kvq_plugin.calls import Attend, Store
 from kvq_plugin.formats import GROUP, KVFormat
-from kvq_plugin.kernels import page_refusal
 from kvq_plugin.kernels.codec import PORTABLE, SM80, SM89
 
-ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 #: Query rows of one program at most; more query heads per kv head are dealt out in chunks.
 MAX_ROWS = 64
 
@@ -171,27 +169,19 @@ def workspace_size(head_size: int, device: torch.device) -> int:
 def check(call: Store | Attend) -> None:
     """Refuse what the kernels cannot do, before anything is launched.
 
-    Raises ValueError for a head size or block size that pages of layout ``gpu-v1`` cannot have,
-    for activations that are not floats, and for pages that are not 16-byte aligned.
+    Raises ValueError for pages that are not 16-byte aligned, and for CPU tensors outside of the
+    interpreter.
     """
-    rows, cache = call.rows, call.cache
-    if (reason := page_refusal(call.format, rows.shape[-1], cache.shape[2])) is not None:
-        raise ValueError(reason)
-    if rows.dtype not in ACTIVATIONS:
-        raise ValueError(
-            f"activations of {rows.dtype} cannot be attended to: expected bfloat16, float16 or "
-            f"float32; use --dtype bfloat16"
-        )
-    for name, x in (("", cache), ("recent ", call.recent_cache)):
+    for name, x in (("", call.cache), ("recent ", call.recent_cache)):
         if x is not None and any(n % 16 for n in (x.data_ptr(), *x.stride()[:2])):
             raise ValueError(
                 f"pages must start on multiples of 16 bytes: the {name}cache's address is "
                 f"{x.data_ptr():#x}, its block and head strides are {list(x.stride()[:2])}; "
                 f"allocate it aligned, as torch.empty does"
             )
-    if cache.device.type != "cuda" and not interpreted():
+    if call.cache.device.type != "cuda" and not interpreted():
         raise ValueError(
-            f"Triton kernels need a CUDA or ROCm device, the cache is on {cache.device}; "
+            f"Triton kernels need a CUDA or ROCm device, the cache is on {call.cache.device}; "
             f"call kvq_plugin.ops, or set TRITON_INTERPRET=1 to debug"
         )
 
