@@ -32,7 +32,7 @@ class Settings:
     """
 
     names: tuple[str, ...] = tuple(TASKS)
-    lengths: tuple[int, ...] = (256, 1000)
+    lengths: tuple[int, ...] = (192, 1000)
     contexts: int = 10
     seed: int = 0
     file: Path | None = None
