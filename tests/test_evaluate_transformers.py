@@ -146,7 +146,7 @@ def test_report_says_what_ran(tmp_path, gqa, monkeypatch, capsys):
     monkeypatch.setattr(report, "make_windows", windows)
     monkeypatch.setattr(report, "WINDOW", 60)
     page = tmp_path / "page"
-    arguments = ["--driver", "transformers", "--dtypes", "int4", "--windows", "2"]
+    arguments = ["--driver", "transformers", "--dtypes", "int4", "--windows", "2", "--no-tasks"]
     assert cli.main(["eval", str(gqa), *arguments, "--report", str(page)]) == 0
     printed = capsys.readouterr().out
     assert "Perplexity through transformers" in printed and "noise floor" in printed

@@ -217,7 +217,7 @@ def test_command_measures_the_floor_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "load_tokenizer", lambda _: None)
     monkeypatch.setattr(report, "make_windows", lambda *_: [[1] * LENGTH] * 4)
     out = tmp_path / "report"
-    command = ["eval", "m", "--dtypes", "int4", "--windows", "4"]
+    command = ["eval", "m", "--dtypes", "int4", "--windows", "4", "--no-tasks"]
     assert cli.main([*command, "--report", str(out)]) == 0
     assert asked == [
         (BASELINE, True, False, None, 4),
@@ -253,7 +253,8 @@ def test_command_compares_generations(monkeypatch, capsys):
     monkeypatch.setattr(
         report, "make_windows", lambda _, text, count, length=LENGTH: [[1] * length] * count
     )
-    assert cli.main(["eval", "m", "--dtypes", "int4", "--windows", "4", "--drift", "3"]) == 0
+    command = ["eval", "m", "--dtypes", "int4", "--windows", "4", "--no-tasks"]
+    assert cli.main([*command, "--drift", "3"]) == 0
     both = {"builtin": 4, report.OWN: 3}
     assert asked == [
         (BASELINE, {"builtin": 4}, 3),

@@ -52,7 +52,7 @@ def test_pages_hold_what_queries_read(name):
     """In chunks and token by token, over groups that are sealed and pages that are full."""
     torch.manual_seed(0)
     caches = pair(name)
-    for tokens in (37, 1, 30, 1, 200, *[1] * 40, 900, 3):
+    for tokens in (37, 1, 30, 1, 200, 1, 16, 1, 1, 1, 900, 3):
         feed(caches, 2, tokens)
         assert_reads(*caches)
 

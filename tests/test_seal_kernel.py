@@ -125,7 +125,7 @@ def test_rows_are_read_back_whatever_the_recent_cache_holds(format, isa):
 def test_extremes_of_values_are_those_of_codes(format, head_size, isa):
     """Rows of any codes, whose scales leave all values within fp16: whichever sign a scale has, and
     however small it is, rounding its products keeps the order of the codes."""
-    case = Case(format, head_size=head_size, kv_heads=32)
+    case = Case(format, head_size=head_size, kv_heads=32, dtype=torch.bfloat16)
     g = torch.Generator().manual_seed(4)
     recent = case.caches[1].flatten(2)
     recent.copy_(torch.randint(256, recent.shape, generator=g, dtype=torch.uint8))
