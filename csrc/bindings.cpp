@@ -34,6 +34,12 @@ KVQ_EXPORT const char* kvq_supported_isa(int i) {
   return nullptr;
 }
 
+// The i-th ISA of this build, whether or not the processor has it, best first; null past the end.
+KVQ_EXPORT const char* kvq_compiled_isa(int i) {
+  const kvq::KernelTable* table = kvq::compiled_kernels(i);
+  return table ? table->name : nullptr;
+}
+
 // Row i of the format table: its name (null past the end), and code, per-token flag, rotated flag
 // and grouping of key and value, and whether it has recent rows, in out.
 KVQ_EXPORT const char* kvq_format_row(int i, int* out) {

@@ -51,6 +51,14 @@ def supported_isas() -> list[str]:
     return _supported(load())
 
 
+def compiled_isas() -> list[str]:
+    """Instruction sets that this build has kernels for, best first, whatever the machine."""
+    library = load()
+    library.kvq_compiled_isa.restype = ctypes.c_char_p
+    names = (library.kvq_compiled_isa(i) for i in range(8))
+    return [name.decode() for name in names if name]
+
+
 def _supported(library: ctypes.CDLL) -> list[str]:
     names = (library.kvq_supported_isa(i) for i in range(8))
     return [name.decode() for name in names if name]

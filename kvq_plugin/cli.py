@@ -16,6 +16,7 @@ from kvq_plugin.formats import SERVED
 from kvq_plugin.servers import ServerError
 
 INTERRUPTED = 130
+KV_MEMORY_GIB = 1.0  # of each engine, unless the user says otherwise
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -55,10 +56,24 @@ def _leaving_in_order() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _Version(argparse.Action):
+    """Prints the version and which kernels are installed, which loads them: not before asked."""
+
+    def __call__(self, parser, *_) -> None:
+        from kvq_plugin import doctor
+
+        print(f"kvq {__version__}")
+        try:
+            print(doctor.built_kernels())
+        except (ImportError, OSError, ValueError) as error:
+            print(error)
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of ``kvq``."""
     top = argparse.ArgumentParser(prog="kvq", description="Quantized KV caches for vLLM.")
-    top.add_argument("--version", action="version", version=f"kvq {__version__}")
+    top.add_argument("--version", action=_Version, nargs=0, help="version and kernels; then exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_eval(commands)
@@ -93,9 +108,12 @@ def _add_demo(commands) -> None:
 
 
 def _add_eval(commands) -> None:
+    from kvq_plugin.tasks import arguments as task_arguments
+
     evaluation = commands.add_parser(
         "eval",
-        help="perplexity and KL divergence through the engine, against the unquantized cache",
+        help="perplexity, KL divergence and tasks through vLLM or transformers, against the "
+        "unquantized cache",
     )
     evaluation.add_argument(
         "model", nargs="?", help="directory or hub name; without it, the built-in SmolLM2"
@@ -125,14 +143,22 @@ def _add_eval(commands) -> None:
         help="also N long greedy generations: where each KV cache first leaves those of "
         f"{BASELINE}, and what it makes of {BASELINE}'s, token by token",
     )
+    task_arguments.add(evaluation)
     evaluation.add_argument(
         "--report",
         type=Path,
         metavar="DIR",
         help="a folder to make: the report as one HTML page, its plots and figures",
     )
+    evaluation.add_argument(
+        "--driver",
+        choices=("vllm", "transformers"),
+        default="vllm",
+        help="what runs the model (%(default)s); transformers: generate's models with KVQCache, "
+        "in this process, beside transformers' own cache",
+    )
     _add_kv_memory(evaluation)
-    evaluation.set_defaults(run=_run_eval)
+    evaluation.set_defaults(run=_run_eval, kv_memory_gib=None)
 
 
 def _add_calibrate(commands) -> None:
@@ -167,6 +193,22 @@ def _add_bench(commands) -> None:
     engine.add_argument("--compiled", action="store_true", help="with torch.compile, not eager")
     _add_kv_memory(engine)
     engine.set_defaults(run=_run_bench_engine)
+    serve = kinds.add_parser(
+        "serve", help="vLLM's own bench serve, against servers with the same KV memory"
+    )
+    serve.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
+    _add_dtypes(serve, f"{BASELINE},int8_per_token_head,int4_per_token_head,int4")
+    for name, default, what in (
+        ("--requests", 32, "requests sent at once"),
+        ("--input", 512, "tokens of each one's prompt"),
+        ("--output", 384, "tokens each generates"),
+        ("--rounds", 3, "interleaved rounds"),
+    ):
+        serve.add_argument(name, type=_positive, default=default, help=f"{what} (%(default)s)")
+    serve.add_argument("--compiled", action="store_true", help="with torch.compile, not eager")
+    _add_kv_memory(serve, 0.125)
+    serve.add_argument("--out", type=Path, help="folder for a CSV and a plot")
+    serve.set_defaults(run=_run_bench_serve)
     generate = kinds.add_parser("generate", help="transformers' generate, with its caches and ours")
     generate.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
     _add_dtypes(generate, "int8_per_token_head,int4_per_token_head")
@@ -202,6 +244,9 @@ def _add_doctor(commands) -> None:
     doctor = commands.add_parser(
         "doctor", help="what works on this machine, what does not, and what would run faster"
     )
+    doctor.add_argument(
+        "--url", help="a running server instead: what it serves with, and whether its scales fit"
+    )
     doctor.set_defaults(run=_run_doctor)
 
 
@@ -215,12 +260,12 @@ def _add_dtypes(command: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def _add_kv_memory(command: argparse.ArgumentParser) -> None:
+def _add_kv_memory(command: argparse.ArgumentParser, default: float = KV_MEMORY_GIB) -> None:
     command.add_argument(
         "--kv-memory-gib",
         type=float,
-        default=1.0,
-        help="memory for each engine's KV cache (%(default)s)",
+        default=default,
+        help=f"memory for each engine's KV cache ({default:g})",
     )
 
 
@@ -270,15 +315,24 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 def _run_eval(options: argparse.Namespace) -> None:
     from kvq_plugin import report
+    from kvq_plugin.tasks import arguments as task_arguments
 
+    memory = KV_MEMORY_GIB if options.kv_memory_gib is None else options.kv_memory_gib
+    if options.driver != report.DRIVERS[0] and options.kv_memory_gib is not None:
+        raise ValueError(
+            f"--kv-memory-gib {memory:g} was asked: with --driver {options.driver} a cache grows "
+            "with its tokens and has no pool; leave it out, or use --driver vllm"
+        )
     report.run_evaluation(
         _model(options.model),
         options.dtypes,
         options.text,
         windows=options.windows,
-        kv_memory_bytes=int(options.kv_memory_gib * 2**30),
+        driver=options.driver,
+        kv_memory_bytes=int(memory * 2**30),
         divergence=options.divergence,
         drift=options.drift,
+        tasks=task_arguments.settings(options),
         page=options.report,
     )
 
@@ -303,9 +357,22 @@ def _run_bench_engine(options: argparse.Namespace) -> None:
         eager=not options.compiled,
         kv_memory_bytes=int(options.kv_memory_gib * 2**30),
     )
-    stock = [engine.Engine(f"vLLM {d}", d, plugin=False) for d in (BASELINE, "fp8")]
-    ours = [engine.Engine(d, d) for d in options.dtypes if d != BASELINE]
-    output.run_engines(load, [*stock, *ours])
+    output.run_engines(load, engine.beside_stock(options.dtypes))
+
+
+def _run_bench_serve(options: argparse.Namespace) -> None:
+    from kvq_plugin.bench import engine, output, serve
+
+    load = serve.Load(
+        model=_model(options.model),
+        requests=options.requests,
+        input=options.input,
+        output=options.output,
+        rounds=options.rounds,
+        eager=not options.compiled,
+        kv_memory_bytes=int(options.kv_memory_gib * 2**30),
+    )
+    output.run_serve(load, engine.beside_stock(options.dtypes), options.out)
 
 
 def _run_bench_generate(options: argparse.Namespace) -> None:
@@ -332,9 +399,12 @@ def _run_inspect(options: argparse.Namespace) -> None:
 
 
 def _run_doctor(options: argparse.Namespace) -> None:
-    from kvq_plugin import doctor
+    from kvq_plugin import doctor, doctor_url
 
-    doctor.run()
+    if options.url:
+        doctor_url.run(options.url)
+    else:
+        doctor.run()
 
 
 if __name__ == "__main__":

@@ -14,17 +14,18 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvq_plugin import __version__, _native
 from kvq_plugin.formats import SERVED
-from kvq_plugin.kernels import cuda
+from kvq_plugin.kernels import cuda, refusal
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import patches
 from kvq_plugin.tables import print_table
@@ -91,16 +92,23 @@ def run(console: Console | None = None) -> None:
         ("CPU", cpu(machine)),
         ("GPU", gpu()),
     ):
-        console.print(f"\n[bold]{title}[/]")
-        for finding in findings:
-            broken += finding.state == BAD
-            mark = f"[{_STYLES[finding.state]}]{finding.state:>8}[/]"
-            console.print(f"{mark}  {finding.what}", highlight=False, soft_wrap=True)
-            if finding.advice:
-                console.print(f"          {finding.advice}", markup=False, soft_wrap=True)
+        broken += print_findings(console, title, findings)
     print_table(console, dtypes_table())
     if broken:
         raise ValueError(f"{broken} problem(s) found; see above")
+
+
+def print_findings(console: Console, title: str, findings: Iterable[Finding]) -> int:
+    """Print *findings* under *title*; returns how many of them are BAD."""
+    broken = 0
+    console.print(f"\n[bold]{title}[/]")
+    for finding in findings:
+        broken += finding.state == BAD
+        mark = f"[{_STYLES[finding.state]}]{finding.state:>8}[/]"
+        console.print(f"{mark}  {escape(finding.what)}", highlight=False, soft_wrap=True)
+        if finding.advice:
+            console.print(f"          {finding.advice}", markup=False, soft_wrap=True)
+    return broken
 
 
 # --- versions and plugin ---------------------------------------------------------------
@@ -176,6 +184,15 @@ def plugin(machine: Machine) -> Iterator[Finding]:
 # --- kernels ---------------------------------------------------------------------------
 
 
+def built_kernels() -> str:
+    """The compiled kernels that are installed. Raises ImportError or OSError without the CPU's."""
+    names = ", ".join(_native.compiled_isas())
+    refusal = cuda.library_refusal()
+    size = 0 if refusal else cuda.LIBRARY.stat().st_size
+    gpu = refusal or f"CUDA C++ kernels ({size / 1e6:.0f} MB)"
+    return f"CPU kernels for {names}; {gpu}"
+
+
 def kernels(machine: Machine) -> Iterator[Finding]:
     """The compiled kernels, and the instruction sets they can use here."""
     try:
@@ -183,6 +200,7 @@ def kernels(machine: Machine) -> Iterator[Finding]:
     except (ImportError, OSError, ValueError) as error:
         yield Finding(BAD, str(error))
         return
+    yield Finding(GOOD, f"this installation has {built_kernels()}")
     yield Finding(GOOD, f"{current} kernels; this processor runs {', '.join(isas)}")
     if current != isas[0]:
         yield Finding(ADVICE, f"KVQ_ISA forces {current} where {isas[0]} works", "unset KVQ_ISA")
@@ -358,10 +376,9 @@ def dtypes() -> dict[str, tuple[bool, str]]:
         for name in _by_owner(known)[1]:
             needs = rows[name][1]
             rows[name] = True, f"vLLM's own; the plugin's with --attention-backend KVQ: {needs}"
-        lacking = cuda.library_refusal() if compat.is_cuda() else "they are for NVIDIA's GPUs"
-        if lacking:
-            for name in (name for name, format in SERVED.items() if format.recent is not None):
-                rows[name] = False, f"the CUDA C++ kernels: {lacking}"
+        for name, format in SERVED.items():
+            if lacking := format.recent and refusal(format, 64, 128):
+                rows[name] = False, f"GPU kernels: {lacking}"
         rows[", ".join(others)] = True, "vLLM's own, where one of its backends has it"
     else:
         rows[", ".join(others)] = False, "implemented neither by vLLM on CPUs nor by kvq_plugin"

@@ -46,8 +46,8 @@ class LogitsWorker:
         file *keep*, each where given."""
         logits = None
         if reference is not None:
-            logits = _reference_logits(reference, self._kvq_compute, self.device)
-        self._kvq_window = _Window(tokens, logits, keep)
+            logits = reference_logits(reference, self._kvq_compute, self.device)
+        self._kvq_window = Seen(tokens, logits, keep)
 
     @torch.inference_mode()
     def kvq_end(self) -> dict[str, list] | None:
@@ -58,8 +58,12 @@ class LogitsWorker:
         return window.result(main=self.rank == 0)
 
 
-class _Window:
-    """One prompt: rows of ``compute_logits``, call by call."""
+class Seen:
+    """One prompt: rows of logits, call by call.
+
+    *tokens* are the prompt's, *reference* the logits ``[T, V]`` to compare with, *keep* the file to
+    write for others to compare with; each of the two may be None.
+    """
 
     def __init__(self, tokens: list[int], reference: torch.Tensor | None, keep: str | None):
         self.tokens = torch.tensor(tokens)
@@ -70,6 +74,7 @@ class _Window:
         self.row = 0
 
     def see(self, hidden_states: torch.Tensor, logits: torch.Tensor | None) -> None:
+        """The next rows: what the output layer was given ``[T, E]``, and its answer ``[T, V]``."""
         if self.keep is not None:
             self.calls.append(hidden_states.detach().cpu().contiguous().clone())
         if logits is None:
@@ -84,6 +89,7 @@ class _Window:
                 self.columns.setdefault(name, []).extend(values.tolist())
 
     def result(self, main: bool) -> dict[str, list] | None:
+        """Columns by name, None but on the *main* rank, which writes the file."""
         if self.keep is not None and main:
             sizes = torch.tensor([len(rows) for rows in self.calls])
             hidden = torch.cat(self.calls) if self.calls else torch.empty(0)
@@ -91,8 +97,9 @@ class _Window:
         return self.columns if main else None
 
 
-def _reference_logits(file: str, compute: Callable, device: Any) -> torch.Tensor | None:
-    """The logits of the engine that wrote *file*, by calls of the same sizes."""
+def reference_logits(file: str, compute: Callable, device: Any) -> torch.Tensor | None:
+    """The logits of the engine that wrote *file*, by calls of the same sizes; None where *compute*,
+    hidden states to logits, gives none."""
     stored = load_file(file)
     hidden = stored["hidden"].to(device).split(stored["sizes"].tolist())
     rows = [compute(part) for part in hidden]

@@ -59,12 +59,11 @@ class Server:
 
     def metric_labels(self, name: str) -> dict[str, str]:
         """Labels of the first sample of the metric *name* on ``/metrics``; {} where absent."""
-        from prometheus_client.parser import text_string_to_metric_families
+        return next((dict(s.labels) for s in read_metrics(self.url) if s.name == name), {})
 
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
-            families = text_string_to_metric_families(reply.read().decode())
-        samples = (sample for family in families for sample in family.samples)
-        return next((dict(s.labels) for s in samples if s.name == name), {})
+    def metric(self, name: str) -> float:
+        """Sum of the samples of the metric *name*, over engines and labels; 0 where absent."""
+        return sum(s.value for s in read_metrics(self.url) if s.name == name)
 
     def kv_tokens(self) -> int:
         """Tokens the KV cache holds: vLLM's own figure, the one it logs at start-up."""
@@ -107,6 +106,18 @@ class Server:
     def tail(self) -> str:
         """The last lines of the log, introduced by its path."""
         return log_tail(self.log)
+
+
+def read_metrics(url: str) -> list[Any]:
+    """prometheus_client's samples (name, labels, value) of ``/metrics`` of the server at *url*.
+
+    Raises OSError when nothing answers there.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=30) as reply:
+        families = text_string_to_metric_families(reply.read().decode())
+    return [sample for family in families for sample in family.samples]
 
 
 @contextmanager

@@ -25,6 +25,13 @@ def smollm2() -> Path:
     return builtin_model()
 
 
+def pytest_collection_modifyitems(config, items) -> None:
+    """With two workers, files that start engines first: what takes long must not begin last."""
+    if hasattr(config, "workerinput"):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """A line per vLLM version: what of test_versions.py passed, failed or was skipped on it."""
     counts: dict[str, Counter] = defaultdict(Counter)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from kvq_plugin.bench import cases, engine, kernels, output
+from kvq_plugin.bench import cases, engine, kernels, output, serve
 from kvq_plugin.bench.timing import interleave
 from kvq_plugin.formats import FORMATS
 from kvq_plugin.servers import ServerError
@@ -106,3 +107,55 @@ def test_generate_measures_every_cache_that_works(tmp_path, capsys):
     output.print_table(output.Console(), output.generate_table(rows, reasons, 2))
     printed = capsys.readouterr().out
     assert "20 tokens, batch 3" in printed and "absent: not measured" in printed
+
+
+def test_serving_goes_round_by_round_and_counts_preemptions(monkeypatch, tmp_path, capsys):
+    """With servers and vLLM's client pretended; a real client is in test_metrics_server.py."""
+
+    class FakeServer:
+        def __init__(self, name, env):
+            self.name, self.alone, self.counter = name, env == {"VLLM_PLUGINS": ""}, 5.0
+
+        def kv_tokens(self):
+            return 1000
+
+        def metric(self, name):
+            assert name == "vllm:num_preemptions_total"
+            return self.counter
+
+        def tail(self):
+            return "its log"
+
+    @contextmanager
+    def fake_serve(model, dtype, *, args, env):
+        assert args[args.index("--max-model-len") + 1] == "256"
+        started.append(FakeServer(dtype, env))
+        yield started[-1]
+
+    started, asked = [], []
+    speed = {"auto": 100.0, "fp8": 140.0, "int4": 250.0}
+
+    def fake_client(load, server, seed, out):
+        asked.append((server.name, server.alone, seed))
+        server.counter += seed
+        figures = dict.fromkeys(serve._RESULTS.values(), 7.0)
+        return figures | {"completed": complete, "output_throughput": speed[server.name] * seed}
+
+    monkeypatch.setattr(serve, "serve", fake_serve)
+    monkeypatch.setattr(serve, "_client", fake_client)
+    monkeypatch.setattr(serve, "_warm_up", lambda load, servers: None)
+    load = serve.Load("m", 8, 128, 100, rounds=3, eager=True, kv_memory_bytes=128 << 20)
+    complete = 8
+    rows = output.run_serve(load, engine.beside_stock(["auto", "int4"]), tmp_path)
+    one = [("auto", True), ("fp8", True), ("int4", False)]
+    assert asked == [(*who, number) for number in (1, 2, 3) for who in one]
+    assert [row.preemptions for row in rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    middle = serve.medians(rows)
+    assert [row.output_tokens_per_second for row in middle] == [200.0, 280.0, 500.0]
+    assert "2.50x" in capsys.readouterr().out
+    with (tmp_path / "serve.csv").open() as file:
+        assert [line["round"] for line in csv.DictReader(file)] == list("111222333")
+    assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
+    complete = 7
+    with pytest.raises(ServerError, match="vLLM auto: 7 of 8 requests were answered; its log"):
+        serve.run(load, engine.beside_stock([]))

@@ -11,9 +11,9 @@ from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvq_plugin import reference
-from kvq_plugin.formats import FORMATS
+from kvq_plugin.formats import SERVED
 from kvq_plugin.hf_cache import KVQCache, KVQLayer
-from kvq_plugin.hf_cache.layer import Paged
+from kvq_plugin.hf_cache.paged import Paged
 from kvq_plugin.layout import PageLayout
 
 LAYERS, HEADS, SIZE, BLOCK = 2, 2, 32, 16
@@ -21,13 +21,13 @@ CONFIG = AutoConfig.for_model(
     "llama", hidden_size=128, num_attention_heads=4, num_key_value_heads=HEADS, head_dim=SIZE,
     num_hidden_layers=LAYERS,
 )  # fmt: skip
-NAMES = [format.name for format in dict.fromkeys(FORMATS.values())]
+NAMES = [f.name for f in dict.fromkeys(SERVED.values()) if f.recent is None]
 DEFAULT = "int8_per_token_head"
 
 
 def scales_for(name: str):
     """Static scales where the format takes some; a zero point that codes have room for."""
-    if FORMATS[name].is_dynamic:
+    if SERVED[name].is_dynamic:
         return None
     torch.manual_seed(1)
     each = [{"k_scale": torch.rand(HEADS, SIZE) * 0.05 + 0.01, "v_scale": torch.tensor(0.04)}

@@ -14,15 +14,18 @@ PACKAGE = Path(__file__).parent.parent / "kvq_plugin"
 LEVELS = (
     ("formats", "hugepages", "rotation", "tables", "divergence", "logits"),
     ("codes", "layout"),
-    ("arguments", "sealed"),
+    ("sealed",),
     ("reference",),
+    ("calls",),
+    ("arguments",),
     ("_native", "kernels"),
     ("ops",),
     ("serving", "hub", "model", "servers"),
     ("inspection",),
     ("hf_cache",),
-    ("evaluate", "doctor"),
-    ("evaluation_page",),
+    ("evaluate", "doctor", "tasks"),
+    ("evaluate_transformers",),
+    ("evaluation_page", "doctor_url"),
     ("report", "inspection_report"),
     ("calibrate",),
     ("demo", "bench", "gpu_check"),
@@ -32,7 +35,14 @@ LEVELS = (
 MAY_IMPORT = {
     "triton": {"kernels"},
     "vllm": {"serving", "calibrate", "evaluate", "bench"},
-    "transformers": {"hf_cache", "calibrate", "evaluate", "model", "bench"},
+    "transformers": {
+        "hf_cache",
+        "calibrate",
+        "evaluate",
+        "evaluate_transformers",
+        "model",
+        "bench",
+    },
 }
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

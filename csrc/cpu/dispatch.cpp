@@ -94,6 +94,19 @@ const KernelTable* const* supported_kernels() {
   return supported.tables;
 }
 
+const KernelTable* compiled_kernels(int i) {
+#if defined(KVQ_X86)
+  const KernelTable* all[] = {&kAmxKernels,      &kAvx512Bf16Kernels, &kAvx512Kernels,
+                              &kAvx2VnniKernels, &kAvx2Kernels,       &kGenericKernels};
+#else
+  const KernelTable* all[] = {&kGenericKernels};
+#endif
+  for (const KernelTable* table : all) {
+    if (table != nullptr && i-- == 0) return table;
+  }
+  return nullptr;
+}
+
 bool use_kernels(const char* name) {
   for (const KernelTable* const* t = supported_kernels(); *t; ++t) {
     if (std::strcmp((*t)->name, name) == 0) {

@@ -92,6 +92,8 @@ extern const KernelTable kAvx512Bf16Kernels;
 extern const KernelTable kAmxKernels;
 extern const KernelTable kAmxEmulatedKernels;  // kAmxKernels with the tiles in plain C++
 
+// The i-th table of this build, best first, for any processor; null past the end.
+const KernelTable* compiled_kernels(int i);
 // Tables this processor can run, best first, ended by null.
 const KernelTable* const* supported_kernels();
 // The table in use: the best one, or what KVQ_ISA or use_kernels() asked for.

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from kvq_plugin.evaluate import Window
+from kvq_plugin.evaluate import BASELINE, Window
 from kvq_plugin.servers import EngineProcess, engine_process, run_engine
 
 BURST = 8
@@ -40,6 +40,12 @@ class Engine:
     name: str
     kv_cache_dtype: str
     plugin: bool = True
+
+
+def beside_stock(dtypes: Sequence[str]) -> list[Engine]:
+    """vLLM alone with ``auto`` and ``fp8``, then ours with *dtypes*, ``auto`` left out."""
+    stock = [Engine(f"vLLM {dtype}", dtype, plugin=False) for dtype in (BASELINE, "fp8")]
+    return [*stock, *(Engine(dtype, dtype) for dtype in dtypes if dtype != BASELINE)]
 
 
 def decode_steps(

@@ -15,20 +15,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StoppingCriteria
 from transformers.cache_utils import Cache
 
 from kvq_plugin.hf_cache import NAME, KVQCache, KVQLayer
+from kvq_plugin.hf_cache.memory import ARGUMENT, held_bytes
 
 BURST = 9  # tokens, of which the first is not timed
 BASELINE = "transformers bf16"
-#: How ``generate`` takes a cache: ``past_key_values=`` is deprecated from 5.24 on.
-_CACHE = (
-    "cache"
-    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
-    else "past_key_values"
-)
 
 
 @dataclass(frozen=True)
@@ -108,6 +102,7 @@ class _Running:
             self.cache.update(key, value, i)
             if isinstance(self.cache.layers[i], KVQLayer):
                 self.cache.layers[i].commit()  # what attention would have done
+                self.cache.layers[i].settle()
         self.bytes = held_bytes(self.cache)
 
     def burst(self) -> None:
@@ -119,33 +114,10 @@ class _Running:
             max_new_tokens=BURST,
             do_sample=False,
             stopping_criteria=[clock],
-            **{_CACHE: self.cache},
+            **{ARGUMENT: self.cache},
         )
         self.seconds += [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
         self.bytes = max(self.bytes, held_bytes(self.cache))
-
-
-def held_bytes(cache: Cache) -> int:
-    """Bytes of memory under all tensors that the layers of *cache* hold, each counted once."""
-    storages: dict[int, int] = {}
-
-    def walk(x) -> None:
-        if isinstance(x, torch.Tensor) and hasattr(x, "__tensor_flatten__"):
-            for name in x.__tensor_flatten__()[0]:
-                walk(getattr(x, name))
-        elif isinstance(x, torch.Tensor):
-            storage = x.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(x, dict):
-            for item in x.values():
-                walk(item)
-        elif isinstance(x, (tuple, list)):
-            for item in x:
-                walk(item)
-
-    for layer in cache.layers:
-        walk(vars(layer))
-    return sum(storages.values())
 
 
 def run(
@@ -170,7 +142,7 @@ def run(
     ids = torch.tensor([prompt], device=device)
     whole = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(ids[:, :-1], **{_CACHE: whole}, logits_to_keep=1)
+        model(ids[:, :-1], **{ARGUMENT: whole}, logits_to_keep=1)
     if any(layer.keys.shape[2] != len(prompt) - 1 for layer in whole.layers):
         raise ValueError(
             "kvq bench generate: expected a model whose layers all have full attention"

@@ -13,10 +13,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvq_plugin.bench import engine, kernels
+from kvq_plugin.bench import engine, kernels, serve
 from kvq_plugin.bench.kernels import Row
 from kvq_plugin.report import progress
 from kvq_plugin.tables import print_table
+
+
+def check_folder(out: Path | None) -> None:
+    """Make the folder *out* for CSVs and plots, before anything is measured.
+
+    Raises OSError or ValueError when nothing can be written there.
+    """
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"{out} is not writable: name another folder")
 
 
 @contextmanager
@@ -102,6 +114,7 @@ def run_kernels(
     kind: str, names: Sequence[str], threads: int, repeats: int, out: Path | None
 ) -> list[Row]:
     """Measure, print, and with *out* write ``out/<kind>.csv`` and ``out/<kind>.png``."""
+    check_folder(out)
     console = Console()
     with progress(console) as bars:
         total = repeats * len(kernels.KINDS[kind][1])
@@ -147,6 +160,98 @@ def run_engines(load: engine.Load, engines: Sequence[engine.Engine]) -> dict[str
         table.add_row(name, f"{milliseconds:.1f} ms", f"{baseline / milliseconds:.2f}x")
     print_table(console, table)
     return medians
+
+
+# --- serve -----------------------------------------------------------------------------
+
+#: Column of the rows of bench.serve -> what a panel of the plot shows of its medians.
+SERVE_PLOTS = {
+    "output_tokens_per_second": "output tokens per second",
+    "first_token_ms": "ms to the first token, median",
+    "inter_token_ms": "ms between tokens, median",
+}
+
+
+def serve_table(load: serve.Load, middle: Sequence[serve.Row]) -> Table:
+    """A row per engine with its medians *middle*, each against the first."""
+    table = Table(
+        title=f"vllm bench serve: {load.requests} requests of {load.input} tokens in and "
+        f"{load.output} out at once, {load.kv_memory_bytes / 2**20:g} MiB of KV cache, "
+        f"{'eager' if load.eager else 'compiled'}",
+        caption=f"medians of {load.rounds} interleaved rounds",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    table.add_column("", no_wrap=True)
+    for name in ("tokens fit", "requests/s", "output tok/s", "", "first token", "between tokens",
+                 "p99", "preemptions"):  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
+    baseline = middle[0].output_tokens_per_second
+    for row in middle:
+        table.add_row(
+            row.engine,
+            f"{row.kv_tokens:,}",
+            f"{row.requests_per_second:.2f}",
+            f"{row.output_tokens_per_second:.0f}",
+            f"{row.output_tokens_per_second / baseline:.2f}x",
+            f"{row.first_token_ms / 1e3:.1f} s",
+            f"{row.inter_token_ms:.0f} ms",
+            f"{row.inter_token_p99_ms:.0f} ms",
+            f"{row.preemptions:.0f}",
+        )
+    return table
+
+
+def write_serve_plot(path: Path, load: serve.Load, rows: Sequence[serve.Row]) -> None:
+    """A panel per figure: a bar per engine for the median, a dot per round."""
+    from matplotlib import use
+
+    use("Agg")
+    from matplotlib import pyplot
+
+    middle = serve.medians(rows)
+    names = [row.engine for row in middle]
+    figure, panels = pyplot.subplots(
+        1, len(SERVE_PLOTS), figsize=(4.2 * len(SERVE_PLOTS), 4.2), layout="constrained"
+    )
+    for axes, (column, title) in zip(panels, SERVE_PLOTS.items(), strict=True):
+        axes.bar(names, [getattr(row, column) for row in middle], color="C0", alpha=0.6)
+        axes.plot(
+            [row.engine for row in rows], [getattr(row, column) for row in rows], "k.", markersize=4
+        )
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(axis="x", rotation=40, labelsize=8)
+        axes.set_ylim(bottom=0)
+    figure.suptitle(
+        f"{load.requests} requests of {load.input} tokens in and {load.output} out at once, "
+        f"{load.kv_memory_bytes / 2**20:g} MiB of KV cache"
+    )
+    with _replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    pyplot.close(figure)
+
+
+def run_serve(
+    load: serve.Load, engines: Sequence[engine.Engine], out: Path | None
+) -> list[serve.Row]:
+    """Measure, print, and with *out* write ``out/serve.csv`` (every round) and ``out/serve.png``;
+    returns the rows of all rounds."""
+    check_folder(out)
+    console = Console()
+    with progress(console) as bars:
+        bar = bars.add_task("serve", total=len(engines) * (1 + load.rounds), stage="")
+        rows = serve.run(
+            load,
+            engines,
+            stage=lambda text: bars.update(bar, stage=text),
+            tick=lambda: bars.advance(bar),
+        )
+    print_table(console, serve_table(load, serve.medians(rows)))
+    if out is not None:
+        write_csv(out / "serve.csv", rows)
+        write_serve_plot(out / "serve.png", load, rows)
+        console.print(f"written: {out}/serve.csv and .png")
+    return rows
 
 
 # --- generate --------------------------------------------------------------------------
@@ -217,6 +322,7 @@ def run_generate(
 ) -> list:
     """Measure, print, and with *out* write ``generate.csv``, ``generate-memory.png`` and
     ``generate-latency.png``; returns the rows."""
+    check_folder(out)
     from kvq_plugin.bench import generate
 
     chosen = generate.candidates(dtypes)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
-from kvq_plugin.hf_cache.layer import Paged, say_once
+from kvq_plugin.hf_cache.paged import Paged, refuse_recent, say_once
 
 NAME = "kvq"
 
@@ -94,6 +94,7 @@ def attention(
             )
             return out, None
     if type(key) is Paged:
+        refuse_recent(key.layer.format, "an attention mask that is more than padding")
         say_once(
             "kvq: this attention mask is more than padding on tokens that the cache has seen, so "
             "the pages are dequantized for it"

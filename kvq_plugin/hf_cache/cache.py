@@ -14,7 +14,6 @@ from kvq_plugin.hf_cache import options
 from kvq_plugin.hf_cache import scales as static_scales
 from kvq_plugin.hf_cache.layer import KVQLayer
 from kvq_plugin.hf_cache.table import BlockTable
-from kvq_plugin.layout import LANES
 
 #: Tokens a block: vLLM's on CPUs, and what a sequence may leave unused.
 BLOCK_SIZE = 128
@@ -28,11 +27,11 @@ class KVQCache(Cache):
 
     Args:
         config: the model's configuration.
-        format: ``int8_per_token_head``, ``int4_per_token_head``, ``fp8``, ...
+        format: ``int8_per_token_head``, ``int4``, ``fp8``, ...
         scales: for ``int8`` and ``fp8``, a calibrated checkpoint (directory or hub name), or layer
             number -> ``k_scale``, ``v_scale`` and zero points; by default those of the directory
             the model was loaded from.
-        block_size: tokens a block, a multiple of 16.
+        block_size: tokens a block, a multiple of 16, of 32 in formats with recent rows.
 
     Raises ValueError for an unknown format, a model without a full-attention layer, missing or
     wrong scales; at the first token for K and V that pages cannot hold.
@@ -47,13 +46,9 @@ class KVQCache(Cache):
         block_size: int = BLOCK_SIZE,
     ) -> None:
         self.format = get_format(format)
-        if getattr(self.format, "recent", None) is not None:
-            raise ValueError(
-                f"{format} keeps its newest tokens in a cache of their own, which KVQCache does "
-                "not have yet: use 'int8_per_token_head' or 'int4_per_token_head'"
-            )
-        if block_size <= 0 or block_size % LANES:
-            raise ValueError(f"block_size={block_size}: expected a multiple of {LANES}")
+        step = self.format.block_size_step
+        if block_size <= 0 or block_size % step:
+            raise ValueError(f"block_size={block_size}: expected a multiple of {step}")
         layers = DynamicCache(config=config).layers
         ours = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not ours:
@@ -63,9 +58,11 @@ class KVQCache(Cache):
             )
         model = getattr(config, "_name_or_path", None)
         found = static_scales.read(self.format, scales, model, ours)
-        table = BlockTable(block_size)
+        table = BlockTable(block_size, self.format)
+        text = config.get_text_config(decoder=True)
+        is_shared = bool(getattr(text, "num_kv_shared_layers", None))
         for i in ours:
-            layers[i] = KVQLayer(self.format, table, found.get(i))
+            layers[i] = KVQLayer(self.format, table, found.get(i), is_shared)
         super().__init__(layers=layers)
 
     @classmethod

@@ -30,7 +30,7 @@ def format_like(
         name = BITS[nbits]
     else:
         known = ", ".join(f"nbits={bits} is {name!r}" for bits, name in BITS.items())
-        raise _no("nbits", nbits, known)
+        raise _no("nbits", nbits, f"{known}; KVQCache(config, 'k3v2') has 3 bits for K, 2 for V")
     channels = {"axis_key": axis_key, "axis_value": axis_value}
     for option, axis in channels.items():
         if axis not in (None, 0, 1, -1):
@@ -61,7 +61,8 @@ def format_like(
             "residual_length",
             residual_length,
             f"{name!r} stores each token once, as it comes, and never quantizes it again, so it "
-            "needs no tokens in full precision: pass 0 or leave it out",
+            "needs no tokens in full precision: pass 0 or leave it out, or make a KVQCache(config, "
+            "'int4'), which keeps the newest 32 to 63 tokens in 8 bits",
         )
     return name
 

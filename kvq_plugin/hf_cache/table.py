@@ -1,9 +1,13 @@
-"""Which block holds which tokens of which sequence: one table for all layers of a cache.
+"""Where each token of each sequence lies: one table for all layers of a cache.
 
 transformers hands every layer the same batch: ``B`` sequences of ``length`` positions. Of these
 only the tokens are kept; what the attention mask hides, padding on the left say, has no place in
 the pages, so that attention needs no mask. Reordering sequences, as beams do at every token, moves
 rows of the table and no page: sequences share blocks until one of them has to write into one.
+
+Formats with recent rows have blocks of ``GROUP`` tokens for them beside the others. A sequence lets
+go of those that no query will read and nobody can step back to: ``SPARE`` tokens before the last
+forward pass, or ``WIDE`` before its end where that was longer.
 """
 
 from __future__ import annotations
@@ -12,25 +16,52 @@ from dataclasses import dataclass
 
 import torch
 
+from kvq_plugin.formats import GROUP, KVFormat
+from kvq_plugin.hf_cache.blocks import Blocks
+
+#: Tokens that can be taken back at any time, in formats with recent rows.
+SPARE = GROUP
+#: Tokens of the last forward pass that can be taken back: drafts, of which the first come with the
+#: prompt. Recent rows before them do not outlive the pass.
+WIDE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a step asks of a layer's pool, the one of all rows or that of recent ones.
+
+    Attributes:
+        moved: the blocks that the pool keeps, in their new order; None: all, where they are.
+        count: how many blocks it must have then.
+        copies: blocks to copy next, as indices (from, to); None for none.
+        slots: ``[B * T]`` int64, where each new row goes; -1 for a masked one.
+        table: ``[B, columns]`` int32.
+        after: the blocks that the pool keeps when attention has read it, in the order in which the
+            next step knows them; None: all, where they are.
+    """
+
+    moved: torch.Tensor | None
+    count: int
+    copies: tuple[torch.Tensor, torch.Tensor] | None
+    slots: torch.Tensor
+    table: torch.Tensor
+    after: torch.Tensor | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one forward pass of ``B`` sequences by ``T`` new positions asks of every layer.
 
     Attributes:
-        blocks: how many blocks a layer's pool must have.
-        copies: blocks to copy first, as indices (from, to); None for none.
-        slots: ``[B * T]`` int64, where each new row goes; -1 for a masked one.
-        table: ``[B, columns]`` int32; lengths: ``[B]`` int32, tokens kept; starts: ``[B + 1]``
-            int32, where each sequence's queries begin.
+        pages, recent: places of the new rows; ``recent`` is None but for formats that have some.
+        lengths: ``[B]`` int32, tokens kept; starts: ``[B + 1]`` int32, where each sequence's
+            queries begin.
         rows: which of the ``B * T`` rows are tokens, int64; None for all of them.
         longest: bound of ``lengths``.
     """
 
-    blocks: int
-    copies: tuple[torch.Tensor, torch.Tensor] | None
-    slots: torch.Tensor
-    table: torch.Tensor
+    pages: Place
+    recent: Place | None
     lengths: torch.Tensor
     starts: torch.Tensor
     rows: torch.Tensor | None
@@ -38,7 +69,7 @@ class Step:
 
 
 class BlockTable:
-    """Blocks of ``block_size`` tokens for ``batch`` sequences, on ``device``.
+    """Blocks of ``block_size`` tokens of *format* for ``batch`` sequences, on ``device``.
 
     ``kept`` is a bool ``[B, length]``, which positions are tokens; None while all of them are.
     Layers take their turns with the same arguments, so each step and each change is worked out
@@ -46,19 +77,17 @@ class BlockTable:
     they have seen: one may still have to store what came before a change others have made.
     """
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
+    def __init__(self, block_size: int, format: KVFormat) -> None:
+        self.block_size, self.format = block_size, format
         self.changes = 0
         self._on: dict[torch.device, BlockTable] = {}
         self.clear()
 
     def clear(self) -> None:
         """Forget all sequences."""
-        self.table: torch.Tensor | None = None
+        self.pages: Blocks | None = None
+        self.recent: Blocks | None = None
         self.kept: torch.Tensor | None = None
-        self.blocks = 0
-        self._free: list[int] = []
-        self._shared = False
         self._asked: tuple[int, int, int] | None = None
         self._mask: torch.Tensor | None = None
         self._step: Step | None = None
@@ -66,15 +95,25 @@ class BlockTable:
     def on(self, device: torch.device) -> BlockTable:
         """The same table for layers on *device*: the first to ask get this one."""
         if device not in self._on:
-            table = BlockTable(self.block_size) if self._on else self
+            table = BlockTable(self.block_size, self.format) if self._on else self
             table._on = self._on
             self._on[device] = table
         return self._on[device]
 
     def start(self, batch: int, device: torch.device) -> None:
         """Begin with *batch* empty sequences, unless they have begun."""
-        if self.table is None:
-            self.table = torch.empty((batch, 0), dtype=torch.int32, device=device)
+        if self.pages is None:
+            self.pages = Blocks(self.block_size, batch, device)
+            if self.format.recent is not None:
+                self.recent = Blocks(GROUP, batch, device)
+
+    @property
+    def batch(self) -> int:
+        return len(self.pages.table)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.pages.table.device
 
     def step(self, number: int, length: int, new: int, mask: torch.Tensor | None) -> Step | None:
         """The step after change *number*, from *length* positions by *new* ones.
@@ -110,19 +149,37 @@ class BlockTable:
 
     def select(self, select) -> None:
         """Another batch: ``select(rows)`` of the table."""
-        if self.table is None:
+        if self.pages is None:
             return
-        self.table = select(self.table)
+        for blocks in filter(None, (self.pages, self.recent)):
+            blocks.select(select)
         if self.kept is not None:
             self.kept = select(self.kept)
-        used = set(self.table.flatten().tolist())
-        self._free = [block for block in range(self.blocks) if block not in used]
-        self._shared = len(used) < self.table.numel()
+
+    def check_crop(self, length: int) -> None:
+        """ValueError where the recent rows that the sequences need at *length* positions, all of
+        them before, are gone."""
+        if self.recent is None or not length:
+            return
+        firsts = self.recent.first_columns()
+        for count, first in zip(self.counts(length).tolist(), firsts, strict=True):
+            if self.format.sealed_before(count) < first * GROUP:
+                raise ValueError(
+                    f"KVQCache.crop to {length} tokens: in {self.format.name} up to {SPARE} tokens "
+                    f"can be taken back, or up to {WIDE} of the last forward pass, as older rows "
+                    "are sealed for good: reset() the cache and give it the tokens again, or use "
+                    "'int8_per_token_head', which has no limit"
+                )
+
+    def crop(self, length: int) -> None:
+        """The sequences have *length* positions, fewer than before."""
+        if self.recent is not None and not length:
+            self.recent.clear()
 
     def counts(self, length: int) -> torch.Tensor:
         """``[B]`` int64: tokens among the first *length* positions of each sequence."""
         if self.kept is None:
-            return torch.full((len(self.table),), length, device=self.table.device)
+            return torch.full((self.batch,), length, device=self._device)
         return self.kept[:, :length].sum(1)
 
     def _work_out(self, length: int, new: int, mask: torch.Tensor | None) -> Step | None:
@@ -137,77 +194,50 @@ class BlockTable:
         lengths = before + now.sum(1)
         self.kept = kept.clone()
         longest = int(lengths.max())
-        copies = self._make_room(before.tolist(), longest)
         position = (before[:, None] + now.cumsum(1) - 1).clamp(min=0)
-        block = self.table.gather(1, position // self.block_size)
-        slots = torch.where(now, block * self.block_size + position % self.block_size, -1)
         starts = torch.nn.functional.pad(now.sum(1).cumsum(0), (1, 0)).int()
         rows = None if bool(now.all()) else now.flatten().nonzero().flatten()
-        return Step(
-            self.blocks, copies, slots.flatten(), self.table, lengths.int(), starts, rows, longest
-        )
+        places = self._places(before.tolist(), lengths.tolist(), position, now)
+        return Step(*places, lengths.int(), starts, rows, longest)
 
     def _kept(self, length: int, new: int = 0) -> torch.Tensor:
         """``[B, length + new]``: what was kept, and all of the *new*."""
-        shape = (len(self.table), length + new)
-        kept = torch.ones(shape, dtype=torch.bool, device=self.table.device)
+        shape = (self.batch, length + new)
+        kept = torch.ones(shape, dtype=torch.bool, device=self._device)
         if self.kept is not None:
             kept[:, :length] = self.kept[:, :length]
         return kept
 
     def _even_step(self, length: int, new: int) -> Step:
         """Every sequence has *length* tokens: what nearly every step is, so it is kept cheap."""
-        batch, device, size = len(self.table), self.table.device, self.block_size
-        copies = self._make_room([length] * batch, length + new)
-        if new == 1:
-            slots = self.table[:, length // size].long() * size + length % size
-        else:
-            position = torch.arange(length, length + new, device=device)
-            slots = (self.table[:, position // size].long() * size + position % size).flatten()
+        batch, device = self.batch, self._device
+        position = torch.arange(length, length + new, device=device)
+        places = self._places([length] * batch, [length + new] * batch, position)
         lengths = torch.full((batch,), length + new, dtype=torch.int32, device=device)
         starts = torch.arange(0, batch * new + 1, new, dtype=torch.int32, device=device)
-        return Step(self.blocks, copies, slots, self.table, lengths, starts, None, length + new)
+        return Step(*places, lengths, starts, None, length + new)
 
-    def _make_room(self, before: list[int], longest: int):
-        """Blocks for *longest* tokens a sequence, of its own from token *before* on; -> copies."""
-        columns = -(-longest // self.block_size)
-        copies = self._separate(before) if self._shared else None
-        have = self.table.shape[1]
-        if columns > have:
-            # One more column at a time, or 1/64 of a long table: growing copies a layer's pages.
-            more = max(columns - have, have // 64) if have else columns
-            fresh = torch.tensor(self._take(more * len(self.table)), dtype=torch.int32)
-            fresh = fresh.view(more, len(self.table)).T
-            self.table = torch.cat([self.table, fresh.to(self.table.device)], 1)
-        return copies
+    def _places(self, before: list[int], lengths: list[int], position, now=None):
+        """Places of tokens *position* of sequences that have *before* tokens and then *lengths*;
+        *now* hides those that are none."""
+        places: list[Place | None] = [None, None]
+        for i, blocks in enumerate((self.pages, self.recent)):
+            if blocks is None:
+                continue
+            has_recent = blocks is self.recent
+            moved = blocks.drop(self._kept_columns(before)) if has_recent else None
+            copies = blocks.make_room(before, max(lengths))
+            slots = blocks.slots(position)
+            if now is not None:
+                slots = torch.where(now, slots, -1)
+            asked = moved, blocks.count, copies, slots.flatten(), blocks.table
+            is_wide = has_recent and position.shape[-1] > WIDE
+            after = blocks.drop(self._kept_columns(lengths, WIDE)) if is_wide else None
+            places[i] = Place(*asked, after)
+        return places
 
-    def _take(self, count: int) -> list[int]:
-        taken, self._free = self._free[:count], self._free[count:]
-        more = count - len(taken)
-        self.blocks += more
-        return taken + list(range(self.blocks - more, self.blocks))
-
-    def _separate(self, before: list[int]):
-        """Give each sequence blocks of its own where it will write: from token *before* on."""
-        table = self.table.tolist()
-        uses: dict[int, int] = {}
-        for row in table:
-            for block in row:
-                uses[block] = uses.get(block, 0) + 1
-        copies: list[tuple[int, int]] = []
-        for row, count in zip(table, before, strict=True):
-            for column in range(count // self.block_size, len(row)):
-                block = row[column]
-                if uses[block] == 1:
-                    continue
-                uses[block] -= 1
-                [row[column]] = self._take(1)
-                uses[row[column]] = 1
-                if column == count // self.block_size and count % self.block_size:
-                    copies.append((block, row[column]))
-        device = self.table.device
-        self.table = torch.tensor(table, dtype=torch.int32, device=device).view(self.table.shape)
-        if not copies:
-            return None
-        both = torch.tensor(copies, device=device)
-        return both[:, 0], both[:, 1]
+    def _kept_columns(self, counts: list[int], spare: int = SPARE) -> list[int]:
+        """The first block of recent rows that sequences of so many tokens need, of which *spare*
+        may be taken back."""
+        lowest = (self.format.sealed_before(count) - spare for count in counts)
+        return [max(0, at) // GROUP for at in lowest]

@@ -56,6 +56,7 @@ def _register() -> bool:
             patches.on_draft_quant_config(undo, _on_draft_quant_config)
             patches.on_model_created(undo, _on_model_created)
             patches.on_capacity(undo, _capacity)
+            patches.on_metrics(undo, _on_metrics)
             if on_cpu:
                 patches.on_kv_cache_allocation(undo, _cache_memory)
             # Registers the quantization method, which vLLM looks up before any config exists;
@@ -102,8 +103,14 @@ def _capacity(vllm_config, kv_cache_config, stated):
     return capacity(vllm_config, kv_cache_config, stated)
 
 
+def _on_metrics(registry) -> None:
+    from kvq_plugin.serving import metrics
+
+    metrics.add_to(registry)
+
+
 def _on_model_created(model, vllm_config, model_config) -> None:
-    from kvq_plugin.serving import compat
+    from kvq_plugin.serving import compat, metrics
     from kvq_plugin.serving.recent import prepare
     from kvq_plugin.serving.scales.method import begin_load
     from kvq_plugin.serving.selection import require_own_backends
@@ -112,11 +119,13 @@ def _on_model_created(model, vllm_config, model_config) -> None:
     for layer in filter(lambda m: isinstance(m, compat.Attention), model.modules()):
         prepare(layer, vllm_config)  # of a model that gives its layers no quantization config
     begin_load(model, vllm_config, model_config)
+    metrics.attach(model, vllm_config)
 
 
 def _on_config(vllm_config) -> None:
     from kvq_plugin.serving.checks import check, settle_blocks, settle_drafts
     from kvq_plugin.serving.compat import patches
+    from kvq_plugin.serving.metrics import make_folder
     from kvq_plugin.serving.scales.config import wrap_quant_config
     from kvq_plugin.serving.selection import serves
 
@@ -131,3 +140,4 @@ def _on_config(vllm_config) -> None:
         check(vllm_config)
     settle_drafts(vllm_config)
     settle_blocks(vllm_config)
+    make_folder()

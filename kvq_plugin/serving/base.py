@@ -168,6 +168,7 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
 
     format: ClassVar[KVFormat]
     backend: ClassVar[type[KVQBackend]]
+    meter: Any = None  # kvq_plugin.serving.metrics.Meter, where there are metrics
     supports_pcp: bool = False
     supports_dcp: bool = False  # True by default in vLLM 0.29
 
@@ -259,11 +260,16 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Quantize ``key``, ``value [T, H, D]`` into ``kv_cache [B, H, N, C]`` uint8."""
-        recent = {}
+        recent, caches = {}, (kv_cache,)
         if self.kernel_format.recent is not None:
             _, cache, slots = layer.kvq_recent.caches()
-            recent = {"recent_cache": cache, "recent_slot_mapping": slots}
+            recent, caches = (
+                {"recent_cache": cache, "recent_slot_mapping": slots},
+                (kv_cache, cache),
+            )
         statics = self._statics(layer)
+        if self.meter is not None:
+            self.meter.store(key, value, caches, slot_mapping.shape[0], statics)
         ops.store(key, value, kv_cache, slot_mapping, self.kernel_format, *statics, **recent)
 
     def forward(
@@ -296,6 +302,8 @@ class KVQImpl(AttentionImpl[KVQMetadata]):
         recent = {}
         if self.kernel_format.recent is not None:
             theirs, cache, _ = layer.kvq_recent.caches()
+            if self.meter is not None:
+                self.meter.rows(m.seq_lens)
             recent = {"recent_cache": cache, "recent_block_table": theirs.block_table}
         self._attend(out, query, kv_cache, m, self._statics(layer), recent)
         return output

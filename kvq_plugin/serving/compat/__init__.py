@@ -115,6 +115,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.config.compilation:CompilationConfig": ("static_forward_context",),
     "vllm.model_executor.model_loader.utils": ("initialize_model",),
     "vllm.config.parallel:ParallelConfig": (
+        "data_parallel_index",
         "decode_context_parallel_size",
         "pipeline_parallel_size",
         "prefill_context_parallel_size",
@@ -209,6 +210,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.core.kv_cache_utils": ("get_max_concurrency_for_kv_cache_config",),
     "vllm.v1.worker.utils": ("allocate_kv_cache",),
+    "vllm.v1.metrics.prometheus": ("get_prometheus_registry",),
     "vllm.v1.kv_cache_interface:KVCacheConfig": ("kv_cache_groups", "num_blocks"),
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ("kv_cache_spec", "layer_names"),
     "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs": ("kv_cache_specs",),
@@ -237,8 +239,9 @@ PLATFORM_CLASSES = (
     "vllm.platforms.cuda:CudaPlatformBase",
     "vllm.platforms.rocm:RocmPlatform",
 )
-#: And those that the plugin does without where vLLM allocates its caches in another way.
+#: And those that the plugin does without where vLLM does what they are for in another way.
 OPTIONAL_PLACES = (
+    "vllm.v1.metrics.prometheus",
     "vllm.v1.core.kv_cache_utils",
     "vllm.v1.worker.utils",
     "vllm.v1.kv_cache_interface:KVCacheConfig",
@@ -295,11 +298,6 @@ def is_cpu() -> bool:
 def is_gpu() -> bool:
     """True when vLLM runs on its CUDA or ROCm platform in this process."""
     return _is("is_cuda_alike")
-
-
-def is_cuda() -> bool:
-    """True when it is the CUDA platform."""
-    return _is("is_cuda")
 
 
 def is_unspecified() -> bool:

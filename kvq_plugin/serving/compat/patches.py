@@ -323,7 +323,7 @@ def on_model_created(undo: ExitStack, hook: Callable[[Any, Any, Any], None]) -> 
         return initialize_model
 
     _once_imported(
-        undo, "vllm.model_executor.model_loader.utils", "initialize_model", "vllm_config", wrap
+        undo, "vllm.model_executor.model_loader.utils", "initialize_model", ("vllm_config",), wrap
     )
 
 
@@ -341,7 +341,7 @@ def on_kv_cache_allocation(undo: ExitStack, surround: Callable[[list[Any]], Any]
 
         return allocate_kv_cache
 
-    _once_imported(undo, "vllm.v1.worker.utils", "allocate_kv_cache", "kv_cache_config", wrap)
+    _once_imported(undo, "vllm.v1.worker.utils", "allocate_kv_cache", ("kv_cache_config",), wrap)
 
 
 def on_capacity(undo: ExitStack, hook: Callable[[Any, Any, float], float]) -> None:
@@ -359,7 +359,24 @@ def on_capacity(undo: ExitStack, hook: Callable[[Any, Any, float], float]) -> No
         return get_max_concurrency_for_kv_cache_config
 
     name = "get_max_concurrency_for_kv_cache_config"
-    _once_imported(undo, "vllm.v1.core.kv_cache_utils", name, "vllm_config", wrap)
+    _once_imported(undo, "vllm.v1.core.kv_cache_utils", name, ("vllm_config",), wrap)
+
+
+def on_metrics(undo: ExitStack, hook: Callable[[Any], None]) -> None:
+    """Call ``hook(registry)`` with the prometheus_client registry that an API server serves as
+    ``/metrics``, when it asks for it."""
+
+    def wrap(stock: Callable[[], Any]) -> Callable[[], Any]:
+        def get_prometheus_registry():
+            registry = stock()
+            with _for_ours_alone(None):
+                hook(registry)
+            return registry
+
+        return get_prometheus_registry
+
+    module = "vllm.v1.metrics.prometheus"
+    _once_imported(undo, module, "get_prometheus_registry", (), wrap)
 
 
 def layer_specs(kv_cache_config: Any) -> list[Any]:
@@ -372,7 +389,9 @@ def layer_specs(kv_cache_config: Any) -> list[Any]:
     ]
 
 
-def _once_imported(undo: ExitStack, module: str, name: str, parameter: str, wrap) -> None:
+def _once_imported(
+    undo: ExitStack, module: str, name: str, parameters: tuple[str, ...], wrap
+) -> None:
     """Wrap function *name* of *module* in all of vLLM's modules that hold it."""
     import wrapt
 
@@ -385,7 +404,7 @@ def _once_imported(undo: ExitStack, module: str, name: str, parameter: str, wrap
             return
         with _for_ours_alone(None):
             stock = getattr(utils, name)
-            _wrap(later, utils, name, (parameter,), wrap, lambda function: function)
+            _wrap(later, utils, name, parameters, wrap, lambda function: function)
             # What is imported already holds the function under its own name.
             for other in [m for path, m in sys.modules.items() if path.startswith("vllm.")]:
                 if getattr(other, name, None) is stock:

@@ -1,0 +1,136 @@
+"""``kvq doctor --url``: what a running server stores its KV cache with, and how that goes.
+
+Everything is read from the server's ``/metrics``; kvq_plugin.serving.metrics says what of it is the
+plugin's. The server may be on another machine.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from kvq_plugin.doctor import ADVICE, BAD, GOOD, Finding, print_findings
+from kvq_plugin.formats import SERVED
+from kvq_plugin.servers import read_metrics
+
+#: Share of saturating values of one layer's K or V that is worth a remark, and that is a fault.
+#: SmolLM2 with scales of the largest values of another text: up to 0.09 %; with a quarter of
+#: these, from 1.4 % (docs/metrics.md).
+REMARK, FAULT = 0.001, 0.01
+_NO_SCALES = "--kv-cache-dtype int8_per_token_head needs no scales"
+
+
+def run(url: str, console: Console | None = None) -> None:
+    """Print the report on the server at *url*.
+
+    Raises ValueError when something has to be repaired, or nothing like vLLM answers.
+    """
+    try:
+        samples = read_metrics(url)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no metrics from {url}: {error}; expected a vLLM server's address, "
+                         "such as http://127.0.0.1:8000") from error  # fmt: skip
+    console = console or Console()
+    broken = 0
+    for title, part in (("Server", server), ("Scales", scales)):
+        broken += print_findings(console, title, part(samples))
+    if broken:
+        raise ValueError(f"{broken} problem(s) found; see above")
+
+
+def _of(samples: Sequence[Any], name: str) -> list[Any]:
+    return [s for s in samples if s.name == name]
+
+
+def _sum(samples: Sequence[Any], name: str) -> float:
+    return sum(s.value for s in _of(samples, name))
+
+
+def server(samples: Sequence[Any]) -> Iterator[Finding]:
+    """The cache's dtype and formats, what it holds, and whether it is too small."""
+    config = next((s.labels for s in _of(samples, "vllm:cache_config_info")), None)
+    if config is None:
+        yield Finding(BAD, "these are not vLLM's metrics", "give the address of vllm serve")
+        return
+    dtype, tokens = config.get("cache_dtype", "?"), config.get("kv_cache_size_tokens", "?")
+    tokens = f"{int(tokens):,}" if tokens.isdigit() else tokens
+    yield Finding(
+        GOOD,
+        f"--kv-cache-dtype {dtype}, blocks of {config.get('block_size', '?')} tokens, "
+        f"{tokens} tokens fit",
+    )
+    layers = {s.labels["format"]: int(s.value) for s in _of(samples, "kvq:cache_layers")}
+    if layers:
+        stored = ", ".join(f"{count} layers in {name}" for name, count in layers.items())
+        yield Finding(GOOD, f"the plugin stores {stored}")
+    elif dtype in SERVED:
+        yield Finding(
+            ADVICE,
+            f"{dtype} is vLLM's own here: the plugin reports no layers",
+            "`kvq doctor` on the server's machine says whether vLLM finds the plugin",
+        )
+    else:
+        yield Finding(GOOD, "the plugin stores nothing: the KV cache is vLLM's own")
+    if total := _sum(samples, "kvq:cache_bytes"):
+        used = _sum(samples, "kvq:cache_bytes_in_use")
+        yield Finding(GOOD, f"{used / 2**20:,.0f} of {total / 2**20:,.0f} MiB in use")
+    if _of(samples, "kvq:recent_rows"):
+        rows = int(_sum(samples, "kvq:recent_rows"))
+        yield Finding(GOOD, f"{rows:,} recent rows per layer kept at 8 bits")
+    running, waiting, thrown = (
+        int(_sum(samples, f"vllm:{name}"))
+        for name in ("num_requests_running", "num_requests_waiting", "num_preemptions_total")
+    )
+    says = f"{running} requests running, {waiting} waiting, {thrown} preempted since the start"
+    if thrown:
+        yield Finding(
+            ADVICE,
+            says,
+            "preempted ones are computed again: give the cache more memory "
+            "(--kv-cache-memory-bytes), or take a smaller KV cache, such as int4",
+        )
+    else:
+        yield Finding(GOOD, says)
+
+
+def scales(samples: Sequence[Any]) -> Iterator[Finding]:
+    """Whether static scales fit what is stored with them."""
+    counted: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for at, name in enumerate(("kvq:sampled_values_total", "kvq:saturated_values_total")):
+        for s in _of(samples, name):
+            counted[s.labels["layer"], s.labels["kind"]][at] += s.value
+    if not counted:
+        yield Finding(GOOD, "none that could be too small: the KV cache has no static ones")
+        return
+    shares = {where: bad / seen for where, (seen, bad) in counted.items() if seen}
+    if not shares:
+        yield Finding(ADVICE, "no values were stored yet", "send a request, and ask again")
+        return
+    seen = sum(seen for seen, _ in counted.values())
+    worst = sorted(shares, key=lambda where: -shares[where])
+    faulty = [where for where in worst if shares[where] > REMARK]
+    if not faulty:
+        layer, kind = worst[0]
+        yield Finding(
+            GOOD,
+            f"of {seen:,.0f} sampled values at most {shares[worst[0]]:.3%} saturate "
+            f"({kind}s of {layer})",
+        )
+    for layer, kind in faulty[:5]:
+        share = shares[layer, kind]
+        yield Finding(
+            BAD if share > FAULT else ADVICE,
+            f"{share:.2%} of the sampled {kind}s of {layer} saturate: the scale is too small",
+        )
+    if len(faulty) > 5:
+        yield Finding(ADVICE, f"{len(faulty) - 5} more layers' keys or values saturate, by less")
+    if faulty:
+        yield Finding(
+            ADVICE,
+            "scales that are too small cost accuracy",
+            "kvq calibrate MODEL -o OUT --data FILE, with text like what the server is asked; or "
+            + _NO_SCALES,
+        )
