@@ -141,7 +141,7 @@ def test_a_disk_that_fills_up_under_a_report(size, tmp_path):
 
 def test_a_disk_that_fills_up_under_a_benchmark(monkeypatch, tmp_path):
     """What an earlier run wrote stays as it is."""
-    row = serve.Row("a" * 100, 1, *[1] * 9)
+    row = serve.Row("a", 1, *[1] * 9)
     monkeypatch.setattr(serve, "run", lambda *a, **k: [row])
     load = serve.Load("m", 1, 1, 1, 1, True, 1)
     output.run_serve(load, [Engine("a", BASELINE)], tmp_path)
