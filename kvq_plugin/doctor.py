@@ -25,7 +25,7 @@ from rich.table import Table
 
 from kvq_plugin import __version__, _native
 from kvq_plugin.formats import SERVED
-from kvq_plugin.kernels import cuda
+from kvq_plugin.kernels import cuda, refusal
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import patches
 from kvq_plugin.tables import print_table
@@ -376,10 +376,9 @@ def dtypes() -> dict[str, tuple[bool, str]]:
         for name in _by_owner(known)[1]:
             needs = rows[name][1]
             rows[name] = True, f"vLLM's own; the plugin's with --attention-backend KVQ: {needs}"
-        lacking = cuda.library_refusal() if compat.is_cuda() else "they are for NVIDIA's GPUs"
-        if lacking:
-            for name in (name for name, format in SERVED.items() if format.recent is not None):
-                rows[name] = False, f"the CUDA C++ kernels: {lacking}"
+        for name, format in SERVED.items():
+            if lacking := format.recent and refusal(format, 64, 128):
+                rows[name] = False, f"GPU kernels: {lacking}"
         rows[", ".join(others)] = True, "vLLM's own, where one of its backends has it"
     else:
         rows[", ".join(others)] = False, "implemented neither by vLLM on CPUs nor by kvq_plugin"

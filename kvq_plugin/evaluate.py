@@ -34,7 +34,11 @@ FLOOR_WINDOWS = 2
 #: Nats between vLLM's log-probability of a token and that of the logits we were shown.
 LOGITS_TOLERANCE = 1e-3
 
+#: Questions that an engine answers at the same time.
+TOGETHER = 64
+
 Window = list[int]
+Question = tuple[Window, int]  # a prompt, and the tokens that its answer may have
 Tick = Callable[[], None]
 
 
@@ -114,6 +118,15 @@ def offline_greedy(llm, prompts: Sequence[Window], length: int) -> list[Window]:
     return [p + list(o.outputs[0].token_ids) for p, o in zip(prompts, outputs, strict=True)]
 
 
+def offline_answers(llm, questions: Sequence[Question]) -> list[str]:
+    """What a vllm.LLM writes after each of *questions*, at temperature 0."""
+    from vllm import SamplingParams
+
+    params = [SamplingParams(max_tokens=tokens, temperature=0.0) for _, tokens in questions]
+    given = [{"prompt_token_ids": prompt} for prompt, _ in questions]
+    return [o.outputs[0].text for o in llm.generate(given, params, use_tqdm=False)]
+
+
 def agreement(generation: Window, baseline: Window, prompt: int) -> int:
     """Tokens after the *prompt* before the first that differs."""
     pairs = list(zip(generation, baseline, strict=True))[prompt:]
@@ -189,11 +202,13 @@ class Evaluation:
         scores: by text.
         kv_tokens: tokens its KV cache holds; None where vLLM does not say.
         generations: every prompt with its greedy continuation.
+        answers: text that follows every question.
     """
 
     scores: dict[str, Score]
     kv_tokens: int | None
     generations: tuple[Window, ...] = ()
+    answers: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -207,24 +222,30 @@ def evaluate(
     chunk: int | None = None,
     prompts: Sequence[Window] = (),
     length: int = 0,
+    questions: Sequence[Question] = (),
     tick: Tick = lambda: None,
 ) -> Evaluation:
     """Score every text's windows with an engine of its own process, which is gone afterwards.
 
-    *texts* maps a name to windows; *tick* is called after each window. Scores have a divergence
-    with *reference*, a folder that an earlier call was given as *keep* (a file per window), for
-    the same texts or the first windows of each. *chunk*: prefill at most so many tokens at once,
-    and run one request at a time. *prompts* are continued greedily to *length* tokens each, at the
-    same time; unless OWN is among *texts*, what is so written is scored as the text of that name.
+    *texts* maps a name to windows; *tick* is called after each window and question. Scores have a
+    divergence with *reference*, a folder that an earlier call was given as *keep* (a file per
+    window), for the same texts or the first windows of each. *chunk*: prefill at most so many
+    tokens at once, and run one request at a time. *prompts* are continued greedily to *length*
+    tokens each, at the same time; unless OWN is among *texts*, what is so written is scored as the
+    text of that name.
+    *questions* are answered greedily, TOGETHER at a time: neighbours that begin alike share that
+    part of the cache.
 
     Raises ServerError with the end of the engine's log, which is then kept, when it does not
     start or fails, and ValueError when the engine does not show its logits.
     """
+    needed = [len(window) for windows in texts.values() for window in windows]
+    needed += [len(prompt) + tokens for prompt, tokens in questions] + [length]
     options = {
         "model": model,
         "kv_cache_dtype": cache_dtype(model, kv_cache_dtype),
         "kv_cache_memory_bytes": kv_memory_bytes,
-        "max_model_len": max(length, *(len(w) for ws in texts.values() for w in ws)) + 1,
+        "max_model_len": max(needed) + 1,
         "enforce_eager": True,  # compiling takes longer than the run
     }
     if chunk is not None:
@@ -233,8 +254,13 @@ def evaluate(
     if watched:
         options["worker_extension_cls"] = "kvq_plugin.logits.LogitsWorker"
     with engine_process(__name__, f"with {kv_cache_dtype}") as engine:
-        engine.send((options, watched, prompts, length))
+        engine.send((options, watched, prompts, length, questions))
         kv_tokens, generations = engine.receive()
+        answers: list[str] = []
+        while len(answers) < len(questions):
+            answers += (written := engine.receive())
+            for _ in written:
+                tick()
         if prompts and OWN not in texts:
             texts = {**texts, OWN: generations}
         engine.send(_jobs(texts, reference, keep))
@@ -247,7 +273,7 @@ def evaluate(
                     check_seen(window, *seen[-1], reference is not None)
                 tick()
             scores[text] = _joined(seen, reference is not None)
-    return Evaluation(scores, kv_tokens, tuple(generations))
+    return Evaluation(scores, kv_tokens, tuple(generations), tuple(answers))
 
 
 def _jobs(texts: Mapping[str, Sequence[Window]], *folders: Path | None) -> list[tuple]:
@@ -292,15 +318,17 @@ def floor_chunk(windows: Sequence[Window]) -> int:
 
 
 def _work(pipe: Connection) -> None:
-    """The engine's process: receives its options and prompts; sends the tokens that its KV cache
-    holds and the generations. Then it receives windows, and sends each one's logprobs and what the
-    worker saw of its logits."""
-    options, watched, prompts, length = pipe.recv()
+    """The engine's process: receives its options, prompts and questions; sends the tokens that its
+    KV cache holds, the generations, and answers, some at a time. Then it receives windows, and
+    sends each one's logprobs and what the worker saw of its logits."""
+    options, watched, prompts, length, questions = pipe.recv()
     from vllm import LLM
 
     llm = LLM(**options)
     generations = offline_greedy(llm, prompts, length) if prompts else []
     pipe.send((compat.kv_cache_tokens(llm), generations))
+    for at in range(0, len(questions), TOGETHER):
+        pipe.send(offline_answers(llm, questions[at : at + TOGETHER]))
     if watched:
         llm.collective_rpc("kvq_watch")
     for window, *files in pipe.recv():

@@ -16,7 +16,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvq_plugin import logits
 from kvq_plugin.divergence import Divergence
-from kvq_plugin.evaluate import BASELINE, OWN, Evaluation, Score, Tick, Window
+from kvq_plugin.evaluate import (
+    BASELINE,
+    OWN,
+    Evaluation,
+    Question,
+    Score,
+    Tick,
+    Window,
+    load_tokenizer,
+)
 from kvq_plugin.hf_cache import NAME, KVQCache
 from kvq_plugin.hf_cache.memory import ARGUMENT, held_bytes
 from kvq_plugin.hub import checkpoint_folder
@@ -24,6 +33,8 @@ from kvq_plugin.serving.scales.declared import declared_scheme, quantization_sec
 
 #: ``kv_tokens`` of an Evaluation are those of so many bytes: there is no pool to ask.
 MEMORY = 1 << 30
+#: Questions that are answered at the same time, padded to the longest.
+TOGETHER = 16
 
 
 class TransformersDriver:
@@ -45,6 +56,8 @@ class TransformersDriver:
                 f"{type(self.model).__name__} has no output layer of its own: expected a causal "
                 "language model; use --driver vllm"
             )
+        self._end = self.model.generation_config.eos_token_id
+        self._tokenizer = None
         self._hidden: torch.Tensor | None = None
         self._given: torch.Tensor | None = None
         forward = base.forward
@@ -68,10 +81,12 @@ class TransformersDriver:
         chunk: int | None = None,
         prompts: Sequence[Window] = (),
         length: int = 0,
+        questions: Sequence[Question] = (),
         tick: Tick = lambda: None,
     ) -> Evaluation:
         """As :func:`kvq_plugin.evaluate.evaluate`; ``kv_tokens`` are those of a GiB at the length
-        of the first window. *chunk*: feed at most so many tokens at once, one sequence at a time.
+        of the first window. *chunk*: feed at most so many tokens at once, one sequence at a time;
+        otherwise *questions* are answered TOGETHER at a time.
 
         Raises ValueError for a format that cannot have this model, with the reason.
         """
@@ -82,6 +97,12 @@ class TransformersDriver:
         ]
         if prompts and OWN not in texts:
             texts = {**texts, OWN: generations}
+        answers: list[str] = []
+        together = 1 if chunk else TOGETHER
+        for at in range(0, len(questions), together):
+            answers += self._answers(kv_cache_dtype, questions[at : at + together])
+            for _ in questions[at : at + together]:
+                tick()
         scores, kv_tokens = {}, None
         for t, (text, windows) in enumerate(texts.items()):
             columns: dict[str, list] = {}
@@ -97,7 +118,7 @@ class TransformersDriver:
             divergence = tuples if reference is not None else None
             logprobs = tuples.pop("logprobs")
             scores[text] = Score(logprobs, divergence=divergence and Divergence(**divergence))
-        return Evaluation(scores, kv_tokens, tuple(generations))
+        return Evaluation(scores, kv_tokens, tuple(generations), tuple(answers))
 
     def _cache(self, dtype: str):
         config = self.model.config
@@ -131,17 +152,40 @@ class TransformersDriver:
     @torch.inference_mode()
     def _greedy(self, dtype: str, prompts: Sequence[Window], length: int) -> list[Window]:
         """*prompts*, all of one length, each continued to *length* tokens."""
-        ids = torch.tensor(prompts, device=self.model.device)
-        config = self.model.generation_config
-        config.eos_token_id, config.pad_token_id = None, 0
+        self.model.generation_config.eos_token_id = None
+        new = self._continued(dtype, prompts, length - len(prompts[0]))
+        return [prompt + tokens for prompt, tokens in zip(prompts, new, strict=True)]
+
+    @torch.inference_mode()
+    def _answers(self, dtype: str, questions: Sequence[Question]) -> list[str]:
+        """What is written after each of *questions*, to its end or the limit."""
+        self.model.generation_config.eos_token_id = self._end
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.model.config._name_or_path)
+        prompts, limits = zip(*questions, strict=True)
+        new = self._continued(dtype, prompts, max(limits))
+        return [
+            self._tokenizer.decode(tokens[:limit], skip_special_tokens=True)
+            for tokens, limit in zip(new, limits, strict=True)
+        ]
+
+    def _continued(self, dtype: str, prompts: Sequence[Window], new: int) -> list[Window]:
+        """The up to *new* tokens that follow each prompt at temperature 0; after a row's end come
+        other rows' paddings."""
+        longest = max(map(len, prompts))
+        padded = [[0] * (longest - len(p)) + list(p) for p in prompts]
+        mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+        ids, mask = (torch.tensor(x, device=self.model.device) for x in (padded, mask))
+        end = self.model.generation_config.eos_token_id
         done = self.model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=mask,
             do_sample=False,
-            max_new_tokens=length - ids.shape[1],
+            max_new_tokens=new,
+            pad_token_id=end[0] if isinstance(end, list) else end or 0,
             **{ARGUMENT: self._cache(dtype)},
         )
-        return done.tolist()
+        return done[:, longest:].tolist()
 
 
 def _same_lengths(prompts: Sequence[Window]) -> list[list[Window]]:

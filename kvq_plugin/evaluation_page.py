@@ -25,6 +25,7 @@ from kvq_plugin import __version__, _native
 from kvq_plugin.doctor import processor, version
 from kvq_plugin.evaluate import BASELINE, Evaluation, Score
 from kvq_plugin.serving import compat
+from kvq_plugin.tasks import page as task_page
 
 PAGE, FIGURES = "index.html", "report.json"
 BINS = 32  # of token positions: some 64 tokens of every window each
@@ -35,6 +36,7 @@ PLOTS = {
     "the noise floor is dashed.",
     "memory_and_quality.png": "Tokens that the same memory holds, against what is lost: "
     "right and down is better.",
+    task_page.PLOT: task_page.CAPTION,
 }
 _STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -84,6 +86,7 @@ def write(
     length: int,
     about: Mapping[str, Any],
     agreements: Mapping[str, Sequence[int]] | None = None,
+    tasks: Mapping[str, Any] | None = None,
 ) -> None:
     """Write page, plots and figures to the new directory *folder*.
 
@@ -94,6 +97,7 @@ def write(
         about: what was run, on what, with which versions; for the page and the JSON.
         agreements: by dtype, tokens of each greedy generation before the first that is not
             ``auto``'s.
+        tasks: figures of the tasks (Asked.figures).
     """
     private = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.resolve().parent))
     try:
@@ -101,6 +105,7 @@ def write(
         scratch.mkdir()
         figures = collected(evaluations, floor, length)
         figures["greedy_tokens_in_common"] = dict(agreements or {})
+        figures["tasks"] = dict(tasks or {"generated": {}, "longbench": {}})
         _plots(scratch, figures)
         text = json.dumps({"about": dict(about), **figures}, indent=1)
         (scratch / FIGURES).write_text(text + "\n", encoding="utf-8")
@@ -182,7 +187,8 @@ def _plots(folder: Path, figures: Mapping[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for name, draw in zip(PLOTS, (_draw_perplexity, _draw_kl, _draw_memory), strict=True):
+    draws = (_draw_perplexity, _draw_kl, _draw_memory)
+    for name, draw in zip(PLOTS, draws, strict=False):
         figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
         try:
             if draw(axis, figures):
@@ -191,6 +197,10 @@ def _plots(folder: Path, figures: Mapping[str, Any]) -> None:
                 figure.savefig(folder / name, dpi=110, format="png")
         finally:
             pyplot.close(figure)
+    if figures["tasks"]["generated"]:
+        figure = task_page.heat_map(figures["tasks"]["generated"])
+        figure.savefig(folder / task_page.PLOT, dpi=110, format="png")
+        pyplot.close(figure)
 
 
 def _label(name: str, text: str, figures: Mapping[str, Any]) -> str:
@@ -274,6 +284,7 @@ def _page(folder: Path, figures: Mapping[str, Any], about: Mapping[str, Any]) ->
     )
     if figures["greedy_tokens_in_common"]:
         parts += ["<h2>Greedy generations</h2>", _agreement_table(figures)]
+    parts += task_page.html(figures["tasks"], BASELINE)
     for name, caption in PLOTS.items():
         if (folder / name).is_file():
             data = base64.b64encode((folder / name).read_bytes()).decode()

@@ -207,9 +207,9 @@ _LOWBIT_ROWS = (
     ),
 )
 
-#: Every name of a format that all devices have kernels for, aliases included.
+#: Formats of one code for K and V, by every name, aliases included.
 FORMATS: dict[str, KVFormat] = {n: f for f in _ROWS for n in (f.name, *f.aliases)}
-#: Formats that ROCm's GPUs lack kernels for, in part, and vLLM does not know.
+#: Formats below 8 bits that vLLM does not know, and what their recent rows are stored as.
 LOWBIT: dict[str, KVFormat] = {f.name: f for f in _LOWBIT_ROWS}
 #: Every name a user may type for ``--kv-cache-dtype``; rotated int8 is the recent rows' alone.
 SERVED: dict[str, KVFormat] = FORMATS | {n: f for n, f in LOWBIT.items() if f is not _ROTATED_INT8}

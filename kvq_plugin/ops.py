@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
 from kvq_plugin import _native, reference
 from kvq_plugin.arguments import check_attend, check_slots, check_store, check_tables
+from kvq_plugin.calls import Attend, Store, Workspace
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.layout import page_layout
 from kvq_plugin.reference import StaticScale
-
-if TYPE_CHECKING:
-    from kvq_plugin.kernels import Workspace
 
 _KERNELS = ("native", "reference")
 
@@ -87,39 +84,34 @@ def store(
 
     Raises ValueError naming what was expected and what came.
     """
-    arguments = (key, value, cache, slot_mapping, format, key_static, value_static)
-    recent = {"recent_cache": recent_cache, "recent_slot_mapping": recent_slot_mapping}
-    device = cache.device.type
+    device, refused = cache.device.type, None
     if device == "cpu" and not _use_reference():
         try:
             torch.ops.kvq.store(
-                key,
-                value,
-                cache,
-                slot_mapping,
-                format.id,
-                *_pair(key_static, "inverse"),
-                *_pair(value_static, "inverse"),
-                *recent.values(),
-            )
-        except RuntimeError:
-            check_store(*arguments, **recent)
-            check_slots("slot_mapping", slot_mapping, cache)
-            if recent_cache is not None:
-                check_slots("recent_slot_mapping", recent_slot_mapping, recent_cache)
-            raise
-        return
-    check_store(*arguments, **recent)
-    if _use_reference(device):
-        check_slots("slot_mapping", slot_mapping, cache)
-        if recent_cache is not None:
-            check_slots("recent_slot_mapping", recent_slot_mapping, recent_cache)
-        n = slot_mapping.shape[0]
-        args = (key[:n], value[:n], cache, slot_mapping, format, key_static, value_static)
-        return reference.store(*args, **recent, layout=page_layout(cache.device))
-    from kvq_plugin import kernels
+                key, value, cache, slot_mapping, format.id, *_pair(key_static, "inverse"),
+                *_pair(value_static, "inverse"), recent_cache, recent_slot_mapping,
+            )  # fmt: skip
+            return
+        except RuntimeError as e:
+            refused = e
+    call = Store(
+        key, value, cache, slot_mapping, format, key_static, value_static, recent_cache,
+        recent_slot_mapping,
+    )  # fmt: skip
+    check_store(call)
+    if device != "cpu" and not _use_reference(device):
+        from kvq_plugin import kernels
 
-    return kernels.store(*arguments, **recent)
+        return kernels.store(call)
+    check_slots(call)
+    if refused is not None:
+        raise refused
+    n = slot_mapping.shape[0]
+    reference.store(
+        key[:n], value[:n], cache, slot_mapping, format, key_static, value_static,
+        recent_cache=recent_cache, recent_slot_mapping=recent_slot_mapping,
+        layout=page_layout(cache.device),
+    )  # fmt: skip
 
 
 def attend(
@@ -172,53 +164,39 @@ def attend(
 
     Raises ValueError naming what was expected and what came.
     """
-    options = {
-        "causal": causal,
-        "window": window,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-        "recent_cache": recent_cache,
-        "recent_block_table": recent_block_table,
-    }
-    tables = (query, cache, block_table, seq_lens, query_start_loc)
-    device = cache.device.type
+    device, refused = cache.device.type, None
     if device == "cpu" and not _use_reference():
         try:
             torch.ops.kvq.attend(
-                out,
-                *tables,
-                format.id,
-                scale,
-                *_pair(key_static, "scale"),
-                *_pair(value_static, "scale"),
-                *options.values(),
-            )
-        except RuntimeError:
-            check_attend(out, *tables, format, key_static, value_static, **options)
-            check_tables(*tables, format, window, recent_cache, recent_block_table)
-            raise
-        return
-    check_attend(out, *tables, format, key_static, value_static, **options)
-    arguments = (*tables, format, scale, key_static, value_static)
-    if _use_reference(device):
-        check_tables(*tables, format, window, recent_cache, recent_block_table)
-        # Rows before belong to other launches, rows after are padding: both are left alone.
-        first, n = int(query_start_loc[0]), int(query_start_loc[seq_lens.shape[0]])
-        layout = page_layout(cache.device)
-        result = reference.attend(query[:n], *arguments[1:], **options, layout=layout)
-        out[first:n] = result[first:]
-        return
-    from kvq_plugin import kernels
+                out, query, cache, block_table, seq_lens, query_start_loc, format.id, scale,
+                *_pair(key_static, "scale"), *_pair(value_static, "scale"), causal, window,
+                softcap, alibi_slopes, sinks, recent_cache, recent_block_table,
+            )  # fmt: skip
+            return
+        except RuntimeError as e:
+            refused = e
+    call = Attend(
+        out, query, cache, block_table, seq_lens, query_start_loc, format, scale, key_static,
+        value_static, causal, window, softcap, alibi_slopes, sinks, recent_cache,
+        recent_block_table, max_query_len, max_seq_len, workspace,
+    )  # fmt: skip
+    check_attend(call)
+    if device != "cpu" and not _use_reference(device):
+        from kvq_plugin import kernels
 
-    kernels.attend(
-        out,
-        *arguments,
-        **options,
-        max_query_len=query.shape[0] if max_query_len is None else max_query_len,
-        max_seq_len=(block_table.shape[1] * cache.shape[2] if max_seq_len is None else max_seq_len),
-        workspace=workspace,
-    )
+        return kernels.attend(call.bounded())
+    check_tables(call)
+    if refused is not None:
+        raise refused
+    # Rows before belong to other launches, rows after are padding: both are left alone.
+    first, n = int(query_start_loc[0]), int(query_start_loc[seq_lens.shape[0]])
+    result = reference.attend(
+        query[:n], cache, block_table, seq_lens, query_start_loc, format, scale, key_static,
+        value_static, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+        sinks=sinks, recent_cache=recent_cache, recent_block_table=recent_block_table,
+        layout=page_layout(cache.device),
+    )  # fmt: skip
+    out[first:n] = result[first:]
 
 
 def _pair(static: StaticScale | None, which: str):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -34,6 +35,8 @@ from kvq_plugin.evaluate import (
     read_text,
 )
 from kvq_plugin.tables import print_table
+from kvq_plugin.tasks import tables as task_tables
+from kvq_plugin.tasks.asked import Asked, Settings
 
 #: What runs the model: vLLM's engine, a process for every dtype, or transformers, in this one.
 DRIVERS = ("vllm", "transformers")
@@ -70,12 +73,21 @@ class Results:
         evaluations: by dtype, in the order of the command line.
         floor: the unquantized engine against itself, or None without divergences: the first
             windows of each text, prefilled in other chunks.
+        asked: the tasks.
         agreements: by dtype and for the floor, tokens of each greedy generation before the first
             that differs from ``auto``'s; empty without generations.
     """
 
     evaluations: dict[str, Evaluation]
     floor: Evaluation | None
+    asked: Asked = field(default_factory=Asked)
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """Figures of the tasks: see Asked.figures."""
+        answers = {dtype: e.answers for dtype, e in self.evaluations.items()}
+        floor = {FLOOR: self.floor.answers} if self.floor and self.floor.answers else {}
+        return self.asked.figures(answers, BASELINE, floor)
 
     @property
     def agreements(self) -> dict[str, list[int]]:
@@ -106,14 +118,16 @@ def run_evaluation(
     kv_memory_bytes: int = 1 << 30,
     divergence: bool = True,
     drift: int = 0,
+    tasks: Settings = Settings(names=()),  # noqa: B008 (immutable)
     page: Path | None = None,
     driver: str = DRIVERS[0],
 ) -> Results:
     """Score every text with every dtype, ``auto`` first, and print the tables.
 
     *driver* is one of DRIVERS; *kv_memory_bytes* concern vLLM's engines alone. *drift*: so many
-    greedy generations of every engine; those of ``auto`` are one more text. *page* is a folder to
-    make, with the report as HTML. Raises ValueError before anything is run when it cannot be made.
+    greedy generations of every engine; those of ``auto`` are one more text. *tasks*: what every
+    engine is asked. *page* is a folder to make, with the report as HTML. Raises ValueError before
+    anything is run when it cannot be made.
     """
     console = Console()
     if page is not None:
@@ -121,6 +135,7 @@ def run_evaluation(
     started = datetime.now(UTC)
     tokenizer = load_tokenizer(model)
     texts = {name: make_windows(tokenizer, read_text(name), windows) for name in text_names}
+    asked = tasks.ask(model, tokenizer)
     engine = _engine(driver, model, kv_memory_bytes)
     with tempfile.TemporaryDirectory(prefix="kvq-eval-") as folder, progress(console) as bars:
         results = _evaluate_all(
@@ -128,6 +143,7 @@ def run_evaluation(
             dtypes,
             texts,
             make_windows(tokenizer, builtin_text(), drift, PROMPT) if drift else [],
+            asked,
             Path(folder) if divergence else None,
             bars,
         )
@@ -137,19 +153,26 @@ def run_evaluation(
         print_table(console, divergence_table(results))
     if results.agreements:
         print_table(console, drift_table(results.agreements))
+    found = results.tasks
+    if found["generated"]:
+        for table in task_tables.generated_tables(found["generated"], BASELINE):
+            print_table(console, table)
+    if found["longbench"]:
+        print_table(console, task_tables.longbench_table(found["longbench"], BASELINE))
     if page is not None:
         about = evaluation_page.about_run(
             model,
             windows=f"{windows} of {WINDOW:,} tokens of each text",
             texts=[Path(name).name for name in text_names],
             greedy_generations=drift,
+            tasks=tasks.described(),
             driver=driver,
             KV_memory=f"{kv_memory_bytes / 2**30:g} GiB",
             started=f"{started:%Y-%m-%d %H:%M} UTC",
             took=f"{(datetime.now(UTC) - started).total_seconds():.0f} s",
         )
         evaluation_page.write(
-            page, results.evaluations, results.floor, WINDOW, about, results.agreements
+            page, results.evaluations, results.floor, WINDOW, about, results.agreements, found
         )
         console.print(f"written: {page / evaluation_page.PAGE}", soft_wrap=True)
     return results
@@ -169,19 +192,20 @@ def _evaluate_all(
     dtypes: Sequence[str],
     texts: Mapping[str, Sequence[Window]],
     prompts: Sequence[Window],
+    asked: Asked,
     folder: Path | None,
     bars: Progress,
 ) -> Results:
     """*folder* is for what the unquantized engine is compared by; None: no divergences."""
 
     def run(name: str, dtype: str, texts: Mapping[str, Sequence[Window]], **options) -> Evaluation:
-        total = sum(map(len, texts.values()))
+        common = {"prompts": prompts, "length": WINDOW if prompts else 0}
+        common |= {"questions": asked.questions} | options
+        total = sum(map(len, texts.values())) + len(common["questions"])
         if prompts and OWN not in texts:
             total += len(prompts)
         bar = bars.add_task(name, total=total, stage="")
-        tick = partial(bars.advance, bar)
-        common = {"tick": tick, "prompts": prompts, "length": WINDOW if prompts else 0}
-        return engine(dtype, texts, **(common | options))
+        return engine(dtype, texts, tick=partial(bars.advance, bar), **common)
 
     evaluations, floor = {BASELINE: run(BASELINE, BASELINE, texts, keep=folder)}, None
     if prompts:
@@ -190,11 +214,12 @@ def _evaluate_all(
         heads = {text: windows[:FLOOR_WINDOWS] for text, windows in texts.items()}
         chunk = floor_chunk(next(iter(heads.values())))
         few = prompts[:FLOOR_WINDOWS]
-        floor = run(FLOOR, BASELINE, heads, reference=folder, chunk=chunk, prompts=few)
+        other = {"chunk": chunk, "prompts": few, "questions": asked.short}
+        floor = run(FLOOR, BASELINE, heads, reference=folder, **other)
     for dtype in dtypes:
         if dtype != BASELINE:
             evaluations[dtype] = run(dtype, dtype, texts, reference=folder)
-    return Results(evaluations, floor)
+    return Results(evaluations, floor, asked)
 
 
 def evaluation_table(

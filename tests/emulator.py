@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvq_plugin.calls import Attend, Store
 from kvq_plugin.kernels import cuda, structs
 
 ROOT = Path(__file__).parent.parent
@@ -126,9 +127,9 @@ def attend(path: Path, out: torch.Tensor, arguments, *, multiprocessors: int = 4
            **options):  # fmt: skip
     """As :func:`kvq_plugin.kernels.cuda.attend`, emulated. Returns the struct. *order*: of the
     blocks, "backwards" or a seed."""
-    max_seq_len = options.pop("max_seq_len")
-    params = cuda.attend_params(out, *arguments, **options)
-    need = cuda.plan(host_library(), params, max_seq_len, multiprocessors)
+    call = Attend(out, *arguments, **options)
+    params = cuda.attend_params(call)
+    need = cuda.plan(host_library(), params, call.max_seq_len, multiprocessors)
     workspace = torch.full((need // 4,), float("nan")) if need else None
     counters = torch.zeros(params.blocks, dtype=torch.int32) if need else None
     params.workspace, params.counters = map(structs.pointer, (workspace, counters))
@@ -147,10 +148,8 @@ def store(
     recent_cache=None, recent_slot_mapping=None,
 ):  # fmt: skip
     """As :func:`kvq_plugin.kernels.cuda.store`, emulated."""
-    params = cuda.store_params(
-        key, value, cache, slots, format, key_static, value_static,
-        recent_cache=recent_cache, recent_slot_mapping=recent_slot_mapping,
-    )  # fmt: skip
+    params = cuda.store_params(Store(key, value, cache, slots, format, key_static, value_static,
+                                     recent_cache, recent_slot_mapping))  # fmt: skip
     statics = [s for s in (key_static, value_static) if s is not None]
     reads = [key, value, slots, recent_slot_mapping]
     reads += [t for s in statics for t in (s.inverse, s.zero_point)]

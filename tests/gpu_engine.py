@@ -69,9 +69,10 @@ def noted_kernels(monkeypatch, family: str) -> list:
         monkeypatch.setattr(module, name, lambda device: 132)
     monkeypatch.setattr(cuda, "_launch", lambda name, *rest: made.append((name, None, {})))
     monkeypatch.setattr(launch, "interpreted", lambda: True)
-    paged = kernels._triton("triton_paged")
-    for module, name in ((paged, "attend_kernel"), (paged, "merge_kernel"),
-                         (triton_store, "store_kernel")):  # fmt: skip
+    paged, seal = map(kernels._triton, ("triton_paged", "triton_seal"))
+    for module, name in ((paged, "attend_kernel"), (paged, "sealed_kernel"),
+                         (paged, "merge_kernel"), (triton_store, "store_kernel"),
+                         (seal, "seal_kernel")):  # fmt: skip
         monkeypatch.setattr(module, name, NotedKernel(name, made))
     return made
 

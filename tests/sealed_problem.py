@@ -12,7 +12,7 @@ from cases import use_isa
 
 from kvq_plugin import ops, reference, sealed
 from kvq_plugin.formats import GROUP, Granularity, KVFormat
-from kvq_plugin.layout import PageLayout
+from kvq_plugin.layout import CPU_V1, GPU_V1, PageLayout, repack
 
 NAN = float("nan")
 NOWHERE = 10**9  # what block tables hold where nobody may look
@@ -28,6 +28,15 @@ class Problem:
     query_start_loc: torch.Tensor
     scale: float
     options: dict = field(default_factory=dict)
+
+    def gpu_caches(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its caches in layout gpu-v1."""
+        found = []
+        for f, cache in zip((self.format, self.format.recent), self.caches, strict=True):
+            shape = (f, self.query.shape[2], cache.shape[2])
+            layouts = (PageLayout(*shape, kind) for kind in (CPU_V1, GPU_V1))
+            found.append(repack(cache.flatten(2), *layouts).view(cache.shape))
+        return tuple(found)
 
     def _call(self, attend, *out, **more):
         return attend(

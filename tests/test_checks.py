@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kvq_plugin import kernels
 from kvq_plugin.formats import FORMATS, SERVED
 from kvq_plugin.kernels import cuda
 from kvq_plugin.serving import compat, selection
@@ -280,17 +281,29 @@ def sealing_gpu(on_gpu, monkeypatch):
 def test_low_bits_on_gpus(sealing_gpu, monkeypatch, dtype):
     recent = SERVED[dtype].recent is not None
     check(sealing_gpu(dtype))
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)  # Triton
     for name, value, says in (
-        ("library_refusal", lambda: "it is not built", "kernels, and it is not built; use"),
-        ("shape_refusal", lambda *shape: f"no {shape[1:]}", r"kernels, and no \(64, 128\); use"),
+        ("library_refusal", lambda: "it is not built", "kernels: it is not built, nor is Triton"),
+        ("shape_refusal", lambda *shape: f"no {shape[1:]}", r"kernels: no \(64, 128\), nor is"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(cuda, name, value)
             with pytest.raises(ValueError, match=says) if recent else nullcontext():
                 check(sealing_gpu(dtype))
-    monkeypatch.setattr(compat.current_platform, "is_cuda", lambda: False)
-    with pytest.raises(ValueError, match="are for NVIDIA") if recent else nullcontext():
-        check(sealing_gpu(dtype))
+
+
+@pytest.mark.parametrize("dtype", ("int4", "k3v2"))
+def test_low_bits_on_gpus_without_the_library(on_gpu, monkeypatch, dtype):
+    """Triton's kernels, unless CUDA C++ alone is asked for; on AMD there are no others."""
+    monkeypatch.setattr(patches, "_own_dtypes", SERVED.keys() - FORMATS.keys())
+    monkeypatch.setattr(cuda, "library_refusal", lambda: "it is not built")
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    for is_cuda in (True, False):
+        monkeypatch.setattr(compat.current_platform, "is_cuda", lambda is_cuda=is_cuda: is_cuda)
+        check(on_gpu(dtype))
+    monkeypatch.setattr(kernels, "_choice", lambda: "cuda")
+    with pytest.raises(ValueError, match="KVQ_GPU_KERNELS=cuda: it is not built; use"):
+        check(on_gpu(dtype))
 
 
 def test_blocks_of_sealed_rows_on_gpus(sealing_gpu):

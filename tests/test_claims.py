@@ -1,4 +1,4 @@
-"""What the README says works beside a quantized cache: each through a real engine.
+"""What docs/support.md says works beside a quantized cache: each through a real engine.
 
 Pipeline and data parallelism, AsyncLLM, LoRA, images, ``vllm run-batch``. Tensor parallelism and
 compilation are in test_engine_modes, servers in test_server. In float32 where engines must agree,
@@ -214,6 +214,6 @@ def test_run_batch(smollm2, tmp_path):
 
 
 def test_sleep_mode_is_not_vllms_on_cpus(gqa):
-    """Which is why the README does not name it."""
+    """Which is why the support matrix has no such cell for CPUs."""
     (result,) = run([Job({"model": str(gqa), "enable_sleep_mode": True})])
     assert "Sleep mode is not supported on current platform" in result.error

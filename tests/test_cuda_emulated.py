@@ -15,6 +15,7 @@ import torch
 from cases import BATCHES, DYNAMIC_ROWS, OUTPUT_ROUNDING, PLAIN_ROWS, STATIC_ROWS, name_of
 
 from kvq_plugin import reference
+from kvq_plugin.calls import Attend, Store
 from kvq_plugin.formats import CODES, FORMATS, Granularity, get_format
 from kvq_plugin.kernels import Workspace, cuda, structs
 from kvq_plugin.layout import GPU_V1, PageLayout
@@ -288,9 +289,8 @@ def test_attend_brings_its_workspace_or_takes_one(monkeypatch):
     whole, small = (Workspace(torch.zeros(n, dtype=torch.uint8), counters) for n in (1 << 24, 64))
 
     def call(workspace):
-        cuda.attend(
-            out, *problem.arguments(), max_query_len=1, max_seq_len=131072, workspace=workspace
-        )
+        cuda.attend(Attend(out, *problem.arguments(), max_query_len=1, max_seq_len=131072,
+                           workspace=workspace))  # fmt: skip
 
     call(None), call(whole)
     assert launched[0].blocks == launched[1].blocks > 1 and launched[0].workspace
@@ -309,7 +309,7 @@ def test_refusals_say_what_to_do():
     cache = torch.empty(1, 1, 16, format.bytes_per_token(128), dtype=torch.uint8)
     rows = torch.zeros(1, 1, 128)
     with pytest.raises(ValueError, match="KVQ_GPU_KERNELS=triton"):
-        cuda.store(rows, rows, cache, torch.zeros(1, dtype=torch.int64), format)
+        cuda.store(Store(rows, rows, cache, torch.zeros(1, dtype=torch.int64), format))
 
 
 def test_caches_of_more_slots_than_stores_can_count(monkeypatch):

@@ -17,7 +17,7 @@ from test_seal_kernel import EDGES, Case
 
 from kvq_plugin import reference
 from kvq_plugin.kernels import cuda
-from kvq_plugin.layout import GPU_V1, PageLayout, repack
+from kvq_plugin.layout import GPU_V1
 
 every_format = pytest.mark.parametrize("format", WINDOW_ROWS, ids=name_of)
 
@@ -30,11 +30,7 @@ OPERANDS = 2.0**-10.5
 def _built(format, key):
     """A problem of sealed_problem.py with its caches in layout gpu-v1, and its float64 result."""
     problem = sealed_problem.build(format, **dict(key))
-    head_size, caches = problem.query.shape[2], []
-    for f, cache in zip((format, format.recent), problem.caches, strict=True):
-        layouts = (PageLayout(f, head_size, cache.shape[2], kind) for kind in ("cpu-v1", GPU_V1))
-        caches.append(repack(cache.flatten(2), *layouts).view(cache.shape))
-    return problem, tuple(caches), problem.expected()
+    return problem, problem.gpu_caches(), problem.expected()
 
 
 def attend(tmp_path, problem, caches, **launch):

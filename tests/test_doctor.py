@@ -10,7 +10,6 @@ from rich.console import Console
 from kvq_plugin import _native, doctor
 from kvq_plugin.doctor import ADVICE, BAD, GOOD, Finding, Machine
 from kvq_plugin.formats import FORMATS, SERVED
-from kvq_plugin.kernels import cuda
 from kvq_plugin.serving import compat
 
 
@@ -140,11 +139,10 @@ def test_whose_is_whose_on_gpus(on_gpu, monkeypatch):
     assert "serves int8, k8v4, int4, k3v2 by itself; fp8_e4m3, fp8," in finding.what
     assert "--attention-backend KVQ" in finding.advice
     for lacking, missing in (("it is not built", {"int4", "k3v2"}), (None, set())):
-        monkeypatch.setattr(cuda, "library_refusal", lambda lacking=lacking: lacking)
-        monkeypatch.setattr(compat, "is_cuda", lambda: True)
+        monkeypatch.setattr(doctor, "refusal", lambda *shape, lacking=lacking: lacking)
         rows = doctor.dtypes()
         assert {name for name, (works, _) in rows.items() if not works} == missing
-        assert all("CUDA C++ kernels: it is not built" in rows[name][1] for name in missing)
+        assert all("GPU kernels: it is not built" in rows[name][1] for name in missing)
     assert {name for name in FORMATS if "vLLM's own" in rows[name][1]} == FORMATS.keys() - {"int8"}
 
 

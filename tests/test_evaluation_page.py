@@ -8,15 +8,23 @@ import json
 import math
 import random
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from kvq_plugin import cli, evaluation_page, report
 from kvq_plugin.divergence import Divergence
 from kvq_plugin.evaluate import BASELINE, Evaluation, Score
+from kvq_plugin.tasks.asked import Asked
+from kvq_plugin.tasks.items import Item
 
 LENGTH, WINDOWS = 101, 2
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
+BODY = 960  # pixels: 60 rem of the page's style
 ABOUT = {"model": "a <b> & c", "versions": {"vLLM": "0.32"}, "texts": ["x&y.txt"]}
 
 
@@ -45,6 +53,20 @@ def floor(texts=("novel.txt", "x&y.txt")) -> Evaluation:
     return Evaluation({text: score(0.0, 0.002, 1) for text in texts}, 100)
 
 
+def tasks() -> dict:
+    """Two tasks, one of them too hard; int4 has three in ten of the other."""
+    items = [
+        Item(task, length, depth, context, [1], "12345", 7)
+        for task in ("needle", "tracking")
+        for length in (256, 1000)
+        for depth in (0.0, 0.5, 1.0)
+        for context in range(10)
+    ]
+    auto = [item.answer if item.task == "needle" else "" for item in items]
+    int4 = [text if item.context < 3 else "" for item, text in zip(items, auto, strict=True)]
+    return Asked(items).figures({BASELINE: auto, "int8": auto, "int4": int4}, BASELINE, {})
+
+
 def images(page: ElementTree.Element) -> list[bytes]:
     found = []
     for image in page.iter("img"):
@@ -56,8 +78,6 @@ def images(page: ElementTree.Element) -> list[bytes]:
 
 def colours(png: bytes) -> int:
     """How many the picture has, once decoded."""
-    from PIL import Image
-
     with Image.open(io.BytesIO(png)) as image:
         assert image.size[0] > 500
         return len(image.convert("RGB").getcolors(1 << 24))
@@ -65,7 +85,7 @@ def colours(png: bytes) -> int:
 
 def test_page_is_whole(tmp_path):
     folder = tmp_path / "report"
-    evaluation_page.write(folder, evaluations(), floor(), LENGTH, ABOUT)
+    evaluation_page.write(folder, evaluations(), floor(), LENGTH, ABOUT, tasks=tasks())
     names = {"index.html", "report.json", *evaluation_page.PLOTS}
     assert {file.name for file in folder.iterdir()} == names
     assert [file.name for file in tmp_path.iterdir()] == ["report"]
@@ -73,11 +93,11 @@ def test_page_is_whole(tmp_path):
     page = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>"))  # well formed
     assert page.findtext("head/title") == "KV caches of a <b> & c"
     found = images(page)
-    assert len(found) == 3
+    assert len(found) == 4
     assert all(colours(png) > 20 for png in found)
     assert found == [(folder / name).read_bytes() for name in evaluation_page.PLOTS]
     cells = {cell.text for cell in page.iter("td")}
-    assert {"auto, noise floor", "≤ int8", "int4", "360", "90.00%", "vLLM 0.32"} <= cells
+    assert {"auto, noise floor", "≤ int8", "int4", "360", "90.00%", "vLLM 0.32", "*9"} <= cells
 
 
 def test_page_needs_no_other_host(tmp_path):
@@ -111,6 +131,45 @@ def test_greedy_generations_have_a_table(tmp_path):
     assert json.loads((tmp_path / "r" / "report.json").read_text())["greedy_tokens_in_common"] == (
         agreements
     )
+
+
+def test_page_in_a_browser(tmp_path):
+    """As a person sees it: nothing on the console, all plots drawn."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no headless browser ({', '.join(BROWSERS)}): apt-get install chromium")
+    folder = tmp_path / "report"
+    evaluation_page.write(folder, evaluations(), floor(), LENGTH, ABOUT, tasks=tasks())
+    shot = tmp_path / "page.png"
+    log = subprocess.run(
+        [
+            *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND", "--no-first-run", "--enable-logging=stderr"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,5000"),
+            *(f"--screenshot={shot}", (folder / "index.html").as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    ).stderr
+    assert shot.is_file(), log[-3000:]
+    assert "CONSOLE" not in log, log
+    with Image.open(shot) as picture:
+        seen = picture.convert("RGB")
+    assert seen.size == (1100, 5000)
+    ink, left, at = 255 - np.asarray(seen, float), (1100 - BODY) // 2, 0
+    for name in evaluation_page.PLOTS:  # one below the other
+        with Image.open(folder / name) as plot:
+            width = min(plot.width, BODY)
+            scaled = plot.convert("RGB").resize((width, round(plot.height * width / plot.width)))
+        drawn, across = 255 - np.asarray(scaled, float), ink[at:, left : left + width]
+        rows, lines = drawn.mean((1, 2)), across.mean((1, 2))
+        places = np.lib.stride_tricks.sliding_window_view(lines, len(rows))
+        place = int(abs(places - rows).mean(1).argmin())
+        there = across[place : place + len(rows)]
+        # What the plot has ink on, 40 of 255 and more, has that ink on the page.
+        assert abs(there - drawn)[drawn > 40].mean() < 20, name
+        at += place + len(rows)
 
 
 def test_without_divergences(tmp_path):
@@ -158,7 +217,7 @@ def test_command_measures_the_floor_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "load_tokenizer", lambda _: None)
     monkeypatch.setattr(report, "make_windows", lambda *_: [[1] * LENGTH] * 4)
     out = tmp_path / "report"
-    command = ["eval", "m", "--dtypes", "int4", "--windows", "4"]
+    command = ["eval", "m", "--dtypes", "int4", "--windows", "4", "--no-tasks"]
     assert cli.main([*command, "--report", str(out)]) == 0
     assert asked == [
         (BASELINE, True, False, None, 4),
@@ -194,7 +253,8 @@ def test_command_compares_generations(monkeypatch, capsys):
     monkeypatch.setattr(
         report, "make_windows", lambda _, text, count, length=LENGTH: [[1] * length] * count
     )
-    assert cli.main(["eval", "m", "--dtypes", "int4", "--windows", "4", "--drift", "3"]) == 0
+    command = ["eval", "m", "--dtypes", "int4", "--windows", "4", "--no-tasks"]
+    assert cli.main([*command, "--drift", "3"]) == 0
     both = {"builtin": 4, report.OWN: 3}
     assert asked == [
         (BASELINE, {"builtin": 4}, 3),

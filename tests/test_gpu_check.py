@@ -165,23 +165,6 @@ def test_formats_with_recent_rows(tmp_path, name):
     assert "relative RMS" in outcomes(checks.graphs(read_wrong, context), tmp_path)[0]["detail"]
 
 
-def test_what_a_candidate_does_not_offer_is_said_and_is_no_failure(tmp_path):
-    """No process is started for it; asked for it alone, nothing was checked, which is not good."""
-    assert not candidates.offers("triton", get_format("int4"))
-    assert candidates.offers("triton", get_format("k8v4")) and candidates.offers("cuda", INT8)
-    for formats, good in ((("int4", INT8.name), True), (("int4",), False)):
-        out = tmp_path / str(good)
-        runner = run.Runner(out, 100, ("--device", "cpu", "--quick"), print)
-        jobs = [run.Job("triton", "batches", name) for name in formats]
-        runner.run([run.Phase(tuple(jobs[:1]), 50, 1)])
-        assert ("triton", "batches") not in runner.failed
-        if good:
-            line = evidence.Lines(out, candidate="triton", step="batches", part=INT8.name)
-            line.write("pass", case="one")
-        summary = evidence.summarize(out)
-        assert summary.good == good and "triton batches: has no kernels for int4" in summary.text()
-
-
 def test_golden_bytes_of_the_emulated_cuda_kernels(tmp_path):
     def store(*args, **recent):
         emulator.store(tmp_path / "call", *args, **recent)

@@ -5,15 +5,17 @@ The kernels are stood in for; everything up to the launch is the package's own.
 
 import oracle
 import pytest
+import sealed_problem
 import torch
-from cases import ROWS, name_of
+from cases import ROWS, WINDOW_ROWS, name_of
 from gpu_engine import noted_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kvq_plugin import kernels
-from kvq_plugin.kernels import triton_attend, triton_store
+from kvq_plugin.calls import Attend, Store
+from kvq_plugin.kernels import triton_attend, triton_seal, triton_sealed, triton_store
 from kvq_plugin.layout import GPU_V1
 
 
@@ -41,9 +43,29 @@ def step(problem, workspace, out) -> None:
     rows = problem.query[:, : problem.cache.shape[1]]
     slots = torch.arange(rows.shape[0])
     statics = problem.arguments()[-2:]
-    kernels.store(rows, rows, problem.cache, slots, problem.format, *statics)
-    kernels.attend(out, *problem.arguments(), max_query_len=1, max_seq_len=900,
-                   workspace=workspace)  # fmt: skip
+    kernels.store(Store(rows, rows, problem.cache, slots, problem.format, *statics))
+    kernels.attend(Attend(out, *problem.arguments(), max_query_len=1, max_seq_len=900,
+                          workspace=workspace))  # fmt: skip
+
+
+@pytest.mark.parametrize("format", WINDOW_ROWS, ids=name_of)
+def test_nothing_is_built_again_for_recent_rows(launches, monkeypatch, format):
+    p = sealed_problem.build(format, ((700, 1), (30, 1)))
+    monkeypatch.setattr(kernels, "workspace_size", lambda head_size, device: 1 << 24)
+    workspace = kernels.new_workspace(p.query.shape[2], torch.device("cpu"))
+    rows, slots = p.query[:, : p.caches[0].shape[1]], torch.arange(2)
+    out, (cache, recent), (table, recent_table) = torch.empty_like(p.query), p.caches, p.tables
+    counts = []
+    for _ in range(3):
+        with Constructions() as constructions:
+            kernels.store(Store(rows, rows, cache, slots, format, None, None, recent, slots))
+            kernels.attend(Attend(
+                out, p.query, cache, table, p.seq_lens, p.query_start_loc, format, p.scale,
+                recent_cache=recent, recent_block_table=recent_table, max_query_len=1,
+                max_seq_len=900, workspace=workspace,
+            ))  # fmt: skip
+        counts.append(len(constructions.made))
+    assert len(launches) >= 6 and counts[1:] == [0, 0], constructions.made
 
 
 @pytest.mark.parametrize("format", ROWS, ids=name_of)
@@ -71,6 +93,11 @@ VARYING = {
     triton_attend.attend_kernel: (("num_seqs",), ("block_table", "seq_lens", "query_start")),
     triton_attend.merge_kernel: (("num_seqs", "splits"), ("seq_lens", "query_start")),
     triton_store.store_kernel: (("tokens",), ("slots",)),
+    triton_seal.seal_kernel: (("tokens",), ("slots", "recent_slots")),
+    triton_sealed.sealed_kernel: (
+        ("num_seqs",),
+        ("block_table", "recent_table", "seq_lens", "query_start"),
+    ),
 }
 
 

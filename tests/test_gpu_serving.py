@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout  # noqa:
 
 from kvq_plugin import kernels as gpu_kernels  # noqa: E402
 from kvq_plugin import ops, reference  # noqa: E402
+from kvq_plugin.calls import Attend  # noqa: E402
 from kvq_plugin.formats import FORMATS, FP8_E4M3, FP8_E4M3FNUZ, SERVED, fnuz  # noqa: E402
 from kvq_plugin.layout import GPU_V1  # noqa: E402
 from kvq_plugin.reference import StaticScale  # noqa: E402
@@ -210,7 +211,7 @@ def test_calls_with_recent_rows_reach_the_kernels_without_a_look_at_the_device(m
     """On tensors whose data nobody can look at, as while a graph is captured."""
     format, calls = SERVED["int4"], []
     for name in ("store", "attend"):
-        monkeypatch.setattr(gpu_kernels, name, lambda *args, **options: calls.append(options))
+        monkeypatch.setattr(gpu_kernels, name, calls.append)
     like = {"device": "meta", "dtype": torch.uint8}
     caches = [
         torch.empty(4, HEADS, 128, f.bytes_per_token(HEAD_SIZE, 128), **like)
@@ -226,7 +227,7 @@ def test_calls_with_recent_rows_reach_the_kernels_without_a_look_at_the_device(m
     ops.attend(
         torch.empty_like(query), query, caches[0], table, lengths, starts, format, 1.0, **recent
     )
-    assert calls[0]["recent_slot_mapping"] is slots and calls[1]["recent_block_table"] is table
+    assert calls[0].recent_slot_mapping is slots and calls[1].recent_block_table is table
     with pytest.raises(ValueError, match="it needs recent_cache and recent_slot_mapping"):
         ops.store(rows, rows, caches[0], slots, format)
 
@@ -293,7 +294,8 @@ def test_no_kernel_is_new_to_a_capture(monkeypatch, query_lens, most):
     """Of graphs of decodes (FULL_AND_PIECEWISE) and of whole steps (FULL). In PIECEWISE, attention
     is not captured. vLLM's own warm-up has other launches: short contexts, decodes apart."""
     launches = noted_kernels(monkeypatch, "triton")
-    monkeypatch.setattr(gpu, "ops", gpu_kernels)
+    monkeypatch.setattr(gpu, "ops", SimpleNamespace(
+        attend=lambda *args, **options: gpu_kernels.attend(Attend(*args, **options))))  # fmt: skip
     monkeypatch.setattr(gpu, "_WORKSPACES", gpu.WeakValueDictionary())
     monkeypatch.setattr(gpu_kernels, "workspace_size", lambda head_size, device: 1 << 24)
     impl = _impl(gpu, FORMATS["int8_per_token_head"])

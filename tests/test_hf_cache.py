@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from kvq_plugin import reference
 from kvq_plugin.formats import SERVED
 from kvq_plugin.hf_cache import KVQCache, KVQLayer
-from kvq_plugin.hf_cache.layer import Paged
+from kvq_plugin.hf_cache.paged import Paged
 from kvq_plugin.layout import PageLayout
 
 LAYERS, HEADS, SIZE, BLOCK = 2, 2, 32, 16

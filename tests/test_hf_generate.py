@@ -15,7 +15,7 @@ from tiny_models import CONFIGS, make
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kvq_plugin import inspection
-from kvq_plugin.hf_cache import KVQCache, layer
+from kvq_plugin.hf_cache import KVQCache, layer, paged
 
 DEFAULT = "int8_per_token_head"
 NEW = 24
@@ -118,17 +118,18 @@ def test_same_tokens_in_other_formats(models, name):
 def test_other_attention_dequantizes_and_says_so_once(
     models, feature, implementation, caplog, monkeypatch
 ):
-    layer.say_once.cache_clear()
-    with caplog.at_level(logging.WARNING, layer.logger.name):
+    paged.say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, paged.logger.name):
         ours, expected = both(models, feature, implementation=implementation)
     assert torch.equal(ours, expected)
-    [said] = [r.getMessage() for r in caplog.records if r.name == layer.logger.name]
+    [said] = [r.getMessage() for r in caplog.records if r.name == paged.logger.name]
     assert 'attn_implementation="kvq"' in said
 
 
-def test_attention_on_codes_never_dequantizes(models, monkeypatch):
+@pytest.mark.parametrize("feature", ["window_and_full_layers", "kv_sharing"])
+def test_attention_on_codes_never_dequantizes(models, monkeypatch, feature):
     monkeypatch.setattr(layer.KVQLayer, "dequantize", None)
-    model = models("window_and_full_layers")
+    model = models(feature)
     generate(model, KVQCache(model.config, DEFAULT))
 
 
@@ -243,7 +244,7 @@ def test_a_mask_of_its_own_is_honoured(models, caplog):
     model = models("gqa", "sdpa")
     expected = logits(model, DequantizedCache(model.config, DEFAULT), inputs, **position)
     model = models("gqa")
-    layer.say_once.cache_clear()
+    paged.say_once.cache_clear()
     ours = logits(model, KVQCache(model.config, DEFAULT), inputs, **position)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
     assert "more than padding" in caplog.text

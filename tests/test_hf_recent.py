@@ -15,8 +15,8 @@ from transformers import DynamicCache
 
 from kvq_plugin import reference
 from kvq_plugin.formats import GROUP, SERVED
-from kvq_plugin.hf_cache import KVQCache
-from kvq_plugin.hf_cache.table import SPARE
+from kvq_plugin.hf_cache import KVQCache, KVQLayer
+from kvq_plugin.hf_cache.table import SPARE, WIDE
 from kvq_plugin.layout import PageLayout
 
 assert models and load  # the fixture, and what it calls
@@ -52,7 +52,7 @@ def test_pages_hold_what_queries_read(name):
     """In chunks and token by token, over groups that are sealed and pages that are full."""
     torch.manual_seed(0)
     caches = pair(name)
-    for tokens in (37, 1, 30, 1, 200, *[1] * 40):
+    for tokens in (37, 1, 30, 1, 200, 1, 16, 1, 1, 1, 900, 3):
         feed(caches, 2, tokens)
         assert_reads(*caches)
 
@@ -62,7 +62,7 @@ def test_any_order_of_changes(name):
     """Random changes of the batch, each against DynamicCache's own."""
     rng = random.Random(1)
     torch.manual_seed(1)
-    for _ in range(6):
+    for _ in range(4):
         caches, batch, lowest = pair(name), rng.randint(1, 3), 1
         for _ in range(25):
             length = caches[0].get_seq_length()
@@ -145,6 +145,8 @@ def test_bytes_are_those_of_the_store_that_vllm_calls(name):
 def test_taking_back_more_is_refused():
     cache, _ = pair("int4")
     feed([cache], 1, 300)
+    cache.crop(-100)  # of one pass
+    feed([cache], 1, 100)
     feed([cache], 1, 1)
     for layer in cache.layers:
         layer.commit()
@@ -152,6 +154,12 @@ def test_taking_back_more_is_refused():
         cache.crop(-100)
     assert cache.get_seq_length() == 301
     cache.crop(-1 - SPARE)
+    feed([cache], 1, 1600)
+    for layer in cache.layers:
+        layer.attend(torch.zeros(1, HEADS, 1600, SIZE), layer.commit(), 1.0)
+    cache.crop(-WIDE)  # of one long pass
+    with pytest.raises(ValueError, match="up to 256 of the last forward pass"):
+        cache.crop(-SPARE)
     cache.crop(-cache.get_seq_length())  # all of them: nothing is read any more
     raw = Raw("int4")
     torch.manual_seed(3)
@@ -284,21 +292,39 @@ def test_one_pass_or_many(models, monkeypatch, name):
         assert torch.equal(whole[real], other[real])
 
 
-def test_prompt_in_chunks(models):
-    """The same tokens, and the rows of one chunk at a time beside the pages."""
-    model, inputs = models("gqa"), prompts((300,))
-    answers, peaks = [], []
+@pytest.mark.parametrize("feature", ["gqa", "kv_sharing"])
+def test_a_long_prompts_rows_are_one_layers_at_a_time(models, monkeypatch, feature):
+    """In one pass or in chunks: the same tokens. Where layers share K and V, chunks bound it."""
+    model, inputs = models(feature), prompts((1500, 1430))
+    attend, answers, peaks = KVQLayer.attend, [], []
     for chunk in (None, 64):
-        cache = KVQCache(model.config, "int4", block_size=BLOCK)
-        layer, held = cache.layers[0], []
-        commit = layer.commit
-        layer.commit = lambda mask, commit=commit, layer=layer, held=held: (
-            commit(mask), held.append(layer.recent.shape[0] * GROUP)
-        )[0]  # fmt: skip
+        cache, held = KVQCache(model.config, "int4", block_size=BLOCK), []
+        layers = [layer for layer in cache.layers if isinstance(layer, KVQLayer)]
+
+        def counted(self, *args, held=held, layers=layers, **options):
+            held.append([layer.recent.shape[0] for layer in layers if layer.recent is not None])
+            return attend(self, *args, **options)
+
+        monkeypatch.setattr(KVQLayer, "attend", counted)
         answers.append(generate(model, cache, inputs, prefill_chunk_size=chunk))
-        peaks.append(max(held))
+        peaks.append(max(map(sum, held)))
     assert torch.equal(*answers)
-    assert peaks[0] == 320 and peaks[1] <= 64 + 2 * GROUP + SPARE + GROUP
+    # Blocks: of all rows; of WIDE and a query's, to the longest sequence's end; of a chunk.
+    whole, kept, chunks = 2 * 47, 2 * ((WIDE + 2 * GROUP + 70) // GROUP + 1), 2 * 6
+    layers = len(layers)
+    assert peaks[0] <= (layers * whole if feature == "kv_sharing" else whole + (layers - 1) * kept)
+    assert peaks[0] >= whole and peaks[1] <= layers * chunks
+
+
+def test_layers_that_share_unannounced_are_refused():
+    """Whose rows of a long prompt are gone when they are asked for again."""
+    cache, _ = pair("int4")
+    feed([cache], 1, 1500)
+    layer = cache.layers[0]
+    step, query = layer.commit(), torch.randn(1, 2 * HEADS, 1500, SIZE)
+    layer.attend(query, step, 0.1)
+    with pytest.raises(ValueError, match="twice in one forward pass.*prefill_chunk_size=256"):
+        layer.attend(query, step, 0.1)
 
 
 def test_other_attention_is_refused(models):

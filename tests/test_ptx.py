@@ -40,15 +40,17 @@ INSTRUCTIONS = {
     "or.b32": lambda a, b: a | b,
     "add.u32": lambda a, b: a + b,
     "shr.b32": lambda a, b: a >> b,
+    "shl.b32": lambda a, b: a << b,
     "prmt.b32": prmt,
     "sub.f16x2": pairs(np.subtract),
     "mul.f16x2": pairs(np.multiply),
 }
 
 
-def run(program: str, words: np.ndarray) -> np.ndarray:
-    """fp16 ``[words, 4]`` that an inline assembly with operands "=r,=r,r" gives for *words*."""
-    registers = {"$2": words.astype(U32)}
+def run(program: str, words: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
+    """fp16 ``[words, 4]`` that an inline assembly with operands "=r,=r,r" gives for *words*, or
+    with operands "=r,=r,r,r" for *words* and *more*."""
+    registers = {"$2": words.astype(U32), "$3": more}
     for line in program.strip().strip("{}").split(";"):
         line = line.strip()
         if not line or line.startswith(".reg"):
@@ -96,6 +98,19 @@ def test_decoder_over_every_byte(program, code, high, center):
     assert np.array_equal(got.astype(np.float64), expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("planes", (1, 2))
+@pytest.mark.parametrize("field", range(4))
+def test_fields_of_two_bits_and_their_third_over_every_byte(field, planes):
+    g = np.random.default_rng(field)
+    low = np.arange(256, dtype=np.uint8).repeat(4)[g.permutation(1024)]
+    third = g.integers(0, 256, 1024).astype(np.uint8)
+    got = run(codec.field_ptx(field, planes), low.view(U32), third.view(U32))
+    expected = low >> 2 * field & 3
+    if planes == 2:
+        expected |= (third >> field & 1) << 2
+    assert np.array_equal(got.reshape(-1).astype(np.float64), expected)
+
+
 def test_the_model_notices_a_wrong_program():
     wrong = codec._INT8_PTX.value.replace("0x64806480", "0x64816480")
     assert run(wrong, np.zeros(1, U32)).tolist() == [[-128.0, -129.0, -128.0, -129.0]]
@@ -103,9 +118,9 @@ def test_the_model_notices_a_wrong_program():
 
 def test_programs_use_registers_they_declare():
     """ptxas would say so too, on a machine that compiles them (test_triton_compile.py)."""
-    for name, program in vars(codec).items():
-        if name.endswith("_PTX"):
-            text = program.value
-            declared = set(re.findall(r"\w+", " ".join(re.findall(r"\.b(?:32|16) (.*?);", text))))
-            used = set(re.findall(r"\b[a-z]+[01]?\b", re.sub(r"\b[\w]+(\.[\w]+)+", "", text)))
-            assert used - declared <= {"reg", "b32", "b16"}, name
+    programs = {name: x.value for name, x in vars(codec).items() if name.endswith("_PTX")}
+    programs |= {f"field of {n}": codec.field_ptx(1, n) for n in (1, 2)}
+    for name, text in programs.items():
+        declared = set(re.findall(r"\w+", " ".join(re.findall(r"\.b(?:32|16) (.*?);", text))))
+        used = set(re.findall(r"\b[a-z]+[01]?\b", re.sub(r"\b[\w]+(\.[\w]+)+", "", text)))
+        assert used - declared <= {"reg", "b32", "b16"}, name

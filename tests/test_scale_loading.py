@@ -27,8 +27,8 @@ from kvq_plugin.serving.scales import method  # noqa: E402
 
 K_CHANNEL = torch.linspace(0.125, 8, 64)  # exact in bfloat16 enough to tell every channel
 OFFSET = torch.arange(64.0) - 32
-#: Row of the table in README and design -> (model, cache dtype, tensors under the attention
-#: module, expected k, v, q and prob scales).
+#: Row of the table in docs/checkpoints.md and design -> (model, cache dtype, tensors under the
+#: attention module, expected k, v, q and prob scales).
 ROWS = {
     "AutoFP8": ("gqa", "fp8", {"kv_scale": 0.5}, [0.5, 0.5, 0.5, 1.0]),
     "compressed-tensors, tensor": (

@@ -9,6 +9,7 @@ import torch
 from cases import ACTIVATIONS, ISAS, WINDOW_ROWS, name_of, use_isa
 
 from kvq_plugin import _native, codes, ops, reference
+from kvq_plugin.layout import PageLayout
 
 NAN, INF = float("nan"), float("inf")
 every_format = pytest.mark.parametrize("format", WINDOW_ROWS, ids=name_of)
@@ -25,6 +26,11 @@ EDGES = {
     "large": lambda x: x * 2.0**9,
     "beyond fp16": lambda x: x * 2.0**15,
     "infinite": lambda x: x.index_put((torch.tensor([3, 40]),), torch.tensor(-INF)),
+    "huge": lambda x: x.index_put((torch.tensor([40]), torch.tensor([0])), torch.tensor(3e38)),
+    "opposed": lambda x: x.index_put(
+        (torch.tensor([40, 40, 40]), torch.tensor([0, 0, 0]), torch.tensor([1, 2, 35])),
+        torch.tensor([INF, -INF, INF]),
+    ),
     "nan": lambda x: x.index_put((torch.tensor([0, 37, 70]),), torch.tensor(NAN)),
     "sink": lambda x: x * torch.where(torch.arange(len(x)) == 0, 1000.0, 1.0)[:, None, None],
 }
@@ -70,9 +76,10 @@ class Case:
 
 @every_isa
 @every_format
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
 @pytest.mark.parametrize("edge", EDGES)
-def test_bytes_are_the_references_at_every_edge(format, edge, isa):
-    Case(format, edge=edge).check(isa)
+def test_bytes_are_the_references_at_every_edge(format, edge, dtype, isa):
+    Case(format, edge=edge, dtype=dtype).check(isa)
 
 
 @every_isa
@@ -109,6 +116,53 @@ def test_rows_are_read_back_whatever_the_recent_cache_holds(format, isa):
     last = [s[31:32] for s in case.slots]
     case.key, case.value, case.slots = case.key[31:32], case.value[31:32], last
     assert int(last[0]) % 32 == 31
+    case.check(isa)
+
+
+@every_isa
+@every_format
+@pytest.mark.parametrize("head_size", (32, 128))
+def test_extremes_of_values_are_those_of_codes(format, head_size, isa):
+    """Rows of any codes, whose scales leave all values within fp16: whichever sign a scale has, and
+    however small it is, rounding its products keeps the order of the codes."""
+    case = Case(format, head_size=head_size, kv_heads=32, dtype=torch.bfloat16)
+    g = torch.Generator().manual_seed(4)
+    recent = case.caches[1].flatten(2)
+    recent.copy_(torch.randint(256, recent.shape, generator=g, dtype=torch.uint8))
+    layout = PageLayout(format.recent, head_size, 32)
+    for which in (layout.key, layout.value):
+        size = (*recent.shape[:2], 32)
+        scales = torch.randn(size, generator=g) * 2.0 ** torch.randint(-149, 8, size, generator=g)
+        scales[torch.rand(size, generator=g) < 0.05] = 0.0
+        scales[:, ::2] = scales[:, ::2, :1]  # rows in each other's range
+        recent[..., which.metadata : which.metadata + 128] = scales.clamp(-500, 500).view(
+            torch.uint8
+        )
+    last = [s[31:32] for s in case.slots]
+    case.key, case.value, case.slots = case.key[31:32], case.value[31:32], last
+    case.check(isa)
+
+
+@every_isa
+@every_format
+def test_of_two_groups_for_one_the_later_one_stays(format, isa):
+    """The first is sealed after all rows are written, for it lacks one; the second is whole."""
+    case = Case(format, dtype=torch.bfloat16)
+    case.key, case.value = (torch.cat([x[:32], -x[32:64]]) for x in (case.key, case.value))
+    case.slots = [torch.cat([case.slots[0][:32]] * 2), case.slots[1][:64].clone()]
+    case.slots[0][11] = case.slots[0][43]
+    case.slots[1][11] = -1
+    case.check(isa)
+
+
+@every_isa
+@every_format
+def test_a_row_that_is_written_after_its_group_is_sealed_with_it(format, isa):
+    case = Case(format, dtype=torch.bfloat16)
+    rows = torch.cat([torch.arange(32), torch.tensor([70])])
+    case.key, case.value = case.key[rows], case.value[rows]
+    sealed, recent = (s[:32] for s in case.slots)
+    case.slots = [torch.cat([sealed, torch.tensor([-1])]), torch.cat([recent, recent[5:6]])]
     case.check(isa)
 
 

@@ -20,11 +20,11 @@ GROUP = 16
 SOURCE = """
 #include <vector>
 #include "cpu/split.h"
-extern "C" bool deal(const int64_t* slots, long tokens, long block_size, int parts, int* part_of,
-                     int* turn_of) {
+extern "C" bool deal(const int64_t* slots, long tokens, long block_size, int parts, int group,
+                     int* part_of, int* turn_of, int* run_of) {
   const long bytes = kvq::split_bytes(tokens, parts);
   std::vector<char> memory(bytes + 64, 0x5A);
-  const kvq::Split s = kvq::split(slots, tokens, block_size, parts, memory.data());
+  const kvq::Split s = kvq::split(slots, tokens, block_size, parts, memory.data(), group);
   int turn = 0;
   for (int part = 0; part < parts; ++part) {
     for (int i = s.begin[part]; i < s.begin[part + 1]; ++i) {
@@ -34,6 +34,7 @@ extern "C" bool deal(const int64_t* slots, long tokens, long block_size, int par
                            slots[r.token + t] == r.slot + t && part_of[r.token + t] < 0;
         part_of[r.token + t] = right ? part : 1 << 20;
         turn_of[r.token + t] = turn++;
+        run_of[r.token + t] = r.alone ? r.count : 0;
       }
     }
   }
@@ -47,7 +48,8 @@ extern "C" bool deal(const int64_t* slots, long tokens, long block_size, int par
 
 @pytest.fixture(scope="module")
 def deal(tmp_path_factory):
-    """``deal(slots, parts, block_size) -> (part of each token, its turn)``; -1: left out."""
+    """``deal(slots, parts, block_size, group) -> (part of each token, its turn, tokens of its run
+    if no other is in its group, else 0)``; -1: left out."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler (the compiled kernels were built elsewhere)")
@@ -60,13 +62,13 @@ def deal(tmp_path_factory):
     function = ctypes.CDLL(str(folder / "split.so")).deal
     function.restype = ctypes.c_bool
 
-    def call(slots, parts, block_size=128):
+    def call(slots, parts, block_size=128, group=GROUP):
         slots = np.ascontiguousarray(slots, np.int64)
-        part_of, turn_of = np.full((2, len(slots)), -1, np.int32)
-        pointers = [ctypes.c_void_p(a.ctypes.data) for a in (slots, part_of, turn_of)]
-        sizes = ctypes.c_long(len(slots)), ctypes.c_long(block_size), parts
+        found = np.full((3, len(slots)), -1, np.int32)
+        pointers = [ctypes.c_void_p(a.ctypes.data) for a in (slots, *found)]
+        sizes = ctypes.c_long(len(slots)), ctypes.c_long(block_size), parts, group
         assert function(pointers[0], *sizes, *pointers[1:]), "more memory than split_bytes() says"
-        return part_of, turn_of
+        return found
 
     return call
 
@@ -81,28 +83,35 @@ def sizes(part_of, parts) -> np.ndarray:
 def test_lockstep_sequences_spread_over_all_parts(deal, parts, block_size, offset):
     """128 sequences whose new tokens have the same place in their blocks: as many to each part."""
     blocks = np.random.default_rng(0).permutation(1000)[:128]
-    part_of, _ = deal(blocks * block_size + offset % block_size, parts, block_size)
+    part_of, _, _ = deal(blocks * block_size + offset % block_size, parts, block_size)
     found = sizes(part_of, parts)
     assert found.max() - found.min() <= 1 and found.sum() == 128
 
 
 @pytest.mark.parametrize("stride", (1, 16, 64, 128, 256, 1024, 2048, 4096 + 16))
 def test_tokens_at_any_distance(deal, stride):
-    part_of, _ = deal(np.arange(512) * stride, 8)
+    part_of, _, _ = deal(np.arange(512) * stride, 8)
     assert sizes(part_of, 8).max() <= 512 / 8 + GROUP
 
 
 def test_a_prompt_is_cut_into_contiguous_parts(deal):
     """A part's pages are neighbours, and so are the rows it reads."""
-    part_of, _ = deal(np.arange(4096) + 37 * 128, 8)
+    part_of, _, _ = deal(np.arange(4096) + 37 * 128, 8)
     assert (np.diff(part_of) >= 0).all()
     assert sizes(part_of, 8).max() <= 4096 / 8 + GROUP
 
 
 def test_shuffled_tokens_of_few_groups(deal):
     """Groups come back again and again; their work is known before they are dealt out."""
-    part_of, _ = deal(np.random.default_rng(0).permutation(4096), 8)
+    part_of, _, _ = deal(np.random.default_rng(0).permutation(4096), 8)
     assert sizes(part_of, 8).max() <= 4096 / 8 + GROUP
+
+
+@pytest.mark.parametrize("parts", (1, 8))
+def test_runs_of_longer_groups_know_whether_they_are_alone(deal, parts):
+    """Tokens 0 to 99 and, of their groups of 32 slots, one token more."""
+    _, _, runs = deal([*range(100), 70], parts, group=32)
+    assert runs.tolist() == [32] * 64 + [0] * 32 + [4] * 4 + [0]
 
 
 def check(slots, part_of, turn_of, parts):
@@ -122,7 +131,7 @@ def check(slots, part_of, turn_of, parts):
 )
 @settings(max_examples=200, deadline=None)
 def test_any_slots(deal, slots, parts):
-    part_of, turn_of = deal(slots, parts, block_size=32)
+    part_of, turn_of, _ = deal(slots, parts, block_size=32)
     check(slots, part_of, turn_of, parts)
     work = sum(1 for s in slots if s >= 0)
     largest = max(np.unique([s // GROUP for s in slots if s >= 0], return_counts=True)[1],

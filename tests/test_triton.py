@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kvq_plugin import kernels
+from kvq_plugin.calls import Attend, Store
 from kvq_plugin.formats import get_format
 from kvq_plugin.kernels import launch
 
@@ -62,7 +63,7 @@ def test_compiled_kernels_of_the_other_triton(tmp_path):
 
 
 def test_every_case_has_a_launch_choice():
-    for name in ("fp8", "int4_per_token_head"):
+    for name in ("fp8", "int4_per_token_head", "int4", "k3v2"):
         for head_size in range(16, 257, 16):
             for long in (False, True):
                 assert launch.attend_choice(get_format(name), head_size, long).block_n >= 16
@@ -92,30 +93,16 @@ def test_splits_fill_the_device_and_stay_worth_it(monkeypatch):
     assert launch.split_count(8, 131072, device, long=False) == 66
 
 
-@pytest.mark.parametrize(
-    ("head_size", "block_size", "message"),
-    (
-        (272, 16, r"head size 272.*multiple of 16 up to 256; use --kv-cache-dtype auto"),
-        (64, 24, r"block size 24.*multiple of 16"),
-    ),
-)
-def test_pages_that_cannot_be(head_size, block_size, message):
-    rows = torch.zeros(1, 1, head_size)
-    cache = torch.zeros(1, 1, block_size, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=message):
-        launch.check(FORMAT, rows, cache)
-
-
-def test_activations_that_cannot_be():
-    with pytest.raises(ValueError, match="float64.*expected bfloat16.*use --dtype bfloat16"):
-        launch.check(FORMAT, torch.zeros(1, 1, 64).double(), torch.zeros(1, 1, 16, 136).byte())
-
-
 def test_misaligned_pages():
-    storage = torch.zeros(16 * 136 + 8, dtype=torch.uint8)
-    cache = storage[8:].view(1, 1, 16, 136)
-    with pytest.raises(ValueError, match="multiples of 16 bytes.*allocate it aligned"):
-        launch.check(FORMAT, torch.zeros(1, 1, 64), cache)
+    good = torch.zeros(1, 1, 16, 136, dtype=torch.uint8)
+    bad, rows = (
+        torch.zeros(16 * 136 + 8, dtype=torch.uint8)[8:].view_as(good),
+        torch.zeros(1, 1, 64),
+    )
+    for name, caches in (("the cache", (bad, None)), ("the recent cache", (good, bad))):
+        call = Store(rows, rows, caches[0], None, FORMAT, recent_cache=caches[1])
+        with pytest.raises(ValueError, match=f"of 16 bytes: {name}'s .*allocate it aligned"):
+            launch.check(call)
 
 
 # --- which kernels -------------------------------------------------------------------------------
@@ -127,15 +114,15 @@ def called(monkeypatch):
     names = []
 
     def module(name, **more):
-        def note(*args, **kwargs):
+        def note(call):
             names.append(name)
 
-        def serves(*args, max_query_len, **kwargs):
-            return max_query_len >= 128
+        def serves(call):
+            return call.max_query_len >= 128
 
-        return SimpleNamespace(store=note, attend=note, serves=serves, **more)
+        return SimpleNamespace(store=note, seal=note, attend=note, serves=serves, **more)
 
-    cuda = module("cuda", supports=lambda format, head_size, cache: head_size != 80)
+    cuda = module("cuda", supports=lambda call: call.rows.shape[-1] != 80)
     monkeypatch.setitem(sys.modules, "kvq_plugin.kernels.cuda", cuda)
     monkeypatch.setattr(kernels, "cuda", cuda, raising=False)
     monkeypatch.setattr(kernels, "_triton", module)
@@ -146,8 +133,8 @@ def called(monkeypatch):
 
 def attend(head_size, max_query_len):
     query, cache = torch.zeros(1, 8, head_size), torch.zeros(1, 2, 16, 8)
-    kernels.attend(query, query, cache, None, torch.ones(1), None, FORMAT, 1.0,
-                   max_query_len=max_query_len, max_seq_len=1)  # fmt: skip
+    kernels.attend(Attend(query, query, cache, None, torch.ones(1), None, FORMAT, 1.0,
+                          max_query_len=max_query_len, max_seq_len=1))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -175,27 +162,30 @@ def test_choice_of_attention(called, monkeypatch, choice, head_size, max_query_l
 def test_choice_of_store(called, monkeypatch, choice, expected):
     monkeypatch.setenv("KVQ_GPU_KERNELS", choice)
     row = torch.zeros(1, 2, 64)
-    kernels.store(row, row, torch.zeros(1, 2, 16, 8), None, FORMAT)
+    kernels.store(Store(row, row, torch.zeros(1, 2, 16, 8), None, FORMAT))
     assert called == [expected]
 
 
 @pytest.mark.parametrize("name", ("int4", "k3v2"))
 def test_formats_with_recent_rows_go_to_cuda_whatever_the_query(called, monkeypatch, name):
-    format, row = get_format(name), torch.zeros(1, 2, 64)
-    query, cache = torch.zeros(1, 8, 64), torch.zeros(1, 2, 32, 8)
-    recent = {"recent_cache": cache, "recent_slot_mapping": None}
+    """Where CUDA C++ serves; else Triton stores and seals, and attends without the detour."""
+    format = get_format(name)
 
     def both(head_size):
-        kernels.store(row, row, cache, None, format, **recent)
-        kernels.attend(query, query, cache, None, torch.ones(1), None, format, 1.0,
-                       max_query_len=500, max_seq_len=1)  # fmt: skip
+        row, cache = torch.zeros(1, 2, head_size), torch.zeros(1, 2, 32, 8)
+        query, recent = torch.zeros(1, 8, head_size), {"recent_cache": cache}
+        kernels.store(Store(row, row, cache, None, format, **recent))
+        kernels.attend(Attend(query, query, cache, None, torch.ones(1), None, format, 1.0,
+                              max_query_len=9, max_seq_len=1))  # fmt: skip
 
     both(64)
     assert called == ["cuda", "cuda"]
-    monkeypatch.setenv("KVQ_GPU_KERNELS", "triton")
-    kernels._choice.cache_clear()
-    with pytest.raises(ValueError, match=f"Triton has no kernels for {name}, CUDA C\\+\\+ has"):
-        both(64)
+    for choice, head_size in (("auto", 80), ("triton", 64)):
+        called.clear()
+        monkeypatch.setenv("KVQ_GPU_KERNELS", choice)
+        kernels._choice.cache_clear()
+        both(head_size)
+        assert called == ["triton_store", "triton_seal", "triton_paged"]
 
 
 def test_misspelt_choice_is_refused(called, monkeypatch):

@@ -18,9 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvq_plugin.formats import get_format
-from kvq_plugin.kernels import launch, prefill, triton_paged, triton_store
+from kvq_plugin.kernels import launch, prefill, triton_paged, triton_seal, triton_store
 from kvq_plugin.kernels.triton_attend import attend_kernel, merge_kernel
 from kvq_plugin.kernels.triton_prefill import combine_kernel, gather_kernel, plan_kernel
+from kvq_plugin.kernels.triton_seal import seal_kernel
+from kvq_plugin.kernels.triton_sealed import sealed_kernel
 from kvq_plugin.kernels.triton_store import store_kernel
 
 #: Bytes of shared memory that one program may have (CUDA C++ Programming Guide, technical
@@ -29,10 +31,13 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     "cache": "*u8",
+    "recent": "*u8",
     "block_table": "*i32",
+    "recent_table": "*i32",
     "seq_lens": "*i32",
     "query_start": "*i32",
     "slots": "*i64",
+    "recent_slots": "*i64",
     **dict.fromkeys(("out", "query", "key", "value", "keys", "values"), "*bf16"),
     **dict.fromkeys(("starts", "firsts"), "*i32"),
     **dict.fromkeys(("partial", "partial_lse", "alibi", "sinks", "source", "target",
@@ -52,7 +57,7 @@ def compiled(kernel, capability: int, constants: dict, warps: int, stages: int, 
             signature[name] = "fp32"
         else:
             signature[name] = POINTERS.get(name, "i32")
-        if name in POINTERS or "_stride" in name and name != "table_stride":
+        if name in POINTERS or "_stride" in name and not name.endswith("table_stride"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned
@@ -70,16 +75,24 @@ def attention(name: str, capability: int, long: bool, head_size: int, **changes)
     choice = launch.attend_choice(format, head_size, long)
     absent = ["key_zero", "value_zero", "alibi", "sinks"]
     absent += ["key_scale", "value_scale"] if format.is_dynamic else []
-    constants = {
-        **dict.fromkeys(absent),
-        **triton_paged.page_constants(format, head_size, 64),
-        **triton_paged.row_constants(rows, 4, long),
-        **{"CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "SPLIT": not long},
-        **{"MIN_TILES": 4, "BLOCK_N": choice.block_n, "EXACT_DOT": False},
-        "ISA": 89 if capability >= 89 else 80,
-        **changes,
-    }
-    return compiled(attend_kernel, capability, constants, choice.warps, choice.stages)
+    kernel, constants = (
+        attend_kernel,
+        {
+            **triton_paged.row_constants(rows, 4, long, choice.rows),
+            **{"WINDOW": False, "SOFTCAP": False, "SPLIT": not long},
+            **{"MIN_TILES": 4, "EXACT_DOT": False},
+            "ISA": 89 if capability >= 89 else 80,
+            **changes,
+        },
+    )
+    if format.recent is None:
+        constants |= triton_paged.page_constants(format, head_size, 64)
+        constants |= {**dict.fromkeys(absent), "CAUSAL": True, "BLOCK_N": choice.block_n}
+    else:
+        kernel = sealed_kernel
+        constants |= triton_paged.sealed_constants(format, head_size, 128, 64)
+        constants |= dict.fromkeys(("alibi", "sinks"))
+    return compiled(kernel, capability, constants, choice.warps, choice.stages)
 
 
 def usage(kernel, tmp_path) -> dict[str, int]:
@@ -149,9 +162,41 @@ def test_attention(name, long, head_size, capability, tmp_path):
     assert len(loop) / codes <= INSTRUCTIONS[capability], "instructions per code of the cache"
 
 
+#: The usual one, and those of the table that come closest to spilling.
+SEALED = [("int4", False, 128, 90), ("k3v2", False, 256, 80), ("k3v2", True, 64, 80)]
+
+
+@pytest.mark.parametrize(("name", "long", "head_size", "capability"), SEALED)
+def test_attention_over_sealed_groups(name, long, head_size, capability, tmp_path):
+    kernel = attention(name, capability, long, head_size)
+    check_resources(kernel, capability, tmp_path)
+    ptx = kernel.asm["ptx"]
+    waits = [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)]
+    assert max(waits) >= 2, "no tile is under way while one is used"
+    assert re.search(r"mma\.sync|wgmma\.mma_async", ptx), "no tensor cores"
+    assert "fma.rn.f16" in ptx, "K is not decoded in one rounding"
+
+
+@pytest.mark.parametrize(
+    ("name", "head_size", "capability"), (("int4", 256, 80), ("k3v2", 128, 90))
+)
+def test_sealing_keeps_to_ieee_arithmetic(capability, name, head_size, tmp_path):
+    constants = triton_seal.constants(get_format(name), head_size, 128, 64)
+    choice = launch.store_choice(4096, launch.SEAL)
+    kernel = compiled(seal_kernel, capability, {**constants, "BLOCK_T": choice.block_t},
+                      choice.warps, 1, enable_fp_fusion=False)  # fmt: skip
+    check_resources(kernel, capability, tmp_path)
+    check_ieee(kernel.asm["ptx"])
+
+
 #: Instructions per code. An H200 at full bandwidth has 6.9 slots per 8-bit code, an A100 12.5;
 #: compiled there are at most 6.5 on sm_90 (k8v4 by Triton 3.6; 5.9 by 3.9) and 7 on sm_80.
 INSTRUCTIONS = {80: 7.5, 90: 6.6}
+
+
+def check_ieee(ptx: str) -> None:
+    assert ".ftz" not in ptx and "div.full" not in ptx and "div.approx" not in ptx
+    assert not re.search(r"\bfma\.", ptx)
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -167,8 +212,7 @@ def test_store_keeps_to_ieee_arithmetic(capability, tmp_path):
                           choice.warps, 1, enable_fp_fusion=False)  # fmt: skip
         check_resources(kernel, capability, tmp_path)
         ptx = kernel.asm["ptx"]
-        assert ".ftz" not in ptx and "div.full" not in ptx and "div.approx" not in ptx
-        assert not re.search(r"\bfma\.", ptx)
+        check_ieee(ptx)
         assert ("div.rn.f32" in ptx) == format.is_dynamic
         assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx), "rows loaded in small pieces"
 

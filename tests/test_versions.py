@@ -1,4 +1,4 @@
-"""Every vLLM version that the README lists, run: each in processes of its own.
+"""Every vLLM version that docs/support.md lists, run: each in processes of its own.
 
 A tiny model, so that a version takes about a minute. The bytes and the arithmetic of a KV cache
 are ours on every version, and what vLLM computes around them is the same too: when written, all

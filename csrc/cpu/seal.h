@@ -5,61 +5,17 @@
 // are turned round on the way in and out.
 #pragma once
 
+#include "group_scales.h"
 #include "quantize.h"
+#include "seal_lines.h"
 #include "transpose.h"
 
 namespace kvq {
 namespace {
 
-constexpr uint32_t kHalfNans = 0x7E007E00u;
 // Scales up to this, and no NaN: values need neither clamping nor a look for NaNs.
-constexpr float kPlainScale = 515.0f;
-static_assert(127.0f * kPlainScale < kHalfMax, "int8 values must be within fp16");
-
-// Sixteen words below 65536, as 16-bit words.
-KVQ_HD void save_shorts(uint8_t* out, U16 words) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                      _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
-#else
-  alignas(64) uint32_t wide[kLanes];
-  save(wide, words);
-  uint16_t narrow[kLanes];
-  for (int i = 0; i < kLanes; ++i) narrow[i] = static_cast<uint16_t>(wide[i]);
-  memcpy(out, narrow, sizeof narrow);
-#endif
-}
-
-// What sixteen groups of values, one a lane, have in common: from their extremes, and NaN in
-// `poison` where one of them was. `word`: the page's; lite ones in the low half.
-struct GroupScales {
-  F16 inverse, base;
-  U16 word;
-};
-
-template <Code C, bool kLite>
-KVQ_HD GroupScales group_scales(F16 low, F16 high, F16 poison) {
-  low = low + 0.0f;  // whether a -0 is found would depend on the order of looking
-  const F16 step = (high + 0.0f - low) * (1.0f / Codec<C>::kMax);
-  GroupScales s;
-  if constexpr (kLite) {
-    const F16 least = abs16(low) * (1.0f / LiteScale::kRange);
-    const U16 byte = LiteScale::encode<F16, U16>(max16(least, step));
-    const F16 scale = halves(byte << 7);
-    s.inverse = select(scale > 0.0f, 1.0f / scale, F16{});
-    const F16 wanted = low * s.inverse * (1.0f / LiteScale::kStep);
-    const U16 steps = round_clamped<F16, U16, true>(wanted, -128.0f, 127.0f);
-    s.base = convert<F16>(cast<I16>(steps)) * (scale * LiteScale::kStep);
-    s.word = select(poison == poison, byte | (steps & 0xFFu) << 8, U16{} + LiteScale::kNan);
-  } else {
-    const U16 scale = half_bits(step), minimum = half_bits(low);
-    const F16 wide = halves(scale);
-    s.inverse = select(wide > 0.0f, 1.0f / wide, F16{});
-    s.base = halves(minimum);
-    s.word = select(poison == poison, scale | minimum << 16, U16{} + kHalfNans);
-  }
-  return s;
-}
+constexpr float kPlainScale = 511.0f;
+static_assert(128.0f * kPlainScale < kHalfMax, "int8 values must be within fp16");
 
 template <Code C>
 KVQ_HD U16 group_code(F16 x, F16 inverse, F16 base) {
@@ -83,7 +39,7 @@ KVQ_HD F16 int8_value(U16 code, float scale, F16& poison) {
 // side by side: [token / 16][channel / 64][token % 16][channel % 64].
 struct SealBatch {
   alignas(64) uint8_t key[kSealed * kMaxHead];
-  alignas(64) U16 lines[kMaxHead / 4];  // of sixteen tokens: words of four channels' codes
+  alignas(64) U16 lines[2 * kMaxHead / 4];  // of sixteen tokens each: words of four channels' codes
   alignas(64) float key_scale[kSealed], value_scale[kSealed];
 
   static KVQ_HD long at(long token, long channel, long d) {
@@ -103,6 +59,8 @@ struct Sealer {
   SealBatch& b;
 
   // The group that starts at token `within` of `page`, from token `from` on of the recent page.
+  // kStream: past the caches, where the page's lines are the memory's.
+  template <bool kStream>
   void seal(const uint8_t* rows, long from, uint8_t* page, long within) const {
     memcpy(b.key_scale, rows + recent.key_metadata + from * 4, sizeof b.key_scale);
     memcpy(b.value_scale, rows + recent.value_metadata + from * 4, sizeof b.value_scale);
@@ -112,18 +70,37 @@ struct Sealer {
       plain &= b.value_scale[t] <= kPlainScale && b.value_scale[t] >= -kPlainScale;
     }
     const uint8_t* values = rows + recent.value_codes + from * d;
-    load_key(rows + recent.key_codes + from * d);
-    if (within == 0) keep_first(values, page + layout.first);
-    if (plain) {
-      seal_key<false>(page, within);
-      seal_value<false>(values, page, within);
-    } else {
-      seal_key<true>(page, within);
+    const uint8_t* keys = rows + recent.key_codes + from * d;
+    if (within == 0) keep_first(keys, values, page + layout.first);
+    if (!plain) {
+      seal_key<true>(keys, page, within);
       seal_value<true>(values, page, within);
+      return;
     }
+#if defined(__AVX512BW__)
+    seal_key_lines<kKey.code, kKeyLite, kStream>(keys, d, b.key_scale, within == 0,
+                                                 key_words(page, within), b.lines);
+    write_key<kStream>(page, within);
+    seal_value_lines<kValue.code, kValueLite, kStream>(
+        values, d, b.value_scale, value_words(page, within), value_lines(page, within));
+#else
+    seal_key<false>(keys, page, within);
+    seal_value<false>(values, page, within);
+#endif
   }
 
  private:
+  // Where a group's go in a page.
+  uint8_t* key_words(uint8_t* page, long within) const {
+    return page + layout.key_metadata + within * kKey.metadata_bytes(d);
+  }
+  uint8_t* value_words(uint8_t* page, long within) const {
+    return page + layout.value_metadata + within * kValue.metadata_bytes(d);
+  }
+  uint8_t* value_lines(uint8_t* page, long within) const {
+    return page + layout.value_codes + within * d * code_bits(kValue.code) / 8;
+  }
+
   // K's lines of sixteen tokens, [channel / 4][token], become rows. Head sizes that are no multiple
   // of 64 read lines of what follows K in the page, to no use.
   void load_key(const uint8_t* lines) const {
@@ -135,9 +112,9 @@ struct Sealer {
     }
   }
 
-  void keep_first(const uint8_t* values, uint8_t* first) const {
+  void keep_first(const uint8_t* keys, const uint8_t* values, uint8_t* first) const {
+    for (long c = 0; c < d; c += 4) memcpy(first + c, keys + c * kLanes, 4);
     for (long c = 0; c < d; c += kLanes) {
-      memcpy(first + c, b.key + b.at(0, c, d), kLanes);
       save_bytes(first + d + c, load<U16>(values + c * 4) & 0xFFu);
     }
     memcpy(first + 2 * d, b.key_scale, 4);
@@ -151,9 +128,10 @@ struct Sealer {
 
   // A channel's scale is that of its 32 tokens; a page's first row has no say in it.
   template <bool kCareful>
-  void seal_key(uint8_t* page, long within) const {
+  void seal_key(const uint8_t* keys, uint8_t* page, long within) const {
+    load_key(keys);
     const int heard = within == 0 ? 1 : 0;
-    uint8_t* words = page + layout.key_metadata + within * kKey.metadata_bytes(d);
+    uint8_t* words = key_words(page, within);
     for (long c = 0; c < d; c += kLanes) {
       F16 poison{}, unheard{};
       F16 low = key_value<kCareful>(heard, c, poison), high = low;
@@ -173,28 +151,35 @@ struct Sealer {
         save_bytes(b.key + b.at(t, c, d), group_code<kKey.code>(x, s.inverse, s.base));
       }
     }
-    constexpr int kBits = code_bits(kKey.code), kLowBits = kBits == 3 ? 2 : kBits;
-    uint8_t* out = page + layout.key_codes + within * d * kBits / 8;
-    for (long t = 0; t < kSealed; t += kLanes, out += kLanes * d * kBits / 8) {
+    for (long t = 0; t < kSealed; t += kLanes) {
       for (long c = 0; c < d; c += 64) {
         transpose<false>(reinterpret_cast<const uint32_t*>(b.key + b.at(t, c, d)), kLanes, kLanes,
-                         reinterpret_cast<uint8_t*>(b.lines + c / 4));
+                         reinterpret_cast<uint8_t*>(b.lines + (t / kLanes * d + c) / 4));
       }
-      write_plane<kLowBits, 0>(out);
-      if constexpr (kBits == 3) write_plane<1, 2>(out + kLanes * d * 2 / 8);
+    }
+    write_key<false>(page, within);
+  }
+
+  template <bool kStream>
+  void write_key(uint8_t* page, long within) const {
+    constexpr int kBits = code_bits(kKey.code), kLowBits = kBits == 3 ? 2 : kBits;
+    uint8_t* out = page + layout.key_codes + within * d * kBits / 8;
+    for (const U16* from = b.lines; from < b.lines + d / 2; from += d / 4) {
+      write_plane<kLowBits, 0, kStream>(from, out);
+      if constexpr (kBits == 3) write_plane<1, 2, kStream>(from, out + kLanes * d * 2 / 8);
+      out += kLanes * d * kBits / 8;
     }
   }
 
   // Bits [kLow, kLow + kBits) of sixteen tokens' codes.
-  template <int kBits, int kLow>
-  void write_plane(uint8_t* out) const {
+  template <int kBits, int kLow, bool kStream>
+  void write_plane(const U16* from, uint8_t* out) const {
     constexpr int kOperands = 8 / kBits;
     constexpr uint32_t kMask = ((1u << kBits) - 1u) * 0x01010101u;
-    const U16* from = b.lines;
     for (long i = 0; i < d * kBits / 32; ++i, from += kOperands, out += 64) {
       U16 word{};
       for (int j = 0; j < kOperands; ++j) word |= ((from[j] >> kLow) & kMask) << (kBits * j);
-      save(out, word);
+      put16<kStream>(out, word);
     }
   }
 
@@ -208,9 +193,9 @@ struct Sealer {
   template <bool kCareful>
   void seal_value(const uint8_t* values, uint8_t* page, long within) const {
     const long unit = kValueLite ? kSealed : d;
-    uint8_t* words = page + layout.value_metadata + within * kValue.metadata_bytes(d);
+    uint8_t* const words = value_words(page, within);
+    uint8_t* const lines = value_lines(page, within);
     constexpr int kWord = 32 / code_bits(kValue.code);
-    uint8_t* lines = page + layout.value_codes + within * d * code_bits(kValue.code) / 8;
     for (long begin = 0; begin < d; begin += unit) {
       alignas(64) float inverse[kSealed], base[kSealed];
       for (int t = 0; t < kSealed; t += kLanes) {

@@ -191,6 +191,11 @@ KVQ_HD void fence() {
 #endif
 }
 
+template <bool kStream>
+KVQ_HD void put16(void* p, U16 v) {
+  kStream ? stream16(p, v) : save(p, v);
+}
+
 // Not F16{} + x, which is an addition: x may be -0.
 KVQ_HD F16 splat(float x) { return x - F16{}; }
 

@@ -12,9 +12,11 @@ namespace {
 constexpr int kGroup = kLanes;  // slots whose K shares cache lines, and whose V shares words
 
 // `count` tokens from `token` on go to consecutive slots of one group: positions of `block`.
+// `alone`: no other run goes to its group.
 struct Run {
   int64_t slot, block;
   int token, count, position;
+  bool alone;
 };
 
 // Runs in the order of their parts, and where each part's begin (one more than there are parts).
@@ -28,15 +30,15 @@ struct Split {
 struct SlotGroup {
   int64_t id;
   long work;
-  int part;
+  int part, runs;
 };
 
-inline long find_runs(const int64_t* slots, long tokens, long block_size, Run* runs) {
+inline long find_runs(const int64_t* slots, long tokens, long block_size, int group, Run* runs) {
   long n = 0;
   for (long t = 0; t < tokens; ++t) {
     const int64_t slot = slots[t];
     if (slot < 0) continue;
-    const bool joins = n > 0 && slot % kGroup != 0 &&
+    const bool joins = n > 0 && (slot & (group - 1)) != 0 &&
                        runs[n - 1].slot + runs[n - 1].count == slot &&
                        runs[n - 1].token + runs[n - 1].count == t;
     if (joins) {
@@ -45,7 +47,7 @@ inline long find_runs(const int64_t* slots, long tokens, long block_size, Run* r
     }
     const int64_t block = slot / block_size;
     const int position = static_cast<int>(slot - block * block_size);
-    runs[n++] = {slot, block, static_cast<int>(t), 1, position};
+    runs[n++] = {slot, block, static_cast<int>(t), 1, position, false};
   }
   return n;
 }
@@ -64,20 +66,22 @@ inline long split_bytes(long tokens, int parts) {
 // into one part, in the order of their tokens, so that of two tokens for a slot the later one
 // stays, and groups follow each other in the order of their first tokens. Parts differ by one
 // group's work at most, wherever the slots are: by slots modulo something, sequences that stand at
-// the same offset of their blocks fell into one part.
-inline Split split(const int64_t* slots, long tokens, long block_size, int parts, void* memory) {
+// the same offset of their blocks fell into one part. Groups are of `group` slots, a power of two.
+// Runs in groups of kGroup do not learn whether they are alone where there is only one part.
+inline Split split(const int64_t* slots, long tokens, long block_size, int parts, void* memory,
+                   int group = kGroup) {
   Run* const ordered = static_cast<Run*>(memory);
   Run* const runs = ordered + tokens;
   SlotGroup* const groups = reinterpret_cast<SlotGroup*>(runs + tokens);
   int* const group_of = reinterpret_cast<int*>(groups + tokens);
   int* const begin = group_of + tokens;
   int* const table = begin + parts + 2;
-  if (parts == 1) {
+  if (parts == 1 && group == kGroup) {
     begin[0] = 0;
-    begin[1] = static_cast<int>(find_runs(slots, tokens, block_size, ordered));
+    begin[1] = static_cast<int>(find_runs(slots, tokens, block_size, group, ordered));
     return {ordered, begin};
   }
-  const long n = find_runs(slots, tokens, block_size, runs);
+  const long n = find_runs(slots, tokens, block_size, group, runs);
 
   // Groups by a table of twice their number at least, open addresses.
   int bits = 1;
@@ -87,15 +91,16 @@ inline Split split(const int64_t* slots, long tokens, long block_size, int parts
   int num_groups = 0;
   long total = 0;
   for (long i = 0; i < n; ++i) {
-    const int64_t id = runs[i].slot / kGroup;
+    const int64_t id = runs[i].slot / group;
     long at = static_cast<long>(static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u >> (64 - bits));
     while (table[at] >= 0 && groups[table[at]].id != id) at = (at + 1) & mask;
     if (table[at] < 0) {
       table[at] = num_groups;
-      groups[num_groups++] = {id, 0, 0};
+      groups[num_groups++] = {id, 0, 0, 0};
     }
     group_of[i] = table[at];
     groups[table[at]].work += work_of(runs[i]);
+    ++groups[table[at]].runs;
     total += work_of(runs[i]);
   }
 
@@ -109,7 +114,11 @@ inline Split split(const int64_t* slots, long tokens, long block_size, int parts
   memset(begin, 0, (static_cast<size_t>(parts) + 2) * sizeof(int));
   for (long i = 0; i < n; ++i) ++begin[groups[group_of[i]].part + 2];
   for (int part = 0; part < parts; ++part) begin[part + 2] += begin[part + 1];
-  for (long i = 0; i < n; ++i) ordered[begin[groups[group_of[i]].part + 1]++] = runs[i];
+  for (long i = 0; i < n; ++i) {
+    const SlotGroup& of = groups[group_of[i]];
+    runs[i].alone = of.runs == 1;
+    ordered[begin[of.part + 1]++] = runs[i];
+  }
   return {ordered, begin};
 }
 

@@ -5,9 +5,10 @@
 // come from one transposition, and V words that a run fills are written without being read.
 #include "kernels.h"
 #include "quantize.h"
-#include "seal.h"
+#include "rotated_tile.h"
+#include "seal_task.h"
 #include "split.h"
-#include "transpose.h"
+#include "write_lines.h"
 
 namespace kvq {
 namespace {
@@ -19,6 +20,7 @@ struct StoreTask {
   PageLayout layout;
   Split split;
   bool stream;
+  const SealTask* sealing;  // or null
 };
 
 // Codes of one run, for some heads, before they are laid out. Lives on the stack of the thread that
@@ -34,51 +36,6 @@ struct Batch {
   }
 };
 
-// K words run over channels: the sixteen tokens of a group share each line.
-template <Code C, bool kStream>
-KVQ_HD void write_key(uint8_t* codes, const Run& run, long d, uint8_t* out) {
-  constexpr int kWord = 32 / code_bits(C);
-  const long words = d / kWord;
-  uint32_t* rows = reinterpret_cast<uint32_t*>(codes);
-  if constexpr (kWord == 8) pack_nibbles(codes, run.count * d, rows);
-  if (run.count == kGroup) {
-    for (long w = 0; w < words; w += kGroup) {
-      const long lines = words - w < kGroup ? words - w : kGroup;
-      transpose<kStream>(rows + w, words, lines, out + w * 64);
-    }
-    return;
-  }
-  out += run.slot % kGroup * 4;
-  for (int t = 0; t < run.count; ++t, out += 4, rows += words) {
-    for (long w = 0; w < words; ++w) memcpy(out + w * 64, rows + w, 4);
-  }
-}
-
-// V words run over tokens: what the run does not fill of them stays.
-template <Code C, bool kStream>
-KVQ_HD void write_value(const uint8_t* codes, const Run& run, long d, uint8_t* out) {
-  constexpr int kBits = code_bits(C), kWord = 32 / kBits;
-  const int first = static_cast<int>(run.slot % kGroup), last = first + run.count;
-  for (int word = first / kWord; word * kWord < last; ++word) {
-    const int from = first > word * kWord ? first - word * kWord : 0;
-    const int to = last < (word + 1) * kWord ? last - word * kWord : kWord;
-    const uint8_t* rows = codes + (word * kWord - first) * d;
-    uint8_t* line = out + word * d * 4;
-    if (to - from == kWord) {
-      for (long i = 0; i < d; i += kLanes, line += 64) {
-        const U16 filled = fields<C>(rows + i, d, 0, kWord);
-        kStream ? stream16(line, filled) : save(line, filled);
-      }
-      continue;
-    }
-    uint32_t keep = ~0u;
-    for (int f = from; f < to; ++f) keep &= ~(((1u << kBits) - 1u) << field_shift<C>(f));
-    for (long i = 0; i < d; i += kLanes, line += 64) {
-      save(line, (load<U16>(line) & keep) | fields<C>(rows + i, d, from, to));
-    }
-  }
-}
-
 StaticScale of_head(const StaticScale& s, long head, long d) {
   return {s.factor ? s.factor + head * d : nullptr,
           s.zero_point ? s.zero_point + head * d : nullptr};
@@ -87,6 +44,7 @@ StaticScale of_head(const StaticScale& s, long head, long d) {
 template <Activation A, int kFormat>
 struct Writer {
   static constexpr Stream kKey = kFormats[kFormat].key, kValue = kFormats[kFormat].value;
+  static constexpr bool kTiled = kKey.rotated && kValue.rotated;
 
   const StoreTask& task;
   const StoreParams& p;
@@ -194,8 +152,106 @@ struct Writer {
     }
   }
 
+  // Whether groups of sixteen tokens are encoded a head at a time (rotated_tile.h).
+  bool has_tiles() const { return kTiled && has_tile<A>(d); }
+
+  // Sixteen tokens from `token` on of one head, as those of `position` of a page. Rows of
+  // `next_token` and the next ones, of `next_head`, come after it. False, and what it wrote is to
+  // be written again, where a row must be encoded with care.
+  template <bool kStream>
+  bool write_tiles(long token, long head, long next_token, long next_head, uint8_t* page,
+                   const PageLayout& at, long position) const {
+    if constexpr (kTiled && A != Activation::kFloat) {
+      const auto row = [](const Rows& rows, long token, long head) {
+        return static_cast<const uint16_t*>(rows.data) + token * rows.token_stride +
+               head * rows.head_stride;
+      };
+      const uint16_t* const value = row(p.value, token, head);
+      constexpr int kKeyBits = code_bits(kKey.code), kValueBits = code_bits(kValue.code);
+      return encode_tile<A, kKey.code, false, kStream>(
+                 row(p.key, token, head), p.key.token_stride, value, d,
+                 page + at.key_codes + position * d * kKeyBits / 8,
+                 page + at.key_metadata + position * 4) &&
+             encode_tile<A, kValue.code, true, kStream>(
+                 value, p.value.token_stride, row(p.key, next_token, next_head), d,
+                 page + at.value_codes + position * d * kValueBits / 8,
+                 page + at.value_metadata + position * 4);
+    }
+    return false;
+  }
+
   template <bool kStream>
   void write(Batch& b, const Run& run, const Run* next, long begin, long end) const {
+    if (run.count < kGroup || !has_tiles()) return write_rows<kStream>(b, run, next, begin, end);
+    for (long h = begin; h < end; ++h) {
+      const bool more = h + 1 < end;
+      if (!write_tiles<kStream>(run.token, h, more ? run.token : run.token + kGroup,
+                                more ? h + 1 : begin, page(run, h), task.layout, run.position)) {
+        write_rows<kStream>(b, run, nullptr, h, h + 1);
+      }
+    }
+  }
+
+  // A whole group of recent rows, and its codes in the sealed cache while the rows are in the
+  // nearest caches. False if it is none, or not the only one in its places in this call.
+  bool write_sealed(Batch& b, const Run& run) const {
+    const SealTask& sealing = *task.sealing;
+    const long last = run.token + kSealed - 1, heads = p.cache.num_kv_heads;
+    if (run.count < kSealed || !run.alone || !seals(*sealing.params, last)) return false;
+    const Run first = part_of(run, 0), second = part_of(run, kGroup);
+    const auto by_rows = [&](long begin, long end) {
+      write_rows<false>(b, first, nullptr, begin, end);
+      write_rows<false>(b, second, nullptr, begin, end);
+      sealing.seal(sealing, last, begin, end, nullptr);
+    };
+    if (has_tiles()) {
+      alignas(64) uint8_t rows[kSealed * (2 * kWidestTile + 2 * sizeof(float))];
+      const PageLayout at = page_layout(kFormats[kRecentFormat], d, kSealed);
+      for (long h = 0; h < heads; ++h) {
+        const bool more = h + 1 < heads;
+        if (!write_tiles<false>(run.token, h, second.token, h, rows, at, 0) ||
+            !write_tiles<false>(second.token, h, more ? run.token : run.token + kSealed,
+                                more ? h + 1 : 0, rows, at, kGroup)) {
+          by_rows(h, h + 1);
+          continue;
+        }
+        sealing.seal(sealing, last, h, h + 1, rows);
+        task.stream ? copy_rows<true>(rows, at, run, h) : copy_rows<false>(rows, at, run, h);
+      }
+    } else {
+      const long step = Batch::heads(d);
+      for (long h = 0; h < heads; h += step) by_rows(h, h + step < heads ? h + step : heads);
+    }
+    sealing.done[last] = 1;
+    return true;
+  }
+
+  // From a page of a group's rows alone.
+  template <bool kStream>
+  void copy_rows(const uint8_t* rows, const PageLayout& at, const Run& run, long head) const {
+    uint8_t* const to = page(run, head);
+    const auto copy = [&](long to_codes, long from_codes, long to_scales, long from_scales) {
+      const long codes = run.position * d, scales = run.position * 4;
+      for (long i = 0; i < kSealed * d; i += 64) {
+        put16<kStream>(to + to_codes + codes + i, load<U16>(rows + from_codes + i));
+      }
+      for (long i = 0; i < kSealed * 4; i += 64) {
+        put16<kStream>(to + to_scales + scales + i, load<U16>(rows + from_scales + i));
+      }
+    };
+    copy(task.layout.key_codes, at.key_codes, task.layout.key_metadata, at.key_metadata);
+    copy(task.layout.value_codes, at.value_codes, task.layout.value_metadata, at.value_metadata);
+  }
+
+  // What of a run from its token `from` on is in one group of sixteen.
+  static Run part_of(const Run& run, int from) {
+    const int room = kGroup - static_cast<int>((run.slot + from) % kGroup);
+    const int count = run.count - from < room ? run.count - from : room;
+    return {run.slot + from, run.block, run.token + from, count, run.position + from, run.alone};
+  }
+
+  template <bool kStream>
+  void write_rows(Batch& b, const Run& run, const Run* next, long begin, long end) const {
     const size_t metadata = static_cast<size_t>(run.count) * 4;
     const long position = run.position * 4;
     encode<kKey.code, kKey.per_token, kKey.rotated>(b, p.key, p.key_scale, run, begin, end);
@@ -230,17 +286,25 @@ struct Writer {
     const Run* const last = task.split.runs + task.split.begin[part + 1];
     const auto streamed = [&](const Run& r) { return task.stream && r.count == kGroup; };
     for (const Run* run = task.split.runs + task.split.begin[part]; run < last; ++run) {
-      const Run* ahead = run + 1 < last && !streamed(run[1]) ? run + 1 : nullptr;
-      for (long h = 0; h < heads; h += step) {
-        const long end = h + step < heads ? h + step : heads;
-        if (streamed(*run)) {
-          w.template write<true>(batch, *run, ahead, h, end);
-        } else {
-          w.template write<false>(batch, *run, ahead, h, end);
+      if constexpr (kFormat == kRecentFormat) {
+        if (task.sealing != nullptr && w.write_sealed(batch, *run)) continue;
+      }
+      for (int from = 0; from < run->count;) {
+        const Run now = part_of(*run, from);
+        from += now.count;
+        const bool fetches = from == run->count && run + 1 < last && !streamed(run[1]);
+        const Run next = fetches ? part_of(run[1], 0) : now;
+        for (long h = 0; h < heads; h += step) {
+          const long end = h + step < heads ? h + step : heads;
+          if (streamed(now)) {
+            w.template write<true>(batch, now, fetches ? &next : nullptr, h, end);
+          } else {
+            w.template write<false>(batch, now, fetches ? &next : nullptr, h, end);
+          }
         }
       }
     }
-    if (task.stream) fence();
+    if (task.stream || task.sealing != nullptr) fence();
   }
 };
 
@@ -262,79 +326,69 @@ Runtime::Body pick(Activation type, int format) {
   __builtin_unreachable();
 }
 
-// A call's groups to seal, each under the token that filled it.
-struct SealTask {
-  const StoreParams* params;
-  PageLayout layout, recent_layout;
-  Split split;
-  const int64_t* recent_slots;  // of the last token of each group
-};
-
-template <int kFormat>
-void seal_part(void* context, int /*worker*/, long part) {
-  const SealTask& task = *static_cast<const SealTask*>(context);
-  const Cache &to = task.params->cache, &from = task.params->recent;
-  SealBatch batch;
-  const Sealer<kFormat> sealer{task.layout, task.recent_layout, to.head_size, batch};
-  const Run* const last = task.split.runs + task.split.begin[part + 1];
-  for (const Run* run = task.split.runs + task.split.begin[part]; run < last; ++run) {
-    const int64_t slot = task.recent_slots[run->token] - (kSealed - 1);
-    const int64_t block = slot / from.block_size;
-    for (long h = 0; h < to.num_kv_heads; ++h) {
-      sealer.seal(from.data + block * from.block_stride + h * from.head_stride,
-                  slot - block * from.block_size,
-                  to.data + run->block * to.block_stride + h * to.head_stride,
-                  run->position - (kSealed - 1));
-    }
-  }
+// Whether lines of the layout are lines of memory.
+bool on_lines(const Cache& c) {
+  const long place = static_cast<long>(reinterpret_cast<uintptr_t>(c.data));
+  return ((place | c.block_stride | c.head_stride) & 63) == 0;
 }
 
-Runtime::Body pick_seal(int format) {
-  static_assert(kNumFormats == kNumPlainFormats + 2, "name the new row");
-  return format == kNumPlainFormats ? seal_part<kNumPlainFormats> : seal_part<kNumPlainFormats + 1>;
+// Threads take parts as they get free; four each even them out.
+int parts_of(bool alone, const Runtime& runtime) {
+  return alone || runtime.num_threads == 1 ? 1 : runtime.num_threads * 4;
 }
 
-bool seals(const StoreParams& p, long t) {
-  return p.slots[t] >= 0 && p.recent_slots[t] >= 0 && p.slots[t] % kSealed == kSealed - 1;
+void store_rows(const StoreParams& p, const Runtime& runtime, int parts, void* memory,
+                const SealTask* sealing) {
+  const PageLayout layout = page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size);
+  // A long prompt's pages do not fit the caches anyway; lines written whole need not be read.
+  StoreTask task{&p, layout,
+                 split(p.slots, p.num_tokens, p.cache.block_size, parts, memory,
+                       sealing != nullptr ? kSealed : kGroup),
+                 p.num_tokens >= kStreamedTokens && on_lines(p.cache), sealing};
+  runtime.parallel_for(parts, runtime.num_threads, pick(p.key.type, p.format), &task);
 }
 
-void seal(const StoreParams& p, const Runtime& runtime) {
+// New rows go to the recent cache, and groups that they fill are sealed: at once where the call
+// has all of a group's rows, in the order of their tokens, and else after all rows are written.
+void store_recent(const StoreParams& p, const Runtime& runtime, int parts) {
+  StoreParams rows = p;
+  rows.cache = p.recent;
+  rows.slots = p.recent_slots;
+  rows.format = kRecentFormat;
   long groups = 0;
   for (long t = 0; t < p.num_tokens; ++t) groups += seals(p, t);
-  if (groups == 0) return;
-  const long heads = groups * p.cache.num_kv_heads;
-  const int parts = heads < 4 || runtime.num_threads == 1 ? 1 : runtime.num_threads * 4;
-  const long bytes = groups * static_cast<long>(sizeof(int64_t));
-  int64_t* slots =
-      static_cast<int64_t*>(runtime.memory.reserve(2 * bytes + split_bytes(groups, parts)));
-  int64_t* recent_slots = slots + groups;
+  const int seal_parts = parts_of(groups * p.cache.num_kv_heads < 4, runtime);
+  const long size = groups * static_cast<long>(sizeof(int64_t));
+  const long seal_bytes = (split_bytes(groups, seal_parts) + 7) / 8 * 8;
+  const long row_bytes = (split_bytes(p.num_tokens, parts) + 7) / 8 * 8;
+  uint8_t* memory = static_cast<uint8_t*>(
+      runtime.memory.reserve(2 * size + seal_bytes + row_bytes + p.num_tokens));
+  if (groups == 0) return store_rows(rows, runtime, parts, memory, nullptr);
+
+  int64_t* const slots = reinterpret_cast<int64_t*>(memory);
+  int64_t* const tokens = slots + groups;
   for (long t = 0, i = 0; t < p.num_tokens; ++t) {
     if (!seals(p, t)) continue;
     slots[i] = p.slots[t];
-    recent_slots[i++] = p.recent_slots[t];
+    tokens[i++] = t;
   }
+  uint8_t* const done = memory + 2 * size + seal_bytes + row_bytes;
+  memset(done, 0, static_cast<size_t>(p.num_tokens));
   const long d = p.cache.head_size;
   // A group that two tokens seal is one part's, in their order, as slots are.
-  SealTask task{&p, page_layout(kFormats[p.format], d, p.cache.block_size),
+  SealTask task{&p,
+                page_layout(kFormats[p.format], d, p.cache.block_size),
                 page_layout(kFormats[kRecentFormat], d, p.recent.block_size),
-                split(slots, groups, p.cache.block_size, parts, recent_slots + groups),
-                recent_slots};
-  runtime.parallel_for(parts, runtime.num_threads, pick_seal(p.format), &task);
-}
-
-void store_rows(const StoreParams& p, const Runtime& runtime, bool read_soon) {
-  // A decode step of a few rows costs less than waking the other threads does (~5 us). Threads
-  // take parts as they get free; four each even them out.
-  const bool alone = p.num_tokens * p.cache.num_kv_heads * p.cache.head_size < 4096;
-  const int parts = alone || runtime.num_threads == 1 ? 1 : runtime.num_threads * 4;
-  void* memory = runtime.memory.reserve(split_bytes(p.num_tokens, parts));
-  const PageLayout layout = page_layout(kFormats[p.format], p.cache.head_size, p.cache.block_size);
-  // A long prompt's pages do not fit the caches anyway; lines written whole need not be read.
-  const long place = static_cast<long>(reinterpret_cast<uintptr_t>(p.cache.data)) |
-                     p.cache.block_stride | p.cache.head_stride;
-  StoreTask task{&p, layout, split(p.slots, p.num_tokens, p.cache.block_size, parts, memory),
-                 p.num_tokens >= kStreamedTokens && place % 64 == 0 && !read_soon};
-  runtime.parallel_for(parts, runtime.num_threads, pick(p.key.type, p.format), &task);
+                split(slots, groups, p.cache.block_size, seal_parts, memory + 2 * size, kSealed),
+                tokens,
+                done,
+                on_lines(p.cache),
+                pick_seal(p.format)};
+  store_rows(rows, runtime, parts, memory + 2 * size + seal_bytes, &task);
+  for (long i = 0; i < groups; ++i) {
+    if (is_sealed(task, task.split.runs[i])) continue;
+    return runtime.parallel_for(seal_parts, runtime.num_threads, seal_part, &task);
+  }
 }
 
 }  // namespace
@@ -342,13 +396,12 @@ void store_rows(const StoreParams& p, const Runtime& runtime, bool read_soon) {
 namespace KVQ_ISA {
 
 void store(const StoreParams& p, const Runtime& runtime) {
-  if (!kFormats[p.format].recent) return store_rows(p, runtime, false);
-  StoreParams rows = p;
-  rows.cache = p.recent;
-  rows.slots = p.recent_slots;
-  rows.format = kRecentFormat;
-  store_rows(rows, runtime, true);
-  seal(p, runtime);
+  // A decode step of a few rows costs less than waking the other threads does (~5 us).
+  const long values = p.num_tokens * p.cache.num_kv_heads * p.cache.head_size;
+  const int parts = parts_of(values < 4096, runtime);
+  if (kFormats[p.format].recent) return store_recent(p, runtime, parts);
+  void* memory = runtime.memory.reserve(split_bytes(p.num_tokens, parts));
+  store_rows(p, runtime, parts, memory, nullptr);
 }
 
 }  // namespace KVQ_ISA

@@ -102,6 +102,7 @@ class _Running:
             self.cache.update(key, value, i)
             if isinstance(self.cache.layers[i], KVQLayer):
                 self.cache.layers[i].commit()  # what attention would have done
+                self.cache.layers[i].settle()
         self.bytes = held_bytes(self.cache)
 
     def burst(self) -> None:

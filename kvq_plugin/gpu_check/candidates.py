@@ -18,12 +18,6 @@ ROWS: tuple[KVFormat, ...] = tuple(
 )
 
 
-def offers(name: str, format: KVFormat) -> bool:
-    """Whether candidate *name* has kernels for *format* at all. What it does not offer is not
-    asked of it, and no failure of its; a case that it offers and then refuses is."""
-    return name != "triton" or format.recent is None
-
-
 def _never(format: KVFormat, head_size: int, cache: torch.Tensor) -> None:
     return None
 
@@ -37,13 +31,6 @@ class Candidate:
     store: Callable[..., None]
     attend: Callable[..., None]
     refusal: Callable[[KVFormat, int, torch.Tensor], str | None] = _never
-
-
-def _refusal_of_sealed(format: KVFormat, head_size: int, cache: torch.Tensor) -> str | None:
-    """Triton serves what CUDA C++ refuses, but for formats with recent rows."""
-    from kvq_plugin.kernels import cuda
-
-    return None if format.recent is None else cuda.refusal(format, head_size, cache)
 
 
 def standin(name: str = "reference") -> Candidate:
@@ -79,6 +66,4 @@ def get(name: str) -> Candidate | None:
         refusal, library = cuda.refusal, cuda._load()
         if isinstance(library, str):  # every case would be refused for it
             raise ValueError(library)
-    if name == "auto":
-        refusal = _refusal_of_sealed
     return Candidate(name, ops.store, ops.attend, refusal)

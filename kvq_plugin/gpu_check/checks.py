@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from kvq_plugin.formats import KVFormat
-from kvq_plugin.gpu_check.candidates import ROWS, Candidate, offers
+from kvq_plugin.gpu_check.candidates import ROWS, Candidate
 from kvq_plugin.gpu_check.context import Case, Context
 from kvq_plugin.gpu_check.problems import (
     Batch,
@@ -308,5 +308,5 @@ def dispatch(candidate: Candidate, context: Context) -> Iterator[Case]:
         assert called == [expected], f"called {called}, expected [{expected!r}]"
 
     for format, d, name in itertools.product(context.formats, (128, 80), ("store", "attend")):
-        if d == 128 or offers("triton", format):
+        if d % format.head_size_step == 0:
             yield f"{format.name} D={d} {name}", partial(case, format, d, name)

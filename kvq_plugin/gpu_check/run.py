@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kvq_plugin.formats import get_format
 from kvq_plugin.gpu_check import sanitize
 from kvq_plugin.gpu_check.evidence import LOST, Lines, read
 
@@ -150,10 +149,6 @@ class Runner:
     def _absent(self, job: Job) -> str | None:
         if job.sanitized and sanitize.find() is None:
             return "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
-        from kvq_plugin.gpu_check.candidates import offers  # imports torch
-
-        if job.part and not offers(job.candidate, get_format(job.part)):
-            return f"has no kernels for {job.part}"
         return None
 
 

@@ -98,8 +98,7 @@ def main(argv=None) -> int:
     a = p.parse_args(argv)
     faulthandler.enable()
     lines = Lines(a.out, candidate=a.candidate, step=a.step, part=a.part)
-    offered = tuple(f for f in ROWS if candidates.offers(a.candidate, f))
-    formats = tuple(map(get_format, a.part.split(","))) if a.part else offered
+    formats = tuple(map(get_format, a.part.split(","))) if a.part else ROWS
     context = Context(torch.device(a.device), formats, a.quick, a.bundle)
     # The library is what the step of that name provides.
     candidate = None if a.step == "library" else candidates.get(a.candidate)

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from kvq_plugin.calls import Attend
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.gpu_check import stock
 from kvq_plugin.gpu_check.candidates import Candidate
@@ -166,9 +167,10 @@ def _prefill(
     table = torch.randperm(blocks, device=device).int().view(batch, -1)
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
     attend = {"flash": prefill, "fused": triton_paged}[kernel].attend
-    call = partial(attend, torch.empty_like(query), query, pool.cache, table, lengths, starts,
-                   format, HEAD_SIZE**-0.5, *pool.statics, max_query_len=new, max_seq_len=length,
-                   workspace=context.scratch().scratch)  # fmt: skip
+    asked = Attend(torch.empty_like(query), query, pool.cache, table, lengths, starts, format,
+                   HEAD_SIZE**-0.5, *pool.statics, max_query_len=new, max_seq_len=length,
+                   workspace=context.scratch())  # fmt: skip
+    call = partial(attend, asked)
     return _row(device, "prefill", kernel, format.name, batch, text, pool.cache.numel(), call)
 
 
@@ -210,7 +212,7 @@ def cases(candidate: Candidate | None, context: Context) -> Iterator[Case]:
             yield name, partial(_store, candidate, context, format, tokens)
     # Through Triton whoever decodes, and so timed with it alone.
     for shape in PREFILLS if candidate.name == "triton" else ():
-        for format in (f for f in formats if f.name != "k8v4"):
+        for format in (f for f in formats if f.recent is None and f.name != "k8v4"):
             for kernel in ("flash", "fused"):
                 name = f"{format.name} prefill {kernel} {shape}"
                 yield name, partial(_prefill, candidate, context, format, kernel, shape)

@@ -9,11 +9,13 @@
 registers the attention implementation ``kvq``. In the order in which a token meets them:
 
     cache      KVQCache: which layers are ours, their format and scales
-    layer      KVQLayer, one layer's pages; Paged, what its ``update`` returns for K and V
-    table      which block holds which tokens of which sequence, for all layers alike
+    layer      KVQLayer, one layer's pages
+    paged      what its ``update`` returns for K and V
+    table      where each token of each sequence lies, for all layers alike; blocks: which are whose
     attention  ``attn_implementation="kvq"``: stores the new tokens and attends to the codes
     options    what the options of transformers' QuantizedCache are here
     scales     static scales, from a checkpoint or a mapping
+    memory     what a cache holds, ours or transformers' own
 """
 
 from kvq_plugin.hf_cache.attention import NAME, register

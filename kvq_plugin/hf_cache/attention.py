@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
-from kvq_plugin.hf_cache.layer import Paged, refuse_recent, say_once
+from kvq_plugin.hf_cache.paged import Paged, refuse_recent, say_once
 
 NAME = "kvq"
 

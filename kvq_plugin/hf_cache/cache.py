@@ -59,8 +59,10 @@ class KVQCache(Cache):
         model = getattr(config, "_name_or_path", None)
         found = static_scales.read(self.format, scales, model, ours)
         table = BlockTable(block_size, self.format)
+        text = config.get_text_config(decoder=True)
+        is_shared = bool(getattr(text, "num_kv_shared_layers", None))
         for i in ours:
-            layers[i] = KVQLayer(self.format, table, found.get(i))
+            layers[i] = KVQLayer(self.format, table, found.get(i), is_shared)
         super().__init__(layers=layers)
 
     @classmethod

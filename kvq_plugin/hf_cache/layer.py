@@ -2,112 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvq_plugin import hugepages, ops, reference
 from kvq_plugin.formats import GROUP, KVFormat
-from kvq_plugin.hf_cache.table import BlockTable, Place, Step
+from kvq_plugin.hf_cache.paged import Paged
+from kvq_plugin.hf_cache.table import WIDE, BlockTable, Place, Step
 from kvq_plugin.layout import MAX_HEAD_SIZES
 from kvq_plugin.reference import StaticScale
-
-logger = logging.getLogger(__name__)
-
-
-@cache
-def say_once(text: str) -> None:
-    """Log the warning *text*, the first time in this process."""
-    logger.warning(text)
-
-
-def refuse_recent(format: KVFormat, what: str) -> None:
-    """ValueError where one K and V for all queries, which *what* asks for, do not exist."""
-    if format.recent is not None:
-        raise ValueError(
-            f"KVQCache: {what} cannot read {format.name}, of which a query reads the newest "
-            f"{format.window} to {format.window + GROUP - 1} tokens from int8 rows and older ones "
-            'from codes: load the model with attn_implementation="kvq" and use masks of padding '
-            "alone, or a format without recent rows, 'int8_per_token_head' say"
-        )
-
-
-class Paged:
-    """K or V of all tokens of a layer, as its codes; a tensor only for who insists.
-
-    Attention by ``kvq`` takes the layer and reads the pages. Any other use, whatever torch function
-    or method, dequantizes all of them into ``[B, H, length, D]`` of the model's dtype first, or is
-    refused: in formats with recent rows each query reads another mix of sealed and recent ones.
-    """
-
-    __slots__ = ("layer", "_both", "_which")
-
-    @classmethod
-    def pair(cls, layer: KVQLayer) -> tuple[Paged, Paged]:
-        """K and V of *layer*, dequantized together or not at all."""
-        both: list = [None, None]
-        return cls(layer, both, 0), cls(layer, both, 1)
-
-    def __init__(self, layer: KVQLayer, both: list, which: int) -> None:
-        self.layer, self._both, self._which = layer, both, which
-
-    def tensor(self) -> torch.Tensor:
-        """Dequantized, and said so once. ValueError for formats with recent rows."""
-        refuse_recent(self.layer.format, "attention other than 'kvq'")
-        if self._both[self._which] is None:
-            say_once(
-                "kvq: attention does not read the quantized pages, so every step dequantizes all "
-                'of them, which is slow: load the model with attn_implementation="kvq"'
-            )
-            self._both[:] = self.layer.dequantize()
-        return self._both[self._which]
-
-    def to(self, *args, **kwargs):
-        """As a tensor's; for the device where the pages are, nothing: Gemma 3n asks for that, of
-        the layers that read another's K and V."""
-        if args == (self.layer.device,) and not kwargs:
-            return self
-        return self.tensor().to(*args, **kwargs)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        return function(*_tensors(args), **_tensors(kwargs or {}))
-
-    def __getattr__(self, name: str):
-        return getattr(self.tensor(), name)
-
-    def __getitem__(self, index) -> torch.Tensor:
-        return self.tensor()[index]
-
-    def __len__(self) -> int:
-        return len(self.tensor())
-
-    def __repr__(self) -> str:
-        return f"Paged({'KV'[self._which]} of {self.layer})"
-
-
-def _operator(name: str):
-    def apply(self: Paged, *others):
-        return getattr(self.tensor(), name)(*_tensors(others))
-
-    return apply
-
-
-for _name in ("add", "sub", "mul", "truediv", "matmul", "neg", "pow"):
-    for _prefix in ("", "r") if hasattr(torch.Tensor, f"__r{_name}__") else ("",):
-        setattr(Paged, f"__{_prefix}{_name}__", _operator(f"__{_prefix}{_name}__"))
-
-
-def _tensors(x):
-    if isinstance(x, Paged):
-        return x.tensor()
-    if isinstance(x, (tuple, list)):
-        return type(x)(_tensors(item) for item in x)
-    if isinstance(x, dict):
-        return {key: _tensors(item) for key, item in x.items()}
-    return x
 
 
 class KVQLayer(CacheLayerMixin):
@@ -117,7 +20,8 @@ class KVQLayer(CacheLayerMixin):
     ``kvq`` attention with the attention mask at hand, so that padding is not stored. ``pool`` is
     ``[blocks, H, block_size, C]`` uint8, the ``cache`` of :mod:`kvq_plugin.ops`; *table* says whose
     blocks are whose, and layers of one cache share it. *scales* maps ``k`` and ``v`` to static
-    scales as :func:`kvq_plugin.hf_cache.scales.read` gives them.
+    scales as :func:`kvq_plugin.hf_cache.scales.read` gives them. *is_shared*: other layers may read
+    this one's K and V, later in the same forward pass.
 
     Of formats with recent rows ``pool`` holds the sealed ones and ``recent``, a pool in blocks of
     ``GROUP`` tokens, the others; both are written by the one store of :meth:`commit`.
@@ -127,10 +31,14 @@ class KVQLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(
-        self, format: KVFormat, table: BlockTable, scales: dict[str, tuple] | None = None
+        self,
+        format: KVFormat,
+        table: BlockTable,
+        scales: dict[str, tuple] | None = None,
+        is_shared: bool = False,
     ) -> None:
         super().__init__()
-        self.format, self.table = format, table
+        self.format, self.table, self.is_shared = format, table, is_shared
         self._scales = scales or {}
         self._static: tuple[StaticScale | None, StaticScale | None] = (None, None)
         self._changes = 0
@@ -145,6 +53,7 @@ class KVQLayer(CacheLayerMixin):
         self.recent: torch.Tensor | None = None
         self.length = 0
         self.last: Step | None = None
+        self._after: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -171,16 +80,22 @@ class KVQLayer(CacheLayerMixin):
         if step is None:
             refused = True
             step = self.table.step(self._changes, self.length - new, new, None)
-        self._pending, self.last = None, step
         if self.pool.device != self.device:
             self.prefetch()
+        self.settle()
+        self._pending, self.last = None, step
         self.pool, recent = _fitted(self.pool, step.pages), {}
         if step.recent is not None:
-            self.recent = _fitted(self.recent, step.recent)
+            self.recent, self._after = _fitted(self.recent, step.recent), step.recent.after
             recent = {"recent_cache": self.recent, "recent_slot_mapping": step.recent.slots}
         slots = step.pages.slots
         ops.store(rows(key), rows(value), self.pool, slots, self.format, *self._static, **recent)
         return None if refused else step
+
+    def settle(self) -> None:
+        """Let go of recent rows that none but the last step's queries read."""
+        if self._after is not None:
+            self.recent, self._after = self.recent[self._after], None
 
     def attend(self, query: torch.Tensor, step: Step, scale: float, **options) -> torch.Tensor:
         """Attention of ``query [B, heads, T, D]`` over the pages -> ``[B, T, heads, D]``.
@@ -191,6 +106,12 @@ class KVQLayer(CacheLayerMixin):
         flat = rows(query)
         asked = flat if step.rows is None else flat[step.rows]
         if step.recent is not None:
+            if step.recent.after is not None and self._after is None:
+                raise ValueError(
+                    "KVQCache: attention reads K and V of a layer twice in one forward pass of "
+                    f"more than {WIDE} tokens, whose {self.format.name} rows are gone by then: "
+                    f"pass prefill_chunk_size={WIDE} to generate, or use 'int8_per_token_head'"
+                )
             options |= {"recent_cache": self.recent, "recent_block_table": step.recent.table}
         out = torch.empty((len(asked), heads, size), dtype=query.dtype, device=query.device)
         ops.attend(
@@ -207,6 +128,8 @@ class KVQLayer(CacheLayerMixin):
             max_seq_len=step.longest,
             **options,
         )
+        if not self.is_shared:
+            self.settle()
         if step.rows is not None:
             out = torch.zeros_like(flat).index_copy_(0, step.rows, out)
         return out.view(batch, new, heads, size)
@@ -220,6 +143,7 @@ class KVQLayer(CacheLayerMixin):
         if not self.is_initialized:
             raise ValueError("KVQLayer.dequantize: the layer has not seen any tokens yet")
         self.commit()
+        self.settle()
         if not self.length:
             empty = self.pool.new_empty((self._batch, self._heads, 0, self._size), dtype=self.dtype)
             return empty, empty
@@ -336,7 +260,8 @@ class KVQLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` positions. ValueError for a positive number, and,
-        in formats with recent rows, for more than ``SPARE`` and than the last update brought."""
+        in formats with recent rows, for more than ``SPARE`` and more than the last ``WIDE`` that
+        the last update brought."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"KVQCache.crop({tokens_to_remove}): expected minus the number of tokens to remove"

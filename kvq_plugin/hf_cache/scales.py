@@ -9,7 +9,7 @@ import torch
 
 from kvq_plugin import inspection
 from kvq_plugin.formats import KVFormat
-from kvq_plugin.hf_cache.layer import say_once
+from kvq_plugin.hf_cache.paged import say_once
 
 #: Layer number -> ``k``, ``v`` -> (scale, zero point or None), each ``()``, ``(H,)``, ``(H, D)``.
 LayerScales = dict[int, dict[str, tuple[torch.Tensor, torch.Tensor | None]]]

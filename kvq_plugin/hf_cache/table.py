@@ -6,8 +6,8 @@ the pages, so that attention needs no mask. Reordering sequences, as beams do at
 rows of the table and no page: sequences share blocks until one of them has to write into one.
 
 Formats with recent rows have blocks of ``GROUP`` tokens for them beside the others. A sequence lets
-go of those that no query will read and nobody can step back to: ``SPARE`` tokens, or to where the
-last forward pass began, if that is further.
+go of those that no query will read and nobody can step back to: ``SPARE`` tokens before the last
+forward pass, or ``WIDE`` before its end where that was longer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from kvq_plugin.hf_cache.blocks import Blocks
 
 #: Tokens that can be taken back at any time, in formats with recent rows.
 SPARE = GROUP
+#: Tokens of the last forward pass that can be taken back: drafts, of which the first come with the
+#: prompt. Recent rows before them do not outlive the pass.
+WIDE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class Place:
         copies: blocks to copy next, as indices (from, to); None for none.
         slots: ``[B * T]`` int64, where each new row goes; -1 for a masked one.
         table: ``[B, columns]`` int32.
+        after: the blocks that the pool keeps when attention has read it, in the order in which the
+            next step knows them; None: all, where they are.
     """
 
     moved: torch.Tensor | None
@@ -40,6 +45,7 @@ class Place:
     copies: tuple[torch.Tensor, torch.Tensor] | None
     slots: torch.Tensor
     table: torch.Tensor
+    after: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +166,8 @@ class BlockTable:
             if self.format.sealed_before(count) < first * GROUP:
                 raise ValueError(
                     f"KVQCache.crop to {length} tokens: in {self.format.name} up to {SPARE} tokens "
-                    "can be taken back, or those of the last forward pass, since older rows are "
-                    "sealed for good: reset() the cache and give it the tokens again, or use "
+                    f"can be taken back, or up to {WIDE} of the last forward pass, as older rows "
+                    "are sealed for good: reset() the cache and give it the tokens again, or use "
                     "'int8_per_token_head', which has no limit"
                 )
 
@@ -191,7 +197,7 @@ class BlockTable:
         position = (before[:, None] + now.cumsum(1) - 1).clamp(min=0)
         starts = torch.nn.functional.pad(now.sum(1).cumsum(0), (1, 0)).int()
         rows = None if bool(now.all()) else now.flatten().nonzero().flatten()
-        places = self._places(before.tolist(), longest, position, now)
+        places = self._places(before.tolist(), lengths.tolist(), position, now)
         return Step(*places, lengths.int(), starts, rows, longest)
 
     def _kept(self, length: int, new: int = 0) -> torch.Tensor:
@@ -206,25 +212,32 @@ class BlockTable:
         """Every sequence has *length* tokens: what nearly every step is, so it is kept cheap."""
         batch, device = self.batch, self._device
         position = torch.arange(length, length + new, device=device)
-        places = self._places([length] * batch, length + new, position)
+        places = self._places([length] * batch, [length + new] * batch, position)
         lengths = torch.full((batch,), length + new, dtype=torch.int32, device=device)
         starts = torch.arange(0, batch * new + 1, new, dtype=torch.int32, device=device)
         return Step(*places, lengths, starts, None, length + new)
 
-    def _places(self, before: list[int], longest: int, position, now=None):
-        """Places of tokens *position* of sequences that have *before*; *now* hides those that are
-        none."""
+    def _places(self, before: list[int], lengths: list[int], position, now=None):
+        """Places of tokens *position* of sequences that have *before* tokens and then *lengths*;
+        *now* hides those that are none."""
         places: list[Place | None] = [None, None]
         for i, blocks in enumerate((self.pages, self.recent)):
             if blocks is None:
                 continue
-            moved = None
-            if blocks is self.recent:
-                lowest = (self.format.sealed_before(count) - SPARE for count in before)
-                moved = blocks.drop([max(0, at) // GROUP for at in lowest])
-            copies = blocks.make_room(before, longest)
+            has_recent = blocks is self.recent
+            moved = blocks.drop(self._kept_columns(before)) if has_recent else None
+            copies = blocks.make_room(before, max(lengths))
             slots = blocks.slots(position)
             if now is not None:
                 slots = torch.where(now, slots, -1)
-            places[i] = Place(moved, blocks.count, copies, slots.flatten(), blocks.table)
+            asked = moved, blocks.count, copies, slots.flatten(), blocks.table
+            is_wide = has_recent and position.shape[-1] > WIDE
+            after = blocks.drop(self._kept_columns(lengths, WIDE)) if is_wide else None
+            places[i] = Place(*asked, after)
         return places
+
+    def _kept_columns(self, counts: list[int], spare: int = SPARE) -> list[int]:
+        """The first block of recent rows that sequences of so many tokens need, of which *spare*
+        may be taken back."""
+        lowest = (self.format.sealed_before(count) - spare for count in counts)
+        return [max(0, at) // GROUP for at in lowest]

@@ -12,13 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvq_plugin import formats
+from kvq_plugin import codes, formats
 
 INT8 = tl.constexpr(formats.INT8.id)
 INT4 = tl.constexpr(formats.INT4.id)
 FP8_E4M3 = tl.constexpr(formats.FP8_E4M3.id)
 FP8_E5M2 = tl.constexpr(formats.FP8_E5M2.id)
 FP8_E4M3FNUZ = tl.constexpr(formats.FP8_E4M3FNUZ.id)
+INT3 = tl.constexpr(formats.INT3.id)
+INT2 = tl.constexpr(formats.INT2.id)
+#: Of lite metadata: no code of values, so its id is nobody's.
+LITE_SCALE = tl.constexpr(-1)
+FP16_MAX = tl.constexpr(codes.FP16_MAX)
 
 # Adding 1.5 * 2**23 pushes the fraction out of the mantissa, which rounds it as IEEE does.
 ROUND_MAGIC = tl.constexpr(12582912.0)
@@ -110,13 +115,16 @@ def encode(u, CODE: tl.constexpr):
         return _encode_float(u, 2, 15, 0x47600000, 0x7F, False)
     elif CODE == FP8_E4M3FNUZ:
         return _encode_float(u, 3, 8, 0x43700000, 0x80, True)
+    elif CODE == LITE_SCALE:
+        return _encode_float(u, 3, 15, 0x477FFFFF, 0xFF, False)
     else:
         y = bits_float(tl.where(is_nan_bits(u), 0, u))
         if CODE == INT8:
             return round_to_int(tl.minimum(tl.maximum(y, -127.0), 127.0)) + 128
         else:
-            tl.static_assert(CODE == INT4)
-            return round_to_int(tl.minimum(tl.maximum(y, 0.0), 15.0))
+            tl.static_assert((CODE == INT4) | (CODE == INT3) | (CODE == INT2))
+            TOP: tl.constexpr = 15.0 if CODE == INT4 else 7.0 if CODE == INT3 else 3.0
+            return round_to_int(tl.minimum(tl.maximum(y, 0.0), TOP))
 
 
 # Decoding ------------------------------------------------------------------------------------
@@ -281,3 +289,45 @@ def decode(c, CODE: tl.constexpr, ISA: tl.constexpr, HIGH: tl.constexpr = False,
             return _packed(c, _E4M3_PTX, IN_PLACE)
         else:
             return _packed(c, _E4M3_SM80_PTX, IN_PLACE)
+
+
+@triton.constexpr_function
+def field_ptx(field: int, planes: int) -> str:
+    """Field *field* of bytes with four codes of 2 bits in ``$2``; with two *planes*, ``$3`` has
+    their third bits, that of field 0 lowest."""
+    source, third = f"shr.b32 t, $2, {2 * field};", ""
+    if planes == 2:
+        third = f"""shr.b32 h, $3, {field};
+    and.b32 h, h, 0x01010101;
+    shl.b32 h, h, 2;
+    or.b32 t, t, h;"""
+    return f"""{{
+    .reg .b32 bias, magic, t, h;
+    mov.b32 magic, 0x64646464;
+    mov.b32 bias, 0x64006400;
+    {source}
+    and.b32 t, t, 0x03030303;
+    {third}
+    prmt.b32 $0, t, magic, 0x4140;
+    prmt.b32 $1, t, magic, 0x4342;
+    sub.f16x2 $0, $0, bias;
+    sub.f16x2 $1, $1, bias;
+}}"""
+
+
+@triton.jit
+def decode_field(c, third, FIELD: tl.constexpr, ISA: tl.constexpr, IN_PLACE: tl.constexpr = False):
+    """One of the four 2-bit codes of bytes *c* -> fp16, exactly; of 3-bit codes if *third* (bytes
+    whose bits are those of the fields of *c*, or None) is there. Else as :func:`decode`."""
+    if ISA == PORTABLE:
+        bits = (c.to(tl.int16) >> (2 * FIELD)) & 3
+        if third is not None:
+            bits |= ((third.to(tl.int16) >> FIELD) & 1) << 2
+        return _half(bits | 0x6400) - 1024.0
+    elif third is not None:
+        return tl.inline_asm_elementwise(
+            field_ptx(FIELD, 2), "=&r,=&r,r,r", [c, third], tl.float16, is_pure=not IN_PLACE,
+            pack=4,
+        )  # fmt: skip
+    else:
+        return _packed(c, field_ptx(FIELD, 1), IN_PLACE)

@@ -4,7 +4,7 @@ The library knows nothing of torch, so one build serves every torch; this module
 of ``csrc/cuda/params.h`` from tensors and launches on torch's current stream. Nothing here reads a
 device's memory or waits for it, so that a CUDA graph may capture every call.
 
-Arguments are those of :mod:`kvq_plugin.ops`, which has checked them.
+Calls come from :mod:`kvq_plugin.ops`, which has checked them.
 """
 
 from __future__ import annotations
@@ -13,22 +13,18 @@ import ctypes
 from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
 from functools import cache as memoize
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from kvq_plugin.calls import Attend, Store, Workspace
 from kvq_plugin.formats import KVFormat
+from kvq_plugin.kernels import page_refusal
 from kvq_plugin.kernels.structs import (
     AttendParams,
     StoreParams,
     attend_params,
     store_params,
 )
-from kvq_plugin.layout import GPU_V1, PageLayout
-from kvq_plugin.reference import StaticScale
-
-if TYPE_CHECKING:
-    from kvq_plugin.kernels import Workspace
 
 LIBRARY = Path(__file__).parent.parent / "_kvq_cuda.so"
 #: Compute capability from which mma.m16n8k16 and fp16 -> fp32 products exist.
@@ -90,17 +86,14 @@ def _multiprocessors(device: torch.device) -> int:
 @memoize
 def shape_refusal(format: KVFormat, head_size: int, block_size: int) -> str | None:
     """Why no CUDA C++ kernel reads pages of this shape; None if one does."""
-    try:
-        PageLayout(format, head_size, block_size, GPU_V1)
-    except ValueError as e:
-        return str(e)
+    if (reason := page_refusal(format, head_size, block_size)) is not None:
+        return reason
     # Rows of a head size class above 64 are read 16 bytes at a time.
     bits = min(format.key.code.bits, format.value.code.bits)
     if head_size > 64 and head_size * bits // 8 % 16:
-        elsewhere = "Triton's kernels take" if format.recent is None else "only CPUs take"
         return (
             f"rows of {head_size} {bits}-bit codes are {head_size * bits // 8} bytes, and CUDA C++ "
-            f"kernels read multiples of 16; {elsewhere} head size {head_size}"
+            f"kernels read multiples of 16; Triton's kernels take head size {head_size}"
         )
     return None
 
@@ -135,20 +128,19 @@ def _aligned(cache: torch.Tensor) -> bool:
     return cache.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in cache.stride()[:2])
 
 
-def supports(format: KVFormat, head_size: int, cache: torch.Tensor) -> bool:
-    """Whether :func:`store` and :func:`attend` can serve *cache* ``[B, H, N, C]``."""
-    return refusal(format, head_size, cache) is None
+def _refusal(call: Store | Attend) -> str | None:
+    return refusal(call.format, call.rows.shape[-1], call.cache, call.recent_cache)
 
 
-def _require(format: KVFormat, head_size: int, *caches: torch.Tensor | None) -> ctypes.CDLL:
-    reason = refusal(format, head_size, *caches)
+def supports(call: Store | Attend) -> bool:
+    """Whether :func:`store` or :func:`attend` can serve *call*."""
+    return _refusal(call) is None
+
+
+def _require(call: Store | Attend) -> ctypes.CDLL:
+    reason = _refusal(call)
     if reason is None:
         return _load()
-    if format.recent is not None:
-        raise ValueError(
-            f"{format.name} on {caches[0].device}: {reason}; no other GPU kernels serve it: use "
-            f"k8v4, int4_per_token_head or int8_per_token_head, or a CPU"
-        )
     raise ValueError(f"KVQ_GPU_KERNELS=cuda: {reason}; unset it, or set KVQ_GPU_KERNELS=triton")
 
 
@@ -202,68 +194,30 @@ def _place(params: AttendParams, need: int, workspace: Workspace | None, device)
     return scratch, counters
 
 
-def store(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    format: KVFormat,
-    key_static: StaticScale | None = None,
-    value_static: StaticScale | None = None,
-    *,
-    recent_cache: torch.Tensor | None = None,
-    recent_slot_mapping: torch.Tensor | None = None,
-) -> None:
+def store(call: Store) -> None:
     """As :func:`kvq_plugin.ops.store`, into pages of layout ``gpu-v1``. Of two rows for one slot
     either may stay.
 
     Raises ValueError where :func:`refusal` names a reason.
     """
-    _require(format, key.shape[-1], cache, recent_cache)
-    params = store_params(
-        key, value, cache, slot_mapping, format, key_static, value_static,
-        recent_cache=recent_cache, recent_slot_mapping=recent_slot_mapping,
-    )  # fmt: skip
-    _launch("kvq_cuda_store", params, cache.device)
+    _require(call)
+    _launch("kvq_cuda_store", store_params(call), call.cache.device)
 
 
-def attend(
-    out: torch.Tensor,
-    query: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    format: KVFormat,
-    scale: float,
-    key_static: StaticScale | None = None,
-    value_static: StaticScale | None = None,
-    *,
-    max_query_len: int,
-    max_seq_len: int,
-    workspace: Workspace | None = None,
-    **options,
-) -> None:
+def attend(call: Attend) -> None:
     """As :func:`kvq_plugin.ops.attend`, over pages of layout ``gpu-v1``.
 
     Made for decoding: a few query tokens per sequence. Longer queries are right, but read the
     cache once per 8 or 16 rows, so prefer Triton's kernels for them.
 
-    Args:
-        max_query_len, max_seq_len: bounds of the batch, from shapes; no data is looked at.
-        workspace: with ``scratch`` of up to :func:`workspace_size` bytes, 16-byte aligned, and
-            COUNTERS ``counters``; allocated for the call if None.
-        options: causal, window, softcap, alibi_slopes, sinks, recent_cache and recent_block_table
-            of :func:`kvq_plugin.ops.attend`.
+    The workspace has ``scratch`` of up to :func:`workspace_size` bytes, 16-byte aligned, and
+    COUNTERS ``counters``; None: allocated for the call.
 
     Raises ValueError where :func:`refusal` names a reason, and for a workspace that is too small.
     """
-    library = _require(format, query.shape[-1], cache, options.get("recent_cache"))
-    params = attend_params(
-        out, query, cache, block_table, seq_lens, query_start_loc, format, scale,
-        key_static, value_static, max_query_len=max_query_len, **options,
-    )  # fmt: skip
-    need = plan(library, params, max_seq_len, _multiprocessors(cache.device))
-    kept = _place(params, need, workspace, cache.device) if need else None
-    _launch("kvq_cuda_attend", params, cache.device)
+    library, device = _require(call), call.cache.device
+    params = attend_params(call)
+    need = plan(library, params, call.max_seq_len, _multiprocessors(device))
+    kept = _place(params, need, call.workspace, device) if need else None
+    _launch("kvq_cuda_attend", params, device)
     del kept  # memory given back now is used again behind this launch

@@ -6,28 +6,29 @@ Nothing here looks at data on a device, so that a CUDA graph may capture every l
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as memoize
 
 import torch
 import triton
 
-from kvq_plugin.formats import KVFormat
+from kvq_plugin.calls import Attend, Store
+from kvq_plugin.formats import GROUP, KVFormat
 from kvq_plugin.kernels.codec import PORTABLE, SM80, SM89
-from kvq_plugin.layout import GPU_V1, PageLayout
 
-ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 #: Query rows of one program at most; more query heads per kv head are dealt out in chunks.
 MAX_ROWS = 64
 
 
 @dataclass(frozen=True)
 class AttendChoice:
-    """``block_n`` tokens per tile, warps, and stages of the software pipeline."""
+    """``block_n`` tokens per tile, warps, stages of the software pipeline, and query rows per tile
+    of long queries (more if one token has more)."""
 
     block_n: int
     warps: int
     stages: int
+    rows: int = MAX_ROWS
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,21 @@ ATTEND = {
     (True, 4, 128): AttendChoice(block_n=16, warps=8, stages=5),
     (True, 4, 256): AttendChoice(block_n=16, warps=8, stages=5),
 }
+#: The same of formats with recent rows, whose tiles are groups.
+SEALED = {
+    (False, 4, 64): AttendChoice(GROUP, warps=4, stages=5),
+    (False, 4, 128): AttendChoice(GROUP, warps=4, stages=5),
+    (False, 4, 256): AttendChoice(GROUP, warps=4, stages=5),
+    (False, 3, 64): AttendChoice(GROUP, warps=4, stages=5),
+    (False, 3, 128): AttendChoice(GROUP, warps=4, stages=5),
+    (False, 3, 256): AttendChoice(GROUP, warps=4, stages=5),
+    (True, 4, 64): AttendChoice(GROUP, warps=4, stages=5),
+    (True, 4, 128): AttendChoice(GROUP, warps=8, stages=5, rows=32),
+    (True, 4, 256): AttendChoice(GROUP, warps=8, stages=5, rows=16),
+    (True, 3, 64): AttendChoice(GROUP, warps=4, stages=5),
+    (True, 3, 128): AttendChoice(GROUP, warps=8, stages=5, rows=16),
+    (True, 3, 256): AttendChoice(GROUP, warps=8, stages=5, rows=16),
+}
 #: Programs per multiprocessor that splitting the context aims for, by (long queries).
 PROGRAMS_PER_SM = {False: 4, True: 2}
 #: Tokens that make a split worth its partial result.
@@ -69,6 +85,9 @@ MIN_SPLIT_TOKENS = 256
 MERGE_BLOCK, MERGE_WARPS = 16, 4
 #: Batches of up to ``tokens`` -> choice; decoding wants programs, prefill wants wide ones.
 STORE = ((256, StoreChoice(block_t=1, warps=1)), (None, StoreChoice(block_t=16, warps=4)))
+#: The same of sealing. All sequences may complete a group in the same step; of a prompt's tokens
+#: every 32nd does.
+SEAL = ((256, StoreChoice(block_t=1, warps=4)), (None, StoreChoice(block_t=GROUP, warps=4)))
 
 
 def interpreted() -> bool:
@@ -87,14 +106,14 @@ def decoder(device: torch.device) -> int:
 def attend_choice(format: KVFormat, head_size: int, long: bool) -> AttendChoice:
     bits = max(format.key.code.bits, format.value.code.bits)
     width = next(w for w in (64, 128, 256) if head_size <= w)
-    choice = ATTEND[long, bits, width]
+    choice = (ATTEND if format.recent is None else SEALED)[long, bits, width]
     if torch.version.hip is not None:  # no asynchronous copies to shared memory to keep busy
-        return AttendChoice(choice.block_n, choice.warps, min(choice.stages, 2))
+        return replace(choice, stages=min(choice.stages, 2))
     return choice
 
 
-def store_choice(tokens: int) -> StoreChoice:
-    return next(choice for most, choice in STORE if most is None or tokens <= most)
+def store_choice(tokens: int, table=None) -> StoreChoice:
+    return next(c for most, c in table or STORE if most is None or tokens <= most)
 
 
 @memoize
@@ -147,34 +166,22 @@ def workspace_size(head_size: int, device: torch.device) -> int:
     return programs * MAX_ROWS * (head_size + 1) * 4
 
 
-@memoize
-def check_page(format: KVFormat, head_size: int, block_size: int) -> None:
-    """Raise ValueError for pages that layout ``gpu-v1`` does not have."""
-    PageLayout(format, head_size, block_size, GPU_V1)
-
-
-def check(format: KVFormat, rows: torch.Tensor, cache: torch.Tensor) -> None:
+def check(call: Store | Attend) -> None:
     """Refuse what the kernels cannot do, before anything is launched.
 
-    Raises ValueError for a head size or block size that pages of layout ``gpu-v1`` cannot have,
-    for activations that are not floats, and for pages that are not 16-byte aligned.
+    Raises ValueError for pages that are not 16-byte aligned, and for CPU tensors outside of the
+    interpreter.
     """
-    check_page(format, rows.shape[-1], cache.shape[2])
-    if rows.dtype not in ACTIVATIONS:
+    for name, x in (("", call.cache), ("recent ", call.recent_cache)):
+        if x is not None and any(n % 16 for n in (x.data_ptr(), *x.stride()[:2])):
+            raise ValueError(
+                f"pages must start on multiples of 16 bytes: the {name}cache's address is "
+                f"{x.data_ptr():#x}, its block and head strides are {list(x.stride()[:2])}; "
+                f"allocate it aligned, as torch.empty does"
+            )
+    if call.cache.device.type != "cuda" and not interpreted():
         raise ValueError(
-            f"activations of {rows.dtype} cannot be attended to: expected bfloat16, float16 or "
-            f"float32; use --dtype bfloat16"
-        )
-    misplaced = [x for x in (cache.data_ptr(), *cache.stride()[:2]) if x % 16]
-    if misplaced:
-        raise ValueError(
-            f"pages must start on multiples of 16 bytes: the cache's address is "
-            f"{cache.data_ptr():#x}, its block and head strides are {list(cache.stride()[:2])}; "
-            f"allocate it aligned, as torch.empty does"
-        )
-    if cache.device.type != "cuda" and not interpreted():
-        raise ValueError(
-            f"Triton kernels need a CUDA or ROCm device, the cache is on {cache.device}; "
+            f"Triton kernels need a CUDA or ROCm device, the cache is on {call.cache.device}; "
             f"call kvq_plugin.ops, or set TRITON_INTERPRET=1 to debug"
         )
 

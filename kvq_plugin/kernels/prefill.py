@@ -16,11 +16,10 @@ from __future__ import annotations
 import torch
 import triton
 
-from kvq_plugin.formats import KVFormat
+from kvq_plugin.calls import Attend, statics
 from kvq_plugin.kernels import launch
 from kvq_plugin.kernels.triton_paged import page_constants
 from kvq_plugin.kernels.triton_prefill import combine_kernel, gather_kernel, plan_kernel
-from kvq_plugin.reference import StaticScale
 
 #: Query tokens of a sequence from which the detour through the scratch wins. An H100, 32/8 heads,
 #: 4 sequences of 8,192 tokens: 32 take the fused kernel 179 us (fp8), 324 (int8 per token) and 419
@@ -67,72 +66,52 @@ def calls(batch: int, kv_heads: int, head_size: int, tokens: int, max_seq_len: i
     return 1 + (triton.cdiv(past, share) if past else 0), share
 
 
-def serves(query: torch.Tensor, cache: torch.Tensor, batch: int, *, causal: bool = True,
-           window: int = 0, softcap: float = 0.0, alibi_slopes=None, sinks=None,
-           max_query_len: int, max_seq_len: int,
-           workspace: torch.Tensor | None = None) -> bool:  # fmt: skip
+def serves(call: Attend) -> bool:
     """Whether :func:`attend` serves this call, and is the faster way."""
-    if not available(cache.device) or not causal or window or softcap or sinks is not None:
+    if not available(call.cache.device) or not call.causal or call.window or call.softcap:
         return False
-    if alibi_slopes is not None:
+    if call.format.recent is not None:
         return False
-    if query.dtype not in (torch.bfloat16, torch.float16) or max_query_len < MIN_QUERY:
+    if call.sinks is not None or call.alibi_slopes is not None:
         return False
-    room = SCRATCH if workspace is None else workspace.numel() * workspace.element_size()
-    shape = batch, cache.shape[1], query.shape[2], query.shape[0]
-    return 1 <= calls(*shape, max_seq_len, room)[0] <= MAX_CALLS
+    query = call.query
+    if query.dtype not in (torch.bfloat16, torch.float16) or call.max_query_len < MIN_QUERY:
+        return False
+    room = SCRATCH if call.workspace is None else call.workspace.scratch.nbytes
+    shape = call.seq_lens.shape[0], call.cache.shape[1], query.shape[2], query.shape[0]
+    return 1 <= calls(*shape, call.max_seq_len, room)[0] <= MAX_CALLS
 
 
-def attend(
-    out: torch.Tensor,
-    query: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    format: KVFormat,
-    scale: float,
-    key_static: StaticScale | None = None,
-    value_static: StaticScale | None = None,
-    *,
-    max_query_len: int,
-    max_seq_len: int,
-    workspace: torch.Tensor | None = None,
-    flash=flash_attention,
-) -> None:
-    """Causal :func:`kvq_plugin.ops.attend` by FlashAttention, for checked arguments.
+def attend(call: Attend, flash=flash_attention) -> None:
+    """Causal :func:`kvq_plugin.ops.attend` by FlashAttention, for a checked call.
 
-    Args:
-        max_query_len, max_seq_len: upper bounds of the batch, known on the host.
-        workspace: uint8 of SCRATCH bytes, on the device; allocated here if None. With fewer, the
-            context takes more calls.
-        flash: as :func:`flash_attention`.
+    The workspace's scratch has SCRATCH bytes, on the device; with fewer, the context takes more
+    calls. None: allocated here. *flash*: as :func:`flash_attention`.
 
     Raises ValueError for what ``launch.check`` refuses, and for a workspace that does not hold
     this step's tokens.
     """
-    launch.check(format, query, cache)
+    launch.check(call)
+    out, query, cache, format = call.out, call.query, call.cache, call.format
     tokens, heads, d = query.shape
+    seq_lens, query_start_loc, table = call.seq_lens, call.query_start_loc, call.block_table
     batch, kv_heads, device = seq_lens.shape[0], cache.shape[1], cache.device
     if not batch or not tokens:
         return
-    if workspace is None:
-        workspace = torch.empty(SCRATCH, dtype=torch.uint8, device=device)
-    room = workspace.numel() * workspace.element_size()
-    count, share = calls(batch, kv_heads, d, tokens, max_seq_len, room)
+    if call.workspace is None:
+        scratch = torch.empty(SCRATCH, dtype=torch.uint8, device=device)
+    else:
+        scratch = call.workspace.scratch.flatten()
+    room = scratch.nbytes
+    count, share = calls(batch, kv_heads, d, tokens, call.max_seq_len, room)
     if not count:
         raise ValueError(
             f"the workspace must hold {tokens} tokens of K and V, {4 * kv_heads * d * tokens} "
             f"bytes, got {room}; reserve kvq_plugin.kernels.new_workspace(...)"
         )
     rows = max(tokens, share * batch)
-    scratch = workspace.view(torch.uint8).flatten()[: 4 * kv_heads * d * rows]
+    scratch = scratch[: 4 * kv_heads * d * rows]
     keys, values = scratch.view(query.dtype).view(2, rows, kv_heads, d)
-    statics = [
-        getattr(static, name) if static is not None else None
-        for static in (key_static, value_static)
-        for name in ("scale", "zero_point")
-    ]
     constants = page_constants(format, d, cache.shape[2])
     plan = torch.empty(count * (2 * batch + 1), dtype=torch.int32, device=device)
     starts = plan[: count * (batch + 1)].view(count, batch + 1)
@@ -141,20 +120,21 @@ def attend(
         plan_kernel[(count,)](starts, firsts, query_start_loc, seq_lens, batch, share,
                               BLOCK=BLOCK_S)  # fmt: skip
         total, lse = None, None
-        for call in range(count):
-            most = tokens if call == 0 else share * batch
+        for nth in range(count):
+            most = tokens if nth == 0 else share * batch
             gather_kernel[triton.cdiv(most, BLOCK_T), kv_heads, 2](
-                keys, values, cache, block_table, starts[call], firsts[call], *statics, batch,
-                cache.stride(0), cache.stride(1), block_table.stride(0), **constants,
+                keys, values, cache, table, starts[nth], firsts[nth], *statics(call, "scale"),
+                batch, cache.stride(0), cache.stride(1), table.stride(0), **constants,
                 HEADS=kv_heads, STEPS=batch.bit_length(), BLOCK_T=BLOCK_T,
                 ISA=launch.decoder(device), INTERPRETED=launch.interpreted(), num_warps=4,
             )  # fmt: skip
             part, part_lse = flash(
-                query, keys[:most], values[:most], query_start_loc, starts[call], max_query_len,
-                max_query_len if call == 0 else share, call == 0, scale,
+                query, keys[:most], values[:most], query_start_loc, starts[nth],
+                call.max_query_len, call.max_query_len if nth == 0 else share, nth == 0,
+                call.scale,
             )  # fmt: skip
-            last = call == count - 1
-            if call == 0:
+            last = nth == count - 1
+            if nth == 0:
                 total, lse = part, part_lse
                 if not last:
                     continue

@@ -6,8 +6,8 @@ from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
+from kvq_plugin.calls import Attend, Store, statics
 from kvq_plugin.formats import KVFormat
-from kvq_plugin.reference import StaticScale
 
 ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -95,95 +95,63 @@ def _cache(cache: torch.Tensor | None, format: KVFormat | None, head_size: int) 
                  format.id)  # fmt: skip
 
 
-def _scale(static: StaticScale | None, which: str) -> Scale:
-    if static is None:
-        return Scale()
-    zero = static.zero_point
-    return Scale(getattr(static, which).data_ptr(), None if zero is None else zero.data_ptr())
-
-
 def pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def store_params(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    format: KVFormat,
-    key_static: StaticScale | None = None,
-    value_static: StaticScale | None = None,
-    *,
-    recent_cache: torch.Tensor | None = None,
-    recent_slot_mapping: torch.Tensor | None = None,
-) -> StoreParams:
-    """The struct that the store kernels read, for the arguments of :func:`store`."""
-    rows = (key, value)
+def _scales(call: Store | Attend, which: str) -> tuple[Scale, Scale]:
+    """Of K and of V."""
+    key, key_zero, value, value_zero = map(pointer, statics(call, which))
+    return Scale(key, key_zero), Scale(value, value_zero)
+
+
+def store_params(call: Store) -> StoreParams:
+    """The struct that the store kernels read."""
+    rows = (call.key, call.value)
     aligned = all(
         x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
         for x in rows
     )
+    d = call.key.shape[-1]
     return StoreParams(
         *map(_rows, rows),
-        _cache(cache, format, key.shape[-1]),
-        _scale(key_static, "inverse"),
-        _scale(value_static, "inverse"),
-        slot_mapping.data_ptr(),
-        slot_mapping.shape[0],
-        _cache(recent_cache, format.recent, key.shape[-1]),
-        pointer(recent_slot_mapping),
-        ACTIVATIONS[key.dtype],
+        _cache(call.cache, call.format, d),
+        *_scales(call, "inverse"),
+        call.slot_mapping.data_ptr(),
+        call.slot_mapping.shape[0],
+        _cache(call.recent_cache, call.format.recent, d),
+        pointer(call.recent_slot_mapping),
+        ACTIVATIONS[call.key.dtype],
         aligned,
     )
 
 
-def attend_params(
-    out: torch.Tensor,
-    query: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    format: KVFormat,
-    scale: float,
-    key_static: StaticScale | None = None,
-    value_static: StaticScale | None = None,
-    *,
-    max_query_len: int,
-    causal: bool = True,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    recent_cache: torch.Tensor | None = None,
-    recent_block_table: torch.Tensor | None = None,
-) -> AttendParams:
-    """The struct that attention reads, for the arguments of :func:`attend`; not yet planned."""
+def attend_params(call: Attend) -> AttendParams:
+    """The struct that attention reads; not yet planned."""
+    recent, d = call.recent_block_table, call.query.shape[-1]
     return AttendParams(
-        _rows(query),
-        _rows(out),
-        _cache(cache, format, query.shape[-1]),
-        _scale(key_static, "scale"),
-        _scale(value_static, "scale"),
-        block_table.data_ptr(),
-        seq_lens.data_ptr(),
-        query_start_loc.data_ptr(),
-        pointer(alibi_slopes),
-        pointer(sinks),
+        _rows(call.query),
+        _rows(call.out),
+        _cache(call.cache, call.format, d),
+        *_scales(call, "scale"),
+        call.block_table.data_ptr(),
+        call.seq_lens.data_ptr(),
+        call.query_start_loc.data_ptr(),
+        pointer(call.alibi_slopes),
+        pointer(call.sinks),
         None,
         None,
-        block_table.stride(0),
-        query.shape[0],
-        _cache(recent_cache, format.recent, query.shape[-1]),
-        pointer(recent_block_table),
-        0 if recent_block_table is None else recent_block_table.stride(0),
-        seq_lens.shape[0],
-        query.shape[1],
-        max_query_len,
-        window,
-        scale,
-        softcap,
-        causal,
-        ACTIVATIONS[query.dtype],
+        call.block_table.stride(0),
+        call.query.shape[0],
+        _cache(call.recent_cache, call.format.recent, d),
+        pointer(recent),
+        0 if recent is None else recent.stride(0),
+        call.seq_lens.shape[0],
+        call.query.shape[1],
+        call.max_query_len,
+        call.window,
+        call.scale,
+        call.softcap,
+        call.causal,
+        ACTIVATIONS[call.query.dtype],
     )

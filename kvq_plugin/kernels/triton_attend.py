@@ -10,7 +10,7 @@ multiplied per element of the cache. With q normalised per row by a power of two
 
 Products take fp16 operands, in which every code is exact and q and P keep 11 bits; scores,
 softmax and sums are fp32. Probabilities are scaled by up to 2**15 to use fp16's range, and the
-running maximum includes V's token scale, so that neither can overflow (see ``_weights``).
+running maximum includes V's token scale, so that neither can overflow (see :func:`weigh`).
 
 Split ranges follow from ``seq_lens`` on the device; the host only chooses how many splits there
 are at most, from shapes. Programs whose range is empty leave a log-sum-exp of -inf behind.
@@ -25,109 +25,27 @@ import triton.language as tl
 from kvq_plugin.kernels.codec import (
     INT4,
     INT4_CENTER,
-    bits_float,
     decode,
     dims_of,
-    float_bits,
-    int_to_float,
     to_output,
 )
 from kvq_plugin.kernels.triton_rotate import channels_of, fields_of, rotate, unrotate
-
-LOG2E = tl.constexpr(1.4426950408889634)
-#: Exponent added to probabilities: the largest becomes 2**14 (2**15 with a token scale), and
-#: those fp16 loses are below 2**-38 of it.
-HEADROOM = tl.constexpr(14.0)
-
-
-@triton.jit
-def _find_sequence(query_start, num_seqs, block, BLOCK_Q: tl.constexpr):
-    """Last sequence whose blocks start at or before *block*. Sequence s starts at block
-    ``query_start[s] // BLOCK_Q + s``: at least as many as needed, and known without a scan."""
-    low, high = 0, num_seqs
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(query_start + middle) // BLOCK_Q + middle <= block:
-            low = middle + 1
-        else:
-            high = middle
-    return tl.maximum(low - 1, 0)
-
-
-@triton.jit
-def _locate(query_start, seq_lens, num_seqs, LONG: tl.constexpr, SHORT: tl.constexpr,
-            BLOCK_Q: tl.constexpr):  # fmt: skip
-    """This program's sequence, its first query row, query length, first token in the sequence's
-    query, and context length. A first token at or past the query length: nothing to do.
-
-    Queries of up to SHORT tokens belong to the launch with one block per sequence, longer ones
-    to the LONG launch, whose blocks are packed; it runs backwards, longest ranges first.
-    """
-    if LONG:
-        block = tl.num_programs(0) - 1 - tl.program_id(0)
-        seq = _find_sequence(query_start, num_seqs, block, BLOCK_Q)
-    else:
-        block = tl.program_id(0)
-        seq = block
-    start = tl.load(query_start + seq)
-    count = tl.load(query_start + seq + 1) - start
-    first = 0
-    if LONG:
-        first = (block - (start // BLOCK_Q + seq)) * BLOCK_Q
-        count = tl.where(count <= SHORT, 0, count)
-        first = tl.where(first < 0, count, first)  # rows before the first sequence
-    else:
-        count = tl.where(count > SHORT, 0, count)
-    return seq, start, count, first, tl.load(seq_lens + seq)
-
-
-@triton.jit
-def _load_query(query, rows, scale, zero, dims, D: tl.constexpr, mask_rows):
-    """fp32 query ``[M, W]`` at columns *dims*, K's static scale multiplied in."""
-    inside = dims < D
-    q = tl.load(query + rows[:, None] + dims[None, :], mask=mask_rows[:, None] & inside[None, :],
-                other=0.0).to(tl.float32)  # fmt: skip
-    if scale is not None:
-        q *= tl.load(scale + dims, mask=inside, other=0.0)[None, :]
-    return q
-
-
-@triton.jit
-def _zero_dot(q, zero, dims, D: tl.constexpr):
-    return tl.sum(q * tl.load(zero + dims, mask=dims < D, other=0.0)[None, :], 1)
-
-
-@triton.jit
-def _operand(x, EXACT_DOT: tl.constexpr):
-    """An fp16 operand of a matrix product; the interpreter multiplies it in fp32."""
-    return x.to(tl.float32) if EXACT_DOT else x
-
-
-@triton.jit
-def words(page, METADATA: tl.constexpr, position, mask):
-    at = (page + METADATA + position * 4).to(tl.pointer_type(tl.int32), bitcast=True)
-    return tl.load(at, mask=mask, other=0)
-
-
-@triton.jit
-def low_half(word):
-    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def high_half(word):
-    return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def token_scale(word, CODE: tl.constexpr):
-    return low_half(word) if CODE == INT4 else bits_float(word)
-
-
-@triton.jit
-def _tanh(y):
-    # Exact limits: exp2 gives inf or 0 beyond its range.
-    return 1.0 - 2.0 / (tl.exp2(y * (2.0 * LOG2E)) + 1.0)
+from kvq_plugin.kernels.triton_softmax import (
+    HEADROOM,
+    LOG2E,
+    bent,
+    high_half,
+    load_query,
+    locate,
+    normal_unit,
+    operand,
+    token_scale,
+    total_of,
+    weigh,
+    words,
+    write,
+    zero_dot,
+)
 
 
 # Numbers that change from batch to batch do not make a kernel of their own, nor does the alignment
@@ -160,9 +78,7 @@ def attend_kernel(
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
     CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    seq, start, count, first, length = _locate(
-        query_start, seq_lens, num_seqs, LONG, SHORT, BLOCK_Q
-    )
+    seq, start, count, first, length = locate(query_start, seq_lens, num_seqs, LONG, SHORT, BLOCK_Q)
     if first >= count:
         return
     kv_head = tl.program_id(1) // CHUNKS
@@ -200,28 +116,27 @@ def attend_kernel(
     rows = (start + token).to(tl.int64) * query_stride_t + head.to(tl.int64) * query_stride_h
     if K_PACKED:
         channel = tl.arange(0, 2 * K_WIDTH)
-        q = _load_query(query, rows, static_k, key_zero, channel, D, real)
+        q = load_query(query, rows, static_k, channel, D, real)
         if K_ROTATED:
             q = rotate(q, channel, BLOCK_M, 2 * K_WIDTH, STAGES, TURN)
         q0, q1 = fields_of(q, BLOCK_M, 2 * K_WIDTH)
         amax = tl.maximum(tl.max(tl.abs(q0), 1), tl.max(tl.abs(q1), 1))
     else:
-        q0 = _load_query(query, rows, static_k, key_zero, k_dims, D, real)
+        q0 = load_query(query, rows, static_k, k_dims, D, real)
         if K_ROTATED:
             q0 = rotate(q0, k_dims, BLOCK_M, K_WIDTH, STAGES, TURN)
         q1 = q0
         amax = tl.max(tl.abs(q0), 1)
-    exponent = tl.minimum(tl.maximum(float_bits(amax) >> 23, 1), 253)
-    unit = bits_float(exponent << 23)
-    q0 = (q0 * bits_float((254 - exponent) << 23)[:, None]).to(tl.float16)
-    q1 = (q1 * bits_float((254 - exponent) << 23)[:, None]).to(tl.float16)
+    unit, shrink = normal_unit(amax)
+    q0 = (q0 * shrink[:, None]).to(tl.float16)
+    q1 = (q1 * shrink[:, None]).to(tl.float16)
     bias = tl.zeros([BLOCK_M], tl.float32)
     if K_PACKED:
         bias = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
     elif key_zero is not None:
-        bias = _zero_dot(q0.to(tl.float32), key_zero + kv_head * D, k_dims, D)
+        bias = zero_dot(q0.to(tl.float32), key_zero + kv_head * D, k_dims, D)
     factor = unit * (scale if SOFTCAP else scale * LOG2E)
-    slope = tl.zeros([BLOCK_M], tl.float32)
+    slope = None
     if alibi is not None:
         slope = tl.load(alibi + head, mask=real, other=0.0) * LOG2E
 
@@ -233,7 +148,7 @@ def attend_kernel(
     acc0 = tl.zeros([BLOCK_M, V_WIDTH], tl.float32)
     acc1 = acc0
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    sink = top
+    sink = None
     if sinks is not None:
         sink = tl.load(sinks + head, mask=real, other=float("-inf")) * LOG2E
         if SPLIT:  # a sink counts once
@@ -257,10 +172,10 @@ def attend_kernel(
         k_rows = page + (K_CODES + position * K_ROW)
         mask = seen[None, :] if K_WIDTH == K_ROW else seen[None, :] & k_inside[:, None]
         k = tl.load(k_rows[None, :] + k_at[:, None], mask=mask, other=0)
-        s = tl.dot(_operand(q0, EXACT_DOT), _operand(decode(k, K_CODE, ISA), EXACT_DOT))
+        s = tl.dot(operand(q0, EXACT_DOT), operand(decode(k, K_CODE, ISA), EXACT_DOT))
         if K_PACKED:
-            high = _operand(decode(k, K_CODE, ISA, HIGH=True), EXACT_DOT)
-            s = tl.dot(_operand(q1, EXACT_DOT), high, s)
+            high = operand(decode(k, K_CODE, ISA, HIGH=True), EXACT_DOT)
+            s = tl.dot(operand(q1, EXACT_DOT), high, s)
         else:
             if key_zero is not None:
                 s -= bias[:, None]
@@ -270,11 +185,8 @@ def attend_kernel(
             if K_PACKED:
                 s += bias[:, None] * high_half(word)[None, :]
         s *= factor[:, None]
-        if SOFTCAP:
-            s = (softcap * LOG2E) * _tanh(s / softcap)
         away = place[:, None] - n[None, :]
-        if alibi is not None:
-            s -= slope[:, None] * away.to(tl.float32)
+        s = bent(s, away, slope, softcap, SOFTCAP)
         visible = seen[None, :] & real[:, None]
         if CAUSAL:
             visible = visible & (away >= 0)
@@ -284,22 +196,11 @@ def attend_kernel(
                 visible = visible & (-away < window)
         s = tl.where(visible, s, float("-inf"))
 
-        # P takes V's token scale: the maximum is that of their product, to within a factor 2.
-        # Scales below 2**-60 do not count, so that the mass stays far below fp32's maximum.
+        v_scale = None
         if V_DYNAMIC:
             word = words(page, V_METADATA, position, seen)
             v_scale = token_scale(word, V_CODE)
-            v_exponent = ((float_bits(v_scale) >> 23) & 0xFF) - 127
-            shift = int_to_float(tl.maximum(v_exponent, -60)) - HEADROOM
-            loudest = tl.max(s + shift[None, :], 1)
-        else:
-            loudest = tl.max(s, 1) - HEADROOM
-        peak = tl.maximum(top, loudest)
-        origin = tl.where(peak == float("-inf"), 0.0, peak)  # rows that have seen nothing
-        shrink = tl.exp2(top - origin)
-        p = tl.exp2(s - origin[:, None])
-        mass = mass * shrink + tl.sum(p, 1)
-        top = peak
+        p, shrink, top, mass = weigh(s, v_scale, top, mass)
         if V_DYNAMIC:
             # A hidden token's scale may be NaN, and 0 * NaN is NaN.
             if V_PACKED:
@@ -307,20 +208,17 @@ def attend_kernel(
                 lift = tl.where(visible, p * offset[None, :], 0.0)
                 minima = minima * shrink + tl.sum(lift, 1)
             p = tl.where(visible, p * v_scale[None, :], 0.0)
-        p = _operand(p.to(tl.float16), EXACT_DOT)
+        p = operand(p.to(tl.float16), EXACT_DOT)
         v_rows = page + (V_CODES + position * V_ROW)
         mask = seen[:, None] if V_WIDTH == V_ROW else seen[:, None] & v_inside[None, :]
         v = tl.load(v_rows[:, None] + v_at[None, :], mask=mask, other=0)
-        low = _operand(decode(v, V_CODE, ISA, IN_PLACE=True), EXACT_DOT)
+        low = operand(decode(v, V_CODE, ISA, IN_PLACE=True), EXACT_DOT)
         acc0 = tl.dot(p, low, acc0 * shrink[:, None])
         if V_PACKED:
-            high = _operand(decode(v, V_CODE, ISA, HIGH=True, IN_PLACE=True), EXACT_DOT)
+            high = operand(decode(v, V_CODE, ISA, HIGH=True, IN_PLACE=True), EXACT_DOT)
             acc1 = tl.dot(p, high, acc1 * shrink[:, None])
 
-    origin = tl.where(top == float("-inf"), 0.0, top)
-    total = mass
-    if sinks is not None:
-        total += tl.exp2(sink - origin)
+    origin, total = total_of(top, mass, sink)
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
     if V_PACKED:
         acc0 += minima[:, None]
@@ -338,17 +236,9 @@ def attend_kernel(
         result = channels_of(acc0, acc1 * inverse[:, None], BLOCK_M, O_WIDTH)
     if V_ROTATED:
         result = unrotate(result, o_dims, BLOCK_M, O_WIDTH, STAGES, TURN_BACK)
-    if SPLIT:
-        program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-        slot = (program * tl.num_programs(2) + tl.program_id(2)) * BLOCK_M + row
-        lse = tl.where(total == 0.0, float("-inf"), origin + tl.log2(total))
-        tl.store(partial_lse + slot, lse, mask=real)
-        target = partial + slot[:, None] * D + o_dims[None, :]
-    else:
-        rows = (start + token).to(tl.int64) * out_stride_t + head.to(tl.int64) * out_stride_h
-        target = out + rows[:, None] + o_dims[None, :]
-    mask = real[:, None] & (o_dims < D)[None, :]
-    tl.store(target, to_output(result, target.dtype.element_ty, EXACT_DOT), mask=mask)
+    rows = (start + token).to(tl.int64) * out_stride_t + head.to(tl.int64) * out_stride_h
+    write(result, origin, total, out, partial, partial_lse, rows, row, real, o_dims, D, BLOCK_M,
+          SPLIT, EXACT_DOT)  # fmt: skip
 
 
 @triton.jit(
@@ -366,9 +256,7 @@ def merge_kernel(
     in :func:`attend_kernel`; SPLITS is *splits* rounded up to a power of two."""
     BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
     CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    seq, start, count, first, length = _locate(
-        query_start, seq_lens, num_seqs, LONG, SHORT, BLOCK_Q
-    )
+    seq, start, count, first, length = locate(query_start, seq_lens, num_seqs, LONG, SHORT, BLOCK_Q)
     head = tl.program_id(1)
     member = head % GROUP
     axis1 = (head // GROUP) * CHUNKS + member // HEADS

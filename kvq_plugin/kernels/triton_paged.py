@@ -8,11 +8,13 @@ import torch
 import triton
 
 from kvq_plugin import rotation
+from kvq_plugin.calls import Attend, statics
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.kernels import launch, triton_rotate
 from kvq_plugin.kernels.triton_attend import attend_kernel, merge_kernel
+from kvq_plugin.kernels.triton_sealed import constants as sealed_constants
+from kvq_plugin.kernels.triton_sealed import sealed_kernel
 from kvq_plugin.layout import GPU_V1, PageLayout
-from kvq_plugin.reference import StaticScale
 
 
 @memoize
@@ -34,9 +36,10 @@ def page_constants(format: KVFormat, head_size: int, block_size: int) -> dict:
     return found
 
 
-def row_constants(rows: launch.Rows, group: int, long: bool) -> dict:
-    """``constexpr`` arguments of both kernels that say which rows a program owns."""
-    block_m = launch.MAX_ROWS if long else rows.block_m
+def row_constants(rows: launch.Rows, group: int, long: bool, most: int = launch.MAX_ROWS) -> dict:
+    """``constexpr`` arguments of both kernels that say which rows a program owns; *most* of long
+    queries, if a token's fit in."""
+    block_m = max(most, triton.next_power_of_2(rows.heads)) if long else rows.block_m
     return {
         "GROUP": group,
         "HEADS": rows.heads,
@@ -46,75 +49,62 @@ def row_constants(rows: launch.Rows, group: int, long: bool) -> dict:
     }
 
 
-def attend(
-    out: torch.Tensor,
-    query: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    format: KVFormat,
-    scale: float,
-    key_static: StaticScale | None = None,
-    value_static: StaticScale | None = None,
-    *,
-    causal: bool = True,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    max_query_len: int,
-    max_seq_len: int,
-    workspace: torch.Tensor | None = None,
-) -> None:
-    """:func:`kvq_plugin.ops.attend` by Triton, for checked arguments.
+def attend(call: Attend) -> None:
+    """:func:`kvq_plugin.ops.attend` by Triton, for a checked call.
 
-    Args:
-        max_query_len, max_seq_len: upper bounds of the batch, known on the host.
-        workspace: at least :func:`~kvq_plugin.kernels.launch.workspace_size` bytes, contiguous,
-            on the device; allocated here if None.
+    The workspace's scratch has at least :func:`~kvq_plugin.kernels.launch.workspace_size` bytes,
+    contiguous, on the device; None: allocated here.
 
     Raises ValueError for what ``launch.check`` refuses and for a workspace that is too small.
     """
-    launch.check(format, query, cache)
-    sequences, kv_heads, group = seq_lens.shape[0], cache.shape[1], query.shape[1] // cache.shape[1]
+    launch.check(call)
+    out, query, cache, format, group = call.out, call.query, call.cache, call.format, call.group
+    sequences, kv_heads, scale = call.seq_lens.shape[0], cache.shape[1], call.scale
     if not sequences or not query.shape[0] or not group:
         return
     if format.key.rotated:
         scale *= rotation.gain(query.shape[2])
-    rows = launch.rows(group, max_query_len)
+    rows = launch.rows(group, call.max_query_len)
     chunks = triton.cdiv(group, rows.heads)
-    statics = [
-        getattr(static, name) if static is not None else None
-        for static in (key_static, value_static)
-        for name in ("scale", "zero_point")
-    ]
-    page = page_constants(format, query.shape[2], cache.shape[2])
+    sizes, shape = cache.stride()[:2], (format, query.shape[2], cache.shape[2])
+    options = {"WINDOW": call.window > 0, "SOFTCAP": call.softcap != 0.0}
     for long in (False, True) if rows.long else (False,):
-        owned = row_constants(rows, group, long)
         choice = launch.attend_choice(format, query.shape[2], long)
+        owned = row_constants(rows, group, long, choice.rows)
         blocks = sequences
         if long:
             blocks += query.shape[0] // (owned["BLOCK_M"] // rows.heads)
         programs = blocks * kv_heads * chunks
-        splits = launch.split_count(programs, max_seq_len, cache.device, long)
-        partial, lse = _partials(workspace, programs * splits, owned["BLOCK_M"], query, splits)
+        splits = launch.split_count(programs, call.max_seq_len, cache.device, long)
+        partial, lse = _partials(call, programs * splits, owned["BLOCK_M"], splits)
+        grid = blocks, kv_heads * chunks, splits
+        common = {
+            **owned, **options, "SPLIT": splits > 1, "ISA": launch.decoder(cache.device),
+            "MIN_TILES": triton.cdiv(launch.MIN_SPLIT_TOKENS, choice.block_n),
+            "EXACT_DOT": launch.interpreted(),
+            "num_warps": choice.warps, "num_stages": choice.stages,
+        }  # fmt: skip
         with launch.on_device_of(cache):
-            attend_kernel[blocks, kv_heads * chunks, splits](
-                out, query, cache, block_table, seq_lens, query_start_loc, *statics,
-                alibi_slopes, sinks, partial, lse, scale, softcap, window, sequences,
-                out.stride(0), out.stride(1), query.stride(0), query.stride(1),
-                cache.stride(0), cache.stride(1), block_table.stride(0),
-                **page, **owned,
-                CAUSAL=causal, WINDOW=window > 0, SOFTCAP=softcap != 0.0, SPLIT=splits > 1,
-                MIN_TILES=triton.cdiv(launch.MIN_SPLIT_TOKENS, choice.block_n),
-                BLOCK_N=choice.block_n, ISA=launch.decoder(cache.device),
-                EXACT_DOT=launch.interpreted(),
-                num_warps=choice.warps, num_stages=choice.stages,
-            )  # fmt: skip
+            if format.recent is None:
+                attend_kernel[grid](
+                    out, query, cache, call.block_table, call.seq_lens, call.query_start_loc,
+                    *statics(call, "scale"), call.alibi_slopes, call.sinks, partial, lse, scale,
+                    call.softcap, call.window, sequences, *out.stride()[:2], *query.stride()[:2],
+                    *sizes, call.block_table.stride(0), **page_constants(*shape),
+                    CAUSAL=call.causal, BLOCK_N=choice.block_n, **common,
+                )  # fmt: skip
+            else:
+                recent, table = call.recent_cache, call.recent_block_table
+                sealed_kernel[grid](
+                    out, query, cache, recent, call.block_table, table, call.seq_lens,
+                    call.query_start_loc, call.alibi_slopes, call.sinks, partial, lse, scale,
+                    call.softcap, call.window, sequences, *out.stride()[:2], *query.stride()[:2],
+                    *sizes, *recent.stride()[:2], call.block_table.stride(0), table.stride(0),
+                    **sealed_constants(*shape, recent.shape[2]), **common,
+                )  # fmt: skip
             if splits > 1:
                 merge_kernel[blocks, query.shape[1]](
-                    out, query_start_loc, seq_lens, partial, lse, sequences, splits,
+                    out, call.query_start_loc, call.seq_lens, partial, lse, sequences, splits,
                     out.stride(0), out.stride(1), **owned,
                     D=query.shape[2], WIDTH=triton.next_power_of_2(query.shape[2]),
                     SPLITS=triton.next_power_of_2(splits), BLOCK_S=launch.MERGE_BLOCK,
@@ -122,18 +112,20 @@ def attend(
                 )  # fmt: skip
 
 
-def _partials(workspace, parts: int, block_m: int, query: torch.Tensor, splits: int):
-    """Views of *workspace* for partial outputs and their log-sum-exps; (None, None) unsplit."""
+def _partials(call: Attend, parts: int, block_m: int, splits: int):
+    """Memory for partial outputs and their log-sum-exps; (None, None) unsplit."""
     if splits == 1:
         return None, None
+    query = call.query
     numbers = parts * block_m * query.shape[2], parts * block_m
     need = sum(numbers) * 4
-    if workspace is None:
-        workspace = torch.empty(need, dtype=torch.uint8, device=query.device)
-    flat = workspace.view(torch.uint8).flatten()
-    if flat.numel() < need or workspace.device != query.device:
+    if call.workspace is None:
+        flat = torch.empty(need, dtype=torch.uint8, device=query.device)
+    else:
+        flat = call.workspace.scratch.flatten()
+    if flat.numel() < need or flat.device != query.device:
         raise ValueError(
             f"the workspace must hold {need} bytes on {query.device}, got {flat.numel()} on "
-            f"{workspace.device}; reserve kvq_plugin.kernels.new_workspace(...)"
+            f"{flat.device}; reserve kvq_plugin.kernels.new_workspace(...)"
         )
     return flat[:need].view(torch.float32).split(numbers)

@@ -7,10 +7,8 @@ import triton
 import triton.language as tl
 
 from kvq_plugin.kernels.codec import INT4, decode, to_output
-from kvq_plugin.kernels.triton_attend import high_half, token_scale, words
 from kvq_plugin.kernels.triton_rotate import channels_of, unrotate
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from kvq_plugin.kernels.triton_softmax import LOG2E, high_half, token_scale, words
 
 
 @triton.jit(

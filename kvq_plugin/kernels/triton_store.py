@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvq_plugin.calls import Store, statics
 from kvq_plugin.codes import AMAX_FLOOR, FP16_MAX
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.kernels import launch, triton_rotate
@@ -27,7 +28,6 @@ from kvq_plugin.kernels.codec import (
 )
 from kvq_plugin.kernels.triton_rotate import fields_of, rotate
 from kvq_plugin.layout import GPU_V1, PageLayout
-from kvq_plugin.reference import StaticScale
 
 _AMAX_FLOOR = tl.constexpr(AMAX_FLOOR)
 _FP16_MAX = tl.constexpr(FP16_MAX)
@@ -182,38 +182,26 @@ def constants(format: KVFormat, head_size: int, block_size: int) -> dict:
     return found
 
 
-def store(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    format: KVFormat,
-    key_static: StaticScale | None = None,
-    value_static: StaticScale | None = None,
-) -> None:
-    """:func:`kvq_plugin.ops.store` by Triton, for checked arguments.
+def store(call: Store) -> None:
+    """:func:`kvq_plugin.ops.store` by Triton, for a checked call without recent rows.
 
     The data is never looked at on the host: slots outside of the cache are skipped, where the
     CPU's operator raises.
     """
-    launch.check(format, key, cache)
-    tokens, heads, head_size = slot_mapping.shape[0], *key.shape[1:]
+    launch.check(call)
+    key, value, cache, slots = call.key, call.value, call.cache, call.slot_mapping
+    tokens, heads, head_size = slots.shape[0], *key.shape[1:]
     if not tokens or not heads:
         return
     choice = launch.store_choice(tokens)
     grid = (triton.cdiv(tokens, choice.block_t), heads, 2)
-    statics = [
-        getattr(static, name) if static is not None else None
-        for static in (key_static, value_static)
-        for name in ("inverse", "zero_point")
-    ]
     with launch.on_device_of(cache):
         store_kernel[grid](
-            key, value, cache, slot_mapping, *statics,
+            key, value, cache, slots, *statics(call, "inverse"),
             tokens, cache.shape[0] * cache.shape[2],
             key.stride(0), key.stride(1), value.stride(0), value.stride(1),
             cache.stride(0), cache.stride(1),
-            **constants(format, head_size, cache.shape[2]),
+            **constants(call.format, head_size, cache.shape[2]),
             BLOCK_T=choice.block_t, num_warps=choice.warps, num_stages=1,
             enable_fp_fusion=False,
         )  # fmt: skip

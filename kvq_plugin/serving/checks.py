@@ -269,7 +269,7 @@ def _check_recent(asked: str, format: KVFormat, vllm_config: Any) -> None:
     lacking = platform_backend().lacking(format, model.get_head_size())
     if lacking is not None:
         raise ValueError(
-            f"--kv-cache-dtype {asked} needs the CUDA C++ kernels, and {lacking}; use "
+            f"--kv-cache-dtype {asked} needs GPU kernels: {lacking}; use "
             "--kv-cache-dtype k8v4, int4_per_token_head or int8_per_token_head"
         )
     smallest = min_block_size(format, model.get_head_size())

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from kvq_plugin import ops
+from kvq_plugin import kernels, ops
 from kvq_plugin.formats import GROUP, KVFormat, fnuz
 from kvq_plugin.kernels import Workspace, new_workspace
 from kvq_plugin.layout import GPU_V1, LANES, MAX_HEAD_SIZES
@@ -254,13 +254,7 @@ class GPUBackend(KVQBackend):
 
     @classmethod
     def lacking(cls, format: KVFormat, head_size: int) -> str | None:
-        if format.recent is None:
-            return None
-        if not current_platform.is_cuda():
-            return "they are for NVIDIA's GPUs"
-        from kvq_plugin.kernels import cuda
-
-        return cuda.library_refusal() or cuda.shape_refusal(format, head_size, BLOCK_SIZE)
+        return None if format.recent is None else kernels.refusal(format, head_size, BLOCK_SIZE)
 
     @staticmethod
     def get_name() -> str:

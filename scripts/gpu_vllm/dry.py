@@ -171,6 +171,7 @@ def compile_only(folder: Path) -> None:
 def compiled_kernels() -> None:
     """Our Triton kernels as on an H100; the CUDA C++ kernels take their share and do nothing."""
     from kvq_plugin import kernels
+    from kvq_plugin.calls import Attend, Store
     from kvq_plugin.kernels import codec, cuda, launch
     from kvq_plugin.serving import base, gpu
 
@@ -179,4 +180,7 @@ def compiled_kernels() -> None:
     cuda._multiprocessors = launch.multiprocessors = lambda device: 132
     launch.decoder = lambda device: codec.SM89.value
     launch.interpreted = lambda: True  # so that a cache on a CPU is taken
-    base.ops = gpu.ops = types.SimpleNamespace(store=kernels.store, attend=kernels.attend)
+    base.ops = gpu.ops = types.SimpleNamespace(
+        store=lambda *args, **recent: kernels.store(Store(*args, **recent)),
+        attend=lambda *args, **options: kernels.attend(Attend(*args, **options)),
+    )

@@ -10,8 +10,9 @@ import pytest
 import torch
 from cases import BATCHES, PLAIN_ROWS, name_of
 
+from kvq_plugin.calls import Attend
 from kvq_plugin.formats import CODES, Granularity, Kind, get_format
-from kvq_plugin.kernels import launch
+from kvq_plugin.kernels import Workspace, launch
 from kvq_plugin.kernels import triton_paged as paged
 from kvq_plugin.layout import GPU_V1, PageLayout
 
@@ -24,7 +25,7 @@ def run(p: oracle.Problem, out=None, **options) -> torch.Tensor:
     out = torch.full_like(p.query, NAN) if out is None else out
     counts = p.query_start_loc.diff()
     bounds = {"max_query_len": int(counts.max()), "max_seq_len": int(p.seq_lens.max())}
-    paged.attend(out, *p.arguments(), **p.options, **{**bounds, **options})
+    paged.attend(Attend(out, *p.arguments(), **p.options, **{**bounds, **options}))
     return out
 
 
@@ -142,7 +143,7 @@ def test_rows_outside_of_the_batch_keep_their_value(format):
     out = torch.full_like(padded, 7.0)
     tensors = list(p.arguments())
     tensors[0] = padded
-    paged.attend(out, *tensors, max_query_len=2, max_seq_len=40)
+    paged.attend(Attend(out, *tensors, max_query_len=2, max_seq_len=40))
     assert (out[3:] == 7.0).all()
     assert torch.equal(out[:3], run(p))
 
@@ -156,7 +157,7 @@ def test_bounds_may_be_loose(max_query_len):
     args[3] = torch.cat([p.seq_lens, torch.zeros(2, dtype=torch.int32)])
     args[4] = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)
     out = torch.full_like(p.query, NAN)
-    paged.attend(out, *args, max_query_len=max_query_len, max_seq_len=4096)
+    paged.attend(Attend(out, *args, max_query_len=max_query_len, max_seq_len=4096))
     fp16_bound.compare(p, out, p.expected())
 
 
@@ -171,7 +172,7 @@ def test_a_later_part_of_a_batch():
             p.seq_lens[begin:end],
             p.query_start_loc[begin : end + 1],
         )
-        paged.attend(out, *args, max_query_len=longest, max_seq_len=90)
+        paged.attend(Attend(out, *args, max_query_len=longest, max_seq_len=90))
     fp16_bound.compare(p, out, p.expected())
 
 
@@ -179,10 +180,10 @@ def test_workspace():
     p = oracle.build(INT8, ((900, 1),), kind=GPU_V1, head_size=32, kv_heads=1)
     size = launch.workspace_size(32, p.cache.device)
     room = torch.zeros(size, dtype=torch.uint8)
-    assert torch.equal(run(p, workspace=room), run(p))
+    assert torch.equal(run(p, workspace=Workspace(room, None)), run(p))
     assert room.any(), "the context was not split"
     with pytest.raises(ValueError, match=r"workspace must hold \d+ bytes.*new_workspace"):
-        run(p, workspace=room[:64])
+        run(p, workspace=Workspace(room[:64], None))
 
 
 @pytest.mark.parametrize("in_place", (False, True))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from cases import BATCHES, OUTPUT_ROUNDING, PLAIN_ROWS, name_of
 
+from kvq_plugin.calls import Attend
 from kvq_plugin.formats import Granularity, get_format
 from kvq_plugin.gpu_check import checks
-from kvq_plugin.kernels import prefill
+from kvq_plugin.kernels import Workspace, prefill
 from kvq_plugin.layout import GPU_V1
 
 INT8, INT4, STATIC = map(get_format, ("int8_per_token_head", "int4_per_token_head", "int8"))
@@ -40,7 +41,7 @@ def run(p: oracle.Problem, **options) -> torch.Tensor:
         "max_query_len": int(p.query_start_loc.diff().max()),
         "max_seq_len": int(p.seq_lens.max()),
     }
-    prefill.attend(out, *p.arguments(), **{**bounds, **options}, flash=flash)
+    prefill.attend(Attend(out, *p.arguments(), **{**bounds, **options}), flash)
     return out
 
 
@@ -55,7 +56,7 @@ def check(format, batch=MIXED, tokens_of_scratch=None, **options) -> None:
     room = {}
     if tokens_of_scratch:
         size = 4 * p.cache.shape[1] * p.query.shape[2] * tokens_of_scratch
-        room["workspace"] = torch.full((size,), 0xFF, dtype=torch.uint8)
+        room["workspace"] = Workspace(torch.full((size,), 0xFF, dtype=torch.uint8), None)
     expected = p.expected()
     error = (run(p, **room).double() - expected).square().mean().sqrt()
     assert error <= bound(p.query.dtype) * expected.square().mean().sqrt()
@@ -94,8 +95,8 @@ def test_rows_of_no_sequence_are_left_alone():
     query = torch.cat([p.query, p.query[:1]])
     out = torch.full_like(query, float("nan"))
     _, cache, table, lengths, starts, *rest = p.arguments()
-    prefill.attend(out, query, cache, table[2:], lengths[2:], starts[2:], *rest,
-                   max_query_len=30, max_seq_len=100, flash=flash)  # fmt: skip
+    prefill.attend(Attend(out, query, cache, table[2:], lengths[2:], starts[2:], *rest,
+                          max_query_len=30, max_seq_len=100), flash)  # fmt: skip
     begin = int(starts[2])
     assert out[:begin].isnan().all()
     assert out[-1].isnan().all()
@@ -105,7 +106,7 @@ def test_rows_of_no_sequence_are_left_alone():
 def test_a_scratch_too_small_for_the_step():
     p = oracle.build(INT8, MIXED, kind=GPU_V1, head_size=32, group=2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="must hold 56 tokens of K and V"):
-        run(p, workspace=torch.empty(64, dtype=torch.uint8))
+        run(p, workspace=Workspace(torch.empty(64, dtype=torch.uint8), None))
 
 
 def test_which_calls_it_serves():
@@ -118,7 +119,8 @@ def test_which_calls_it_serves():
 
     def serves(query=query, batch=4, **options):
         bounds = {"max_query_len": 512, "max_seq_len": 4096}
-        return prefill.serves(query, Cache, batch, **{**bounds, **options})
+        rest = None, torch.empty(batch), None, STATIC, 1.0
+        return prefill.serves(Attend(None, query, Cache, *rest, **{**bounds, **options}))
 
     assert serves()
     assert not serves(window=64)
@@ -129,7 +131,7 @@ def test_which_calls_it_serves():
     assert not serves(query.float())
     assert not serves(max_query_len=prefill.MIN_QUERY - 1)
     assert not serves(batch=4096, max_seq_len=1 << 20)
-    assert not serves(workspace=torch.empty(1 << 10, dtype=torch.uint8))
+    assert not serves(workspace=Workspace(torch.empty(1 << 10, dtype=torch.uint8), None))
 
 
 def test_gpu_check_knows_from_where_it_serves():

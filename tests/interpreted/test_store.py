@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvq_plugin import reference
+from kvq_plugin.calls import Store
 from kvq_plugin.formats import Granularity, Kind, get_format
 from kvq_plugin.kernels import launch
 from kvq_plugin.kernels import triton_store as kernel
@@ -26,10 +27,14 @@ GOLDEN = [
 ]
 
 
+def write(*args, **recent) -> None:
+    kernel.store(Store(*args, **recent))
+
+
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.name)
 def test_golden_hashes(case):
     """Special values, zero points, skipped slots, head sizes that are no power of two."""
-    digest = golden_cases.digest(golden_cases.stored(case, kernel.store, GPU_V1))
+    digest = golden_cases.digest(golden_cases.stored(case, write, GPU_V1))
     assert digest == golden_cases.golden()[case.name]
 
 
@@ -54,7 +59,7 @@ def compare(format, key, value, slots, block_size=16, style="plain"):
         ]
     cache = oracle.empty_cache(format, 3, heads, head_size, block_size, style)
     want = oracle.clone_storage(cache)
-    kernel.store(key, value, cache, slots, format, *statics)
+    write(key, value, cache, slots, format, *statics)
     n = slots.numel()
     reference.store(key[:n], value[:n], want, slots, format, *statics, layout=GPU_V1)
     assert torch.equal(oracle.whole_storage(cache), oracle.whole_storage(want))
@@ -77,7 +82,7 @@ def test_slots_past_the_cache_write_nothing(format):
     if not format.is_dynamic:
         statics = (reference.StaticScale.expand(1.0, 1, 16),) * 2
     cache = oracle.empty_cache(format, 2, 1, 16, 16, "padded")
-    kernel.store(key, key, cache, torch.tensor([32, 10**12]), format, *statics)
+    write(key, key, cache, torch.tensor([32, 10**12]), format, *statics)
     assert (oracle.whole_storage(cache) == 0xFF).all()
 
 
@@ -100,10 +105,10 @@ def test_every_16_bit_input(name, dtype):
     format = get_format(name)
     static = reference.StaticScale.expand(0.7, 1, 128)
     caches = [oracle.empty_cache(format, 4, 1, 128, 128) for _ in range(2)]
-    for cache, write in zip(
-        caches, (kernel.store, functools.partial(reference.store, layout=GPU_V1)), strict=True
+    for cache, store in zip(
+        caches, (write, functools.partial(reference.store, layout=GPU_V1)), strict=True
     ):
-        write(x, x, cache, torch.arange(512), format, static, static)
+        store(x, x, cache, torch.arange(512), format, static, static)
     assert torch.equal(*caches)
 
 
@@ -112,5 +117,4 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
     format = get_format("int8_per_token_head")
     cache = oracle.empty_cache(format, 1, 1, 16, 16)
     with pytest.raises(ValueError, match="need a CUDA or ROCm device.*TRITON_INTERPRET"):
-        kernel.store(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), cache, torch.zeros(1).long(),
-                     format)  # fmt: skip
+        write(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), cache, torch.zeros(1).long(), format)

@@ -300,11 +300,6 @@ def is_gpu() -> bool:
     return _is("is_cuda_alike")
 
 
-def is_cuda() -> bool:
-    """True when it is the CUDA platform."""
-    return _is("is_cuda")
-
-
 def is_unspecified() -> bool:
     """True when vLLM found no device here, as on the head node of a Ray cluster of GPUs."""
     return _is("is_unspecified")
