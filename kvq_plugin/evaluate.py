@@ -60,10 +60,13 @@ def read_text(name: str) -> str:
 
 
 def load_tokenizer(model: str):
-    """The Hugging Face tokenizer of *model* (a directory or a hub name)."""
+    """The Hugging Face tokenizer of *model* (a directory or a hub name); ValueError without one."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (ValueError, OSError) as error:  # of several lines, about packages to install
+        raise ValueError(f"no tokenizer for {model}: {str(error).splitlines()[0]}") from error
 
 
 def cache_dtype(model: str, dtype: str) -> str:

@@ -20,6 +20,7 @@ from kvq_plugin.evaluate import (
     BASELINE,
     OWN,
     Evaluation,
+    Question,
     Score,
     Tick,
     Window,
@@ -80,13 +81,12 @@ class TransformersDriver:
         chunk: int | None = None,
         prompts: Sequence[Window] = (),
         length: int = 0,
-        questions: Sequence[tuple[Window, int]] = (),
+        questions: Sequence[Question] = (),
         tick: Tick = lambda: None,
     ) -> Evaluation:
         """As :func:`kvq_plugin.evaluate.evaluate`; ``kv_tokens`` are those of a GiB at the length
-        of the first window. *chunk*: feed at most so many tokens at once, one sequence at a time.
-        *questions*, prompts and how many tokens an answer may have, are answered TOGETHER at a
-        time otherwise.
+        of the first window. *chunk*: feed at most so many tokens at once, one sequence at a time;
+        otherwise *questions* are answered TOGETHER at a time.
 
         Raises ValueError for a format that cannot have this model, with the reason.
         """
@@ -118,8 +118,7 @@ class TransformersDriver:
             divergence = tuples if reference is not None else None
             logprobs = tuples.pop("logprobs")
             scores[text] = Score(logprobs, divergence=divergence and Divergence(**divergence))
-        asked = {"answers": tuple(answers)} if questions else {}
-        return Evaluation(scores, kv_tokens, tuple(generations), **asked)
+        return Evaluation(scores, kv_tokens, tuple(generations), tuple(answers))
 
     def _cache(self, dtype: str):
         config = self.model.config
@@ -158,7 +157,7 @@ class TransformersDriver:
         return [prompt + tokens for prompt, tokens in zip(prompts, new, strict=True)]
 
     @torch.inference_mode()
-    def _answers(self, dtype: str, questions: Sequence[tuple[Window, int]]) -> list[str]:
+    def _answers(self, dtype: str, questions: Sequence[Question]) -> list[str]:
         """What is written after each of *questions*, to its end or the limit."""
         self.model.generation_config.eos_token_id = self._end
         if self._tokenizer is None:

@@ -198,6 +198,7 @@ def _tensors(folder: Path) -> tuple[set[str], list[tuple[keys.ScaleKey, torch.Te
 def _open(files: list[Path]) -> Iterator[tuple[str, Any]]:
     for file in files:
         try:
+            file.open("rb").close()  # safetensors says of a file it may not read: there is none
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 - no mapping
                     yield key, tensors.get_tensor

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import struct
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,8 +55,10 @@ def full_disk(size: int):
 
 
 @pytest.fixture
-def locked(tmp_path):
+def locked(tmp_path, monkeypatch):
     """A folder that may be read and not written."""
+    # By default root is asked about what it could take, not about what it has.
+    monkeypatch.setattr(os, "access", partial(os.access, effective_ids=True))
     folder = tmp_path / "locked"
     folder.mkdir()
     folder.chmod(0o555)
@@ -74,6 +78,11 @@ def one_line(capsys) -> str:
     return lines[0]
 
 
+def test_a_model_without_a_tokenizer(tiny, capsys):
+    assert cli.main(["eval", str(tiny)]) == 1
+    assert f"no tokenizer for {tiny}: " in one_line(capsys)
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -91,11 +100,7 @@ def test_a_folder_that_is_read_only(command, tiny, locked, monkeypatch, capsys):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("it ran"))
     words = [w.replace("MODEL", str(tiny)).replace("LOCKED", str(locked)) for w in command]
     assert cli.main(words) == 1
-    assert (
-        "not writable" in (said := one_line(capsys))
-        or "not a writable" in said
-        or ("Permission denied" in said)
-    )
+    assert re.search("not (a )?writable", one_line(capsys))
     assert list(locked.iterdir()) == []
 
 
@@ -136,7 +141,7 @@ def test_a_disk_that_fills_up_under_a_report(size, tmp_path):
 
 def test_a_disk_that_fills_up_under_a_benchmark(monkeypatch, tmp_path):
     """What an earlier run wrote stays as it is."""
-    row = serve.Row("a" * 100, 1, *[1] * 9)
+    row = serve.Row("a", 1, *[1] * 9)
     monkeypatch.setattr(serve, "run", lambda *a, **k: [row])
     load = serve.Load("m", 1, 1, 1, 1, True, 1)
     output.run_serve(load, [Engine("a", BASELINE)], tmp_path)

@@ -65,6 +65,16 @@ def test_templates_of_longbench_itself(tmp_path):
     assert " ".join(one.prompt) == "Article: {input} {x} Now: What colour?"
 
 
+def test_a_file_of_templates_is_looked_at(tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text('{"qasper": "{context}"}')
+    assert longbench.templates(file) == {"qasper": "{context}"}
+    for text, message in (("{", "is not JSON"), ('["a"]', "expected an object with a template")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            longbench.templates(file)
+
+
 def test_of_long_prompts_the_middle_is_left_out(tmp_path):
     words = " ".join(f"w{i}" for i in range(500))
     file = write(tmp_path, entry(context=words, dataset="lcc", input=""))
@@ -86,6 +96,7 @@ def test_chat_template_but_for_what_is_continued(tmp_path):
     [
         ({"dataset": "hellaswag"}, "line 2: unknown dataset 'hellaswag'; known are narrativeqa"),
         ({"answers": []}, "line 2: expected at least one answer"),
+        ({"answers": [7]}, "line 2: expected text as context, input, dataset and each"),
     ],
 )
 def test_what_is_no_entry_is_refused(tmp_path, broken, message):

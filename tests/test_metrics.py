@@ -117,7 +117,7 @@ def test_bytes_in_use_and_recent_rows_follow_vllm(served):
     assert not any("sampled" in name for name, _ in found)
 
 
-def test_without_room_there_are_no_metrics_and_a_warning(tmp_path, monkeypatch, caplog):
+def test_without_room_there_are_no_metrics(tmp_path, monkeypatch):
     """A page of a mapped file that cannot be had would kill the engine."""
     pytest.importorskip("vllm")
 
@@ -127,10 +127,25 @@ def test_without_room_there_are_no_metrics_and_a_warning(tmp_path, monkeypatch, 
     monkeypatch.setattr(metrics.os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         metrics.Files(str(tmp_path), 4)
+    monkeypatch.setattr(metrics, "_folder", None)
     monkeypatch.delenv(metrics.FOLDER, raising=False)
-    monkeypatch.setattr(metrics.tempfile, "mkdtemp", full)
-    metrics.make_folder()
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.tempfile, "mkdtemp", full)
+        metrics.make_folder()
     assert metrics.FOLDER not in metrics.os.environ
+
+
+def test_a_program_has_a_folder_and_its_workers_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_folder", None)
+    monkeypatch.setattr(metrics.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
+    monkeypatch.setattr(metrics.atexit, "register", lambda *args: None)
+    monkeypatch.setenv(metrics.FOLDER, "of the process above")
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.multiprocessing, "parent_process", lambda: "an API server")
+        metrics.make_folder()
+        assert metrics.os.environ[metrics.FOLDER] == "of the process above"
+    metrics.make_folder()
+    assert metrics.os.environ[metrics.FOLDER] == str(tmp_path / "kvq-metrics-")
 
 
 def sample(name, value, **labels):

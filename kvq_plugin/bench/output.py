@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from rich import box
 from rich.console import Console
@@ -22,13 +23,15 @@ from kvq_plugin.tables import print_table
 def check_folder(out: Path | None) -> None:
     """Make the folder *out* for CSVs and plots, before anything is measured.
 
-    Raises OSError or ValueError when nothing can be written there.
+    Raises ValueError when nothing can be written there.
     """
     if out is None:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"{out} is not writable: name another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"{out} is not writable, name another folder: {error}") from None
 
 
 @contextmanager

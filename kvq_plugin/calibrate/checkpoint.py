@@ -122,6 +122,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _names(file: Path) -> list[str]:
     try:
+        file.open("rb").close()  # safetensors says of a file it may not read that there is none
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
     except SafetensorError as error:

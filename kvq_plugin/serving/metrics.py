@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -52,17 +53,23 @@ HELP = {
 _USAGE, _RUNNING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running"
 
 
+_folder: str | None = None  # that this process made
+
+
 def make_folder() -> None:
-    """Make the folder and name it in the environment, unless a process above has done so."""
-    if FOLDER in os.environ:
+    """Make the folder and name it in the environment, unless this process, or the one that it is a
+    worker of, has done so. A server that a process with an engine starts has a folder of its own.
+    """
+    global _folder
+    if _folder or (FOLDER in os.environ and multiprocessing.parent_process() is not None):
         return
     try:
-        folder = tempfile.mkdtemp(prefix="kvq-metrics-")
+        _folder = tempfile.mkdtemp(prefix="kvq-metrics-")
     except OSError as error:
         _go_without(error)
         return
-    os.environ[FOLDER] = folder
-    atexit.register(_remove, folder, os.getpid())
+    os.environ[FOLDER] = _folder
+    atexit.register(_remove, _folder, os.getpid())
 
 
 def _remove(folder: str, owner: int) -> None:

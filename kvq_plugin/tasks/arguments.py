@@ -23,7 +23,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--task-lengths",
         type=_numbers,
-        default="256,1000",
+        default="192,1000",
         metavar="N,N,...",
         help="tokens of each question with its answer (%(default)s)",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ class Settings:
     """
 
     names: tuple[str, ...] = tuple(TASKS)
-    lengths: tuple[int, ...] = (256, 1000)
+    lengths: tuple[int, ...] = (192, 1000)
     contexts: int = 10
     seed: int = 0
     file: Path | None = None
@@ -58,7 +57,7 @@ class Settings:
         items = make_items(tokenizer, self.names, self.lengths, self.contexts, self.seed)
         entries = []
         if self.file is not None:
-            prompts = self.prompts and json.loads(self.prompts.read_text(encoding="utf-8"))
+            prompts = longbench.templates(self.prompts) if self.prompts else None
             room = self.room or longest(model)
             entries = longbench.read(self.file, tokenizer, room, prompts)
         return Asked(items, entries)

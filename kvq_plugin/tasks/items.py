@@ -17,6 +17,8 @@ from dataclasses import dataclass
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: Tokens generated beyond the answer's own, to see whether it ends there.
 SPARE = 2
+#: Tokens of the whole text beyond those of its parts, at most; and of a context, at least.
+_SLACK, _LEAST = 4, 60
 
 _ADJECTIVES, _NOUNS, _VERBS = (
     words.split()
@@ -82,7 +84,7 @@ def _context(tokenizer, task: str, length: int, context: int, seed: str) -> Iter
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
-    for depth, text, answer in TASKS[task](random.Random(seed), length - SPARE, count):
+    for depth, text, answer in TASKS[task](random.Random(seed), length, count):
         prompt = tokenizer(text, verbose=False).input_ids
         tokens = count(answer) + SPARE
         yield Item(task, length, depth, context, prompt, answer, tokens)
@@ -172,23 +174,28 @@ def _tracking(rng: random.Random, length: int, count: Count) -> Iterator[Questio
 
 
 def _copy_list(rng: random.Random, length: int, count: Count) -> Iterator[Question]:
-    intro = "A list of access codes:\n\n"
-    room = _room(length, 2 * count(intro))
-    text = _lines(_pairs(rng, _names(rng), room // 2, count))
-    yield None, f"{intro}{text}\n\nThe same list again:\n\n", text
+    """A list to repeat, after a short one that shows how."""
+    names = _names(rng)
+    shown = _lines([(next(names), _number(rng)) for _ in range(2)])
+    begin, end = f"List:\n{shown}\n\nCopy:\n{shown}\n\nList:\n", "\n\nCopy:\n"
+    text = _lines(_pairs(rng, names, _room(length, count(begin + end)) // 2, count))
+    yield None, begin + text + end, text
 
 
 def _copy_json(rng: random.Random, length: int, count: Count) -> Iterator[Question]:
-    intro = "A list of access codes as JSON:\n\n"
-    room, names = _room(length, 2 * count(intro)) // 2, _names(rng)
-    entries: list[dict] = []
-    while True:
-        entry = {"name": next(names), "code": int(_number(rng)), "open": rng.random() < 0.5}
-        if count(json.dumps([*entries, entry])) > room:
-            break
-        entries.append(entry)
+    """The same as JSON, with a number and a truth value in every entry."""
+    names = _names(rng)
+
+    def entry() -> dict:
+        return {"name": next(names), "code": int(_number(rng)), "open": rng.random() < 0.5}
+
+    shown, entries = json.dumps([entry()]), [entry()]
+    begin, end = f"JSON:\n{shown}\n\nCopy:\n{shown}\n\nJSON:\n", "\n\nCopy:\n"
+    room = _room(length, count(begin + end)) // 2
+    while count(json.dumps(more := [*entries, entry()])) <= room:
+        entries = more
     text = json.dumps(entries)
-    yield None, f"{intro}{text}\n\nThe same list again:\n\n", text
+    yield None, begin + text + end, text
 
 
 def _pairs(rng: random.Random, names: Iterator[str], room: int, count: Count):
@@ -208,8 +215,11 @@ def _lines(pairs) -> str:
 
 def _room(length: int, fixed: int) -> int:
     """Tokens left of *length*."""
-    if length < fixed + 60:
-        raise ValueError(f"a length of {length} tokens is too short: ask for {fixed + 60} or more")
+    fixed += SPARE + _SLACK
+    if length < fixed + _LEAST:
+        raise ValueError(
+            f"a length of {length} tokens is too short: ask for {fixed + _LEAST} or more"
+        )
     return length - fixed
 
 

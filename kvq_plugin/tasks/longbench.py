@@ -111,10 +111,27 @@ def read(file: Path, tokenizer, room: int, prompts: Mapping[str, str] | None = N
     return entries
 
 
+def templates(file: Path) -> dict[str, str]:
+    """By dataset, of a JSON *file* like LongBench's ``config/dataset2prompt.json``."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise ValueError(
+            f"{file}: expected an object with a template by dataset, as LongBench's "
+            "config/dataset2prompt.json"
+        )
+    return found
+
+
 def _entry(found: Any, tokenizer, room: int, prompts: Mapping[str, str]) -> Entry:
     missing = [key for key in KEYS if not isinstance(found, dict) or key not in found]
     if missing:
         raise ValueError(f"expected an object with {', '.join(KEYS)}; {', '.join(missing)} missing")
+    texts = [found["context"], found["input"], found["dataset"], *(found["answers"] or ())]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("expected text as context, input, dataset and each of the answers")
     dataset = found["dataset"].removesuffix("_e")
     if dataset not in DATASETS:
         raise ValueError(f"unknown dataset {dataset!r}; known are {', '.join(DATASETS)}")

@@ -151,8 +151,8 @@ def unquantized_dtype(config: Any, folder: Path | None = None) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in *file*. ValueError when it is none."""
     try:
-        content = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object")
