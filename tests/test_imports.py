@@ -35,7 +35,7 @@ LEVELS = (
 #: The only modules that may import a package at all, anywhere in the file.
 MAY_IMPORT = {
     "triton": {"kernels"},
-    "vllm": {"serving", "calibrate", "evaluate", "bench"},
+    "vllm": {"serving", "calibrate", "evaluate", "bench", "allocate"},
     "transformers": {
         "hf_cache",
         "calibrate",
