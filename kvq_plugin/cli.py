@@ -13,6 +13,7 @@ from pathlib import Path
 from kvq_plugin import __version__
 from kvq_plugin.evaluate import BASELINE, BUILTIN_TEXT
 from kvq_plugin.formats import SERVED
+from kvq_plugin.mapping import NAMES
 from kvq_plugin.servers import ServerError
 
 INTERRUPTED = 130
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_eval(commands)
     _add_calibrate(commands)
+    _add_allocate(commands)
     _add_bench(commands)
     _add_inspect(commands)
     _add_doctor(commands)
@@ -169,6 +171,16 @@ def _add_calibrate(commands) -> None:
     )
     arguments.add(calibrate)
     calibrate.set_defaults(run=arguments.run)
+
+
+def _add_allocate(commands) -> None:
+    from kvq_plugin.allocate import arguments
+
+    allocate = commands.add_parser(
+        "allocate", help="choose each layer's KV cache under a budget, as a new checkpoint"
+    )
+    arguments.add(allocate)
+    allocate.set_defaults(run=arguments.run)
 
 
 def _add_bench(commands) -> None:
@@ -273,9 +285,9 @@ def parse_dtypes(text: str) -> list[str]:
     """``"fp8,int8"`` → ``["auto", "fp8", "int8"]``; argparse's error names the known ones."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name != BASELINE and name not in SERVED:
+        if name != BASELINE and name not in NAMES:
             raise argparse.ArgumentTypeError(
-                f"unknown KV-cache dtype {name!r}; known are {BASELINE}, {', '.join(SERVED)}"
+                f"unknown KV-cache dtype {name!r}; known are {BASELINE}, {', '.join(NAMES)}"
             )
     return list(dict.fromkeys([BASELINE, *names]))
 

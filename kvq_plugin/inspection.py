@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from kvq_plugin.formats import SERVED, KVFormat
 from kvq_plugin.hub import checkpoint_folder
+from kvq_plugin.mapping import MIXED, declared_mapping, parse
 from kvq_plugin.serving.scales import keys
 from kvq_plugin.serving.scales.declared import (
     KVScheme,
@@ -95,6 +96,7 @@ class Checkpoint:
         bare: attention modules without a K or V scale.
         origins: the tools whose spelling the scales have.
         problems: what serving would refuse, one sentence each.
+        mapping: KV cache of each layer in order, as the checkpoint declares; None without.
     """
 
     folder: Path
@@ -105,6 +107,7 @@ class Checkpoint:
     bare: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    mapping: list[str] | None = None
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -135,7 +138,23 @@ def read(path: str | Path) -> Checkpoint:
     }
     checkpoint.bare = sorted(mine - whole, key=_order)
     _compare(checkpoint, owners)
+    _read_mapping(checkpoint, config)
     return checkpoint
+
+
+def _read_mapping(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Note the KV cache of each layer, or what is wrong with the mapping among the problems."""
+    if (given := declared_mapping(config)) is None:
+        return
+    text = config.get("text_config") or config
+    windows = [kind == "sliding_attention" for kind in text.get("layer_types") or ()]
+    layers = _first(text, "num_hidden_layers", "n_layer", "num_layers") or len(windows)
+    try:
+        mapping = parse(given, layers)
+        sliding = windows or [False] * layers
+        checkpoint.mapping = [mapping.name(n, sliding[n]) for n in range(layers)]
+    except ValueError as error:
+        checkpoint.problems.append(str(error))
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -247,6 +266,8 @@ def verdict(checkpoint: Checkpoint, dtype: str, format: KVFormat) -> tuple[bool,
 
 def automatic(checkpoint: Checkpoint) -> tuple[bool, str]:
     """As :func:`verdict`, for ``auto``."""
+    if checkpoint.mapping is not None:
+        return True, f"takes {MIXED}, as the checkpoint declares"
     if checkpoint.scheme is None:
         return True, "unquantized: the checkpoint declares no KV scheme"
     try:

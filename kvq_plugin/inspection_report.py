@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -10,7 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from kvq_plugin.formats import SERVED
-from kvq_plugin.inspection import Checkpoint, Layer, automatic, read, remarks, verdict
+from kvq_plugin.inspection import (
+    Checkpoint,
+    Geometry,
+    Layer,
+    automatic,
+    read,
+    remarks,
+    verdict,
+)
+from kvq_plugin.mapping import MIXED, bits, bytes_per_token, compact
 from kvq_plugin.tables import print_table
 
 
@@ -28,6 +38,8 @@ def run(path: str, plot: Path | None = None, console: Console | None = None) -> 
     _summary(checkpoint, console)
     if checkpoint.layers:
         print_table(console, scales_table(checkpoint))
+    if checkpoint.mapping is not None:
+        print_table(console, mapping_table(checkpoint))
     print_table(console, dtypes_table(checkpoint))
     for problem in checkpoint.problems:
         console.print(f"[red]problem:[/] {problem}", soft_wrap=True, highlight=False)
@@ -88,6 +100,31 @@ def _largest(layer: Layer, name: str) -> str:
     return "-" if value is None else f"{value.max().item():.4g}"
 
 
+def mapping_table(checkpoint: Checkpoint) -> Table:
+    """A row per run of layers with one KV cache: bytes per token and bits; then all of them."""
+    g, names = checkpoint.geometry, checkpoint.mapping
+    sizes = [g.kv_heads * bytes_per_token(name, g.head_size) for name in names]
+    table = Table(title="KV cache of each layer", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layers", justify="right")
+    table.add_column("KV cache", no_wrap=True)
+    table.add_column("cost", justify="right", no_wrap=True)
+    table.add_column("bits", justify="right")
+    begin = 0
+    for layers, name in compact(names).items():
+        end = begin + sum(1 for _ in takewhile(lambda n, x=name: n == x, names[begin:]))
+        each = sum(sizes[begin:end])
+        table.add_row(layers, name, f"{each:,} bytes a token", _bits(each, end - begin, g))
+        begin = end
+    table.add_section()
+    total = sum(sizes)
+    table.add_row("all", MIXED, f"{total:,} bytes a token", _bits(total, len(names), g))
+    return table
+
+
+def _bits(size: int, layers: int, geometry: Geometry) -> str:
+    return f"{bits(size, layers * geometry.kv_heads * geometry.head_size):.3f}"
+
+
 def dtypes_table(checkpoint: Checkpoint) -> Table:
     """A row per ``--kv-cache-dtype``: whether it serves this checkpoint, and with which scales."""
     table = Table(title="What each KV cache does with them", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -95,6 +132,8 @@ def dtypes_table(checkpoint: Checkpoint) -> Table:
     table.add_column("serves", justify="center")
     table.add_column("scales")
     rows = {"auto": automatic(checkpoint)}
+    if checkpoint.mapping is not None:
+        rows[MIXED] = True, "each layer's own, as listed above"
     rows |= {name: verdict(checkpoint, name, format) for name, format in SERVED.items()}
     for name, (serves, how) in rows.items():
         table.add_row(name, "yes" if serves else "no", how)

@@ -58,7 +58,7 @@ LONG_CONTEXT = 20_000
 
 # --- Attention tolerance ---------------------------------------------------------------------
 # Kernels hold q and p either as two 8-bit limbs relative to the largest element of the query row
-# (of the 64-token tile for p), or as a pair of bf16. Two signed limbs q = s * (256 hi + lo) reach
+# (of the 128-token tile for p), or as a pair of bf16. Two signed limbs q = s * (256 hi + lo) reach
 # |256 hi + lo| <= 127 * 256 + 127 = 32,639, so rounding costs at most s / 2 = max|q| / 65,278 =
 # 2**-15.99 of the maximum; a bf16 pair keeps 16 bits, 2**-17 of the element. 2**-15.5 covers
 # both with the scale and the log2(e) factor rounded to fp32 on top.
@@ -76,8 +76,9 @@ OUTPUT_FLOOR = {torch.bfloat16: 1e-38, torch.float16: 2.0**-25, torch.float32: 1
 # RMS error over RMS output for N(0, 1) data. Rounding to a p-bit significand costs at most
 # 2**-p / sqrt(3) RMS: 2.3e-3 for bf16, 2.8e-4 for fp16. The limbs add, as independent uniform
 # errors: q 2**-16 * max|q| / sqrt(3) = 2.6e-5 (max|q| = 3) and p at most
-# 2**-16 * sqrt(64 / 3) = 7e-5 (one token of a 64-token tile dominates); 1e-4 is about their
-# sum. A single 8-bit limb would cost 3e-3 and fail every fp32 and fp16 case.
+# 2**-16 * sqrt(128 / 3) = 1e-4 (one token of a 128-token tile dominates, which those of N(0, 1)
+# do not); 1e-4 is about their sum. A single 8-bit limb would cost 3e-3 and fail every fp32 and
+# fp16 case.
 LIMB_NRMSE = 1e-4
 # Affine codes are unsigned: kernels multiply the limbs with c in [0, 15], whose RMS is
 # sqrt(7.5**2 + (1 / 0.35)**2) * 0.35 = 2.8 times that of the N(0, 1) row it stands for (range

@@ -205,8 +205,8 @@ def bound(problem: Problem) -> torch.Tensor:
 
     Where K has a scale per channel and group of tokens, q times the scales is what kernels hold:
     off by ``LIMB`` of the largest of q times the largest scale, so a score by that times the sum of
-    the codes. The mins are a sum of their own, in fp32, as is everything where a kernel multiplies
-    decoded rows.
+    the codes; and so are q and the scales that are multiplied. The mins are a sum of their own, in
+    fp32, as is everything where a kernel multiplies decoded rows.
     Weights times the scales of V are off by ``LIMB`` of the largest of a channel's.
     """
     p = problem
@@ -233,7 +233,12 @@ def bound(problem: Problem) -> torch.Tensor:
                 folded = (q * ks.scale).abs()
                 loud = q.abs().max() * ks.scale.amax(-1)
                 mass = (folded * ks.codes.abs()).sum(-1) + (q * ks.minimum).abs().sum(-1)
-                ds = p.scale * (cases.LIMB * loud * ks.codes.abs().sum(-1) + fp32 * mass)
+                is_sealed = torch.arange(first, at + 1) < b
+                codes = ks.codes.abs()
+                factors = (q.abs().max() * ks.scale * codes).sum(-1)
+                factors += ks.scale.amax(-1) * (q.abs() * codes).sum(-1)
+                rounded = loud * codes.sum(-1) + factors * is_sealed
+                ds = p.scale * (cases.LIMB * rounded + fp32 * mass)
                 x = ks.value() @ q * p.scale
                 if options.get("softcap"):
                     x = (x / options["softcap"]).tanh() * options["softcap"]

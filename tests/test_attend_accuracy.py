@@ -26,8 +26,8 @@ from kvq_plugin.formats import KVFormat
 RATIO = 1.5
 
 # RMS error over RMS output with fp32 output, where the limbs of q and of the weights show: up to
-# 2**-16 of the largest element, 2**-16.8 RMS. Weights: the largest of a tile of 64 may be nearly
-# all of them, so times sqrt(64), 2**-13.8. q: a score is off by 2**-16.8 * max|q| * |k| / sqrt(D),
+# 2**-16 of the largest element, 2**-16.8 RMS. Weights: the largest of a tile of 128 may be nearly
+# all of them, so times sqrt(128), 2**-13.3. q: a score is off by 2**-16.8 * max|q| * |k| / sqrt(D),
 # 2**-15.3 on N(0, 1) and eight times that on peaked queries: 2**-12.2 with the weights. Int4 codes
 # are unsigned, up to 2.8 times the row they stand for (cases.OPERAND_GAIN): 2**-12.2 as well.
 # Outliers in K of 20: either a static scale folds them into q, of which max|q| becomes 20 * 2.5,

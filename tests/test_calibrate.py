@@ -324,7 +324,7 @@ def test_nothing_half_written_is_left(tiny, tmp_path, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(output_module, "_copy_rest", fail)
+    monkeypatch.setattr(output_module, "copy_rest", fail)
     for name in ("out", "new"):
         with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else OSError):
             by_hf(tiny, tmp_path / name, Settings("fp8"), force=True)

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from kvq_plugin import kernels
 from kvq_plugin.formats import FORMATS, SERVED
 from kvq_plugin.kernels import cuda
-from kvq_plugin.serving import compat, selection
+from kvq_plugin.mapping import MIXED
+from kvq_plugin.serving import compat, mapped, selection
 from kvq_plugin.serving.checks import check, settle_blocks, settle_drafts
 from kvq_plugin.serving.compat import patches
 from kvq_plugin.serving.selection import serves
@@ -40,6 +41,7 @@ def _config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
                 "user_specified_block_size": True,
                 "kv_cache_dtype_skip_layers": [],
                 "kv_offloading_size": None,
+                "kv_cache_layout": None,
             }
             | (cache or {})
         ),
@@ -404,7 +406,7 @@ def test_int8_with_a_declared_scheme_is_left_to_the_loader(tmp_path):
 @pytest.mark.parametrize("dtype", ["auto", DYNAMIC])
 @pytest.mark.parametrize("given", [{"window": 1}, 3, "int8"])
 def test_options_are_refused_whatever_the_dtype(dtype, given):
-    with pytest.raises(ValueError, match="kvq_plugin has no options; remove it"):
+    with pytest.raises(ValueError, match="the only option, or nothing: remove it"):
         check(_config(dtype, additional_config={"kvq": given}))
 
 
@@ -418,3 +420,64 @@ def test_a_bad_switch_for_huge_pages_is_refused_at_start(monkeypatch):
     with pytest.raises(ValueError, match="KVQ_HUGE_PAGES='yes': expected 1 .* or 0"):
         check(_config())
     check(_config("auto"))  # not the plugin's to serve
+
+
+# --- mappings of layers ----------------------------------------------------------------
+
+
+def _mixed(layers, **more):
+    return _config(MIXED, additional_config={"kvq": {"layers": layers}}, **more)
+
+
+def test_a_mapping_is_served_and_checked_format_by_format(tmp_path):
+    save_file({"a.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    check(_mixed({"0": "int8_per_token_head", "default": "int4"}))
+    assert serves(_mixed({"default": "auto"}))
+    for layers, says in (
+        ({"0": "int8", "default": "k8v4"}, "kvq_mixed needs calibrated scales"),
+        ({"0-99": "int4"}, "'0-99' names layer 99, which the model lacks"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check(_mixed(layers, model={"model": str(tmp_path)}))
+    with pytest.raises(ValueError, match="head size 80: supported are multiples of 32"):
+        check(_mixed({"0": "k3v2", "default": "int4"}, model={"get_head_size": lambda: 80}))
+    with pytest.raises(ValueError, match="blocks of 32 tokens"):
+        small = {"block_size": 32}
+        check(_mixed({"0": "k8v4", "default": "k3v2"}, cache=small))
+
+
+def test_a_mapping_needs_its_dtype_and_the_dtype_a_mapping():
+    given = {"kvq": {"layers": {"default": "int4"}}}
+    for dtype in ("auto", "int4"):
+        with pytest.raises(ValueError, match="expected kvq_mixed; pass --kv-cache-dtype kvq_mixed"):
+            check(_config(dtype, additional_config=given))
+    with pytest.raises(ValueError, match="needs to know each layer's KV cache"):
+        check(_config(MIXED))
+
+
+def test_a_checkpoint_may_carry_its_mapping():
+    held = SimpleNamespace(kvq={"layers": {"default": "int4"}})
+    assert serves(_config("auto", model={"hf_config": held}))
+    check(_config(MIXED, model={"hf_config": held}))
+    own = _config(MIXED, {"hf_config": held}, additional_config={"kvq": {"layers": {"0": "int4"}}})
+    with pytest.raises(ValueError, match="says nothing about layers"):  # the user's own wins
+        check(own)
+
+
+def test_only_recent_rows_beside_other_pages_need_packed_blocks():
+    for layers, expected in (
+        ({"0": "int4", "default": "k8v4"}, mapped.PACKED_LAYOUT),
+        ({"0": "int8_per_token_head", "default": "k8v4"}, None),
+    ):
+        run = _mixed(layers)
+        mapped.settle_layout(run)
+        assert run.cache_config.kv_cache_layout == expected
+    uniform = _config("int4")
+    mapped.settle_layout(uniform)
+    assert uniform.cache_config.kv_cache_layout is None
+
+
+def test_a_draft_model_beside_a_mapping_has_one_kv_cache():
+    drafting = _mixed({"default": "k8v4"}, speculative_config=SimpleNamespace(kv_cache_dtype=None))
+    settle_drafts(drafting)
+    assert drafting.speculative_config.kv_cache_dtype == "int8_per_token_head"

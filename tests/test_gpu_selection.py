@@ -49,7 +49,7 @@ ENGINES = {
         "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     },
     "int8 needs calibrated scales": {"kv_cache_dtype": "int8"},
-    "kvq_plugin has no options": {"additional_config": {"kvq": {"wndow": 3}}},
+    "the only option, or nothing: remove it": {"additional_config": {"kvq": {"wndow": 3}}},
 }
 
 SELECT = f"""

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "kvq_plugin"
 #: or its own submodules. Those on the same line do not know each other.
 LEVELS = (
     ("formats", "hugepages", "rotation", "tables", "divergence", "logits"),
-    ("codes", "layout"),
+    ("codes", "layout", "mapping"),
     ("sealed",),
     ("reference",),
     ("calls",),
@@ -28,6 +28,7 @@ LEVELS = (
     ("evaluation_page", "doctor_url"),
     ("report", "inspection_report"),
     ("calibrate",),
+    ("allocate",),
     ("demo", "bench", "gpu_check"),
     ("cli", "__main__"),
 )

@@ -87,7 +87,7 @@ class Layer:
 
 def _run(dtype: str, drafts: int = 0) -> SimpleNamespace:
     return SimpleNamespace(
-        cache_config=SimpleNamespace(cache_dtype=dtype, block_size=128),
+        cache_config=SimpleNamespace(cache_dtype=dtype, block_size=128, kv_cache_layout=None),
         compilation_config=SimpleNamespace(static_forward_context={}),
         num_speculative_tokens=drafts,
     )

@@ -16,43 +16,90 @@ namespace {
 struct AmxProducts {
   static constexpr int kLimbs = 2 * kTileBytes;  // a tile of high limbs, then one of low limbs
 
-  // Sixteen rows' limbs, `steps` times 64 bytes of them, times two tiles of sixteen columns.
-  // column(j, step): where the codes of tile j lie. visit(step) runs beside the products,
-  // which leave memory idle: time to prefetch.
+  static constexpr int kSums = 2 * kTileRows * kLanes;  // of one column tile: a limb's, the other's
+
+  // Where sixteen rows' limbs lie: `step` bytes from one 64 numbers to the next, `stride` from row
+  // to row.
+  struct Limbs {
+    const int8_t *high, *low;
+    long step, stride;
+  };
+
+  // Sixteen rows' limbs, `steps` times 64 bytes of them, times `columns` tiles of sixteen columns,
+  // into sums[column][limb][row][16]. column(j, step): where the codes of tile j lie. visit(j) runs
+  // beside the products, which leave memory idle: time to prefetch.
+  //
+  // A product starts every 16 cycles and takes 52, and what stores a sum waits for it and holds up
+  // what comes after: sums are stored two products later (at once, it took 2.4 times as long).
+  // Nothing else is done meanwhile: while products run, fp32 operations start once a cycle, not
+  // twice.
   template <class Column, class Visit>
-  static KVQ_HD void multiply(const int8_t* limbs, long steps, long stride, const Column& column,
-                              int32_t* sums, const Visit& visit) {
-    AmxTiles::zero<0>();
-    AmxTiles::zero<1>();
-    AmxTiles::zero<2>();
-    AmxTiles::zero<3>();
-    for (long i = 0; i < steps; ++i) {
-      AmxTiles::load<4>(limbs + i * kLimbs, kTileRowBytes);
-      AmxTiles::load<6>(column(0, i), stride);
-      AmxTiles::dpbsud<0, 4, 6>();
-      AmxTiles::load<5>(limbs + i * kLimbs + kTileBytes, kTileRowBytes);
-      AmxTiles::dpbsud<1, 5, 6>();
-      AmxTiles::load<7>(column(1, i), stride);
-      AmxTiles::dpbsud<2, 4, 7>();
-      AmxTiles::dpbsud<3, 5, 7>();
-      visit(i);
+  static KVQ_HD void multiply(const Limbs& rows, long steps, long columns, long stride,
+                              const Column& column, int32_t* sums, const Visit& visit) {
+    if (steps == 1) {
+      AmxTiles::load<4>(rows.high, rows.stride);
+      AmxTiles::load<5>(rows.low, rows.stride);
     }
-    AmxTiles::store<0>(sums, kTileRowBytes);
-    AmxTiles::store<1>(sums + 1 * kTileRows * kLanes, kTileRowBytes);
-    AmxTiles::store<2>(sums + 2 * kTileRows * kLanes, kTileRowBytes);
-    AmxTiles::store<3>(sums + 3 * kTileRows * kLanes, kTileRowBytes);
+    const auto one = [&](auto odd, long j, auto first) KVQ_UNROLLED {
+      constexpr int kC = odd ? 2 : 0, kB = odd ? 7 : 6, kOther = 2 - kC;
+      int32_t* before = sums + (j - 1) * kSums;
+      AmxTiles::load<kB>(column(j, 0), stride);
+      AmxTiles::zero<kC>();
+      if (steps > 1) AmxTiles::load<4>(rows.high, rows.stride);
+      AmxTiles::dpbsud<kC, 4, kB>();
+      if constexpr (!first) AmxTiles::store<kOther>(before, kTileRowBytes);
+      AmxTiles::zero<kC + 1>();
+      if (steps > 1) AmxTiles::load<5>(rows.low, rows.stride);
+      AmxTiles::dpbsud<kC + 1, 5, kB>();
+      if constexpr (!first) AmxTiles::store<kOther + 1>(before + kSums / 2, kTileRowBytes);
+      for (long i = 1; i < steps; ++i) {
+        AmxTiles::load<kB>(column(j, i), stride);
+        AmxTiles::load<4>(rows.high + i * rows.step, rows.stride);
+        AmxTiles::dpbsud<kC, 4, kB>();
+        AmxTiles::load<5>(rows.low + i * rows.step, rows.stride);
+        AmxTiles::dpbsud<kC + 1, 5, kB>();
+      }
+      visit(j);
+    };
+    one(Int<0>{}, 0, Int<1>{});
+    long j = 1;
+    for (; j + 1 < columns; j += 2) {
+      one(Int<1>{}, j, Int<0>{});
+      one(Int<0>{}, j + 1, Int<0>{});
+    }
+    int32_t* last = sums + (columns - 1) * kSums;
+    if (j < columns) {
+      one(Int<1>{}, j, Int<0>{});
+      AmxTiles::store<2>(last, kTileRowBytes);
+      AmxTiles::store<3>(last + kSums / 2, kTileRowBytes);
+    } else {
+      AmxTiles::store<0>(last, kTileRowBytes);
+      AmxTiles::store<1>(last + kSums / 2, kTileRowBytes);
+    }
   }
 
   // Row r's sums over column tile j; `start` is what they start from.
-  static KVQ_HD F16 product(const int32_t* sums, int j, int r, int32_t start) {
-    const int32_t* high = sums + (2 * j * kTileRows + r) * kLanes;
-    const Words low = load<Words>(high + kTileRows * kLanes) + static_cast<uint32_t>(start);
+  static KVQ_HD F16 product(const int32_t* sums, long j, int r, int32_t start) {
+    const int32_t* high = sums + j * kSums + r * kLanes;
+    const Words low = load<Words>(high + kSums / 2) + static_cast<uint32_t>(start);
     return VnniLimbs::combine(load<Ints>(high), reinterpret_cast<Ints>(low));
   }
 
+  // acc of `columns` times sixteen channels += the sums.
+  static KVQ_HD void add(const int32_t* sums, int rows, long d, long columns, const float* alpha,
+                         const float* gamma, float* acc) {
+    for (int r = 0; r < rows; ++r) {
+      const F16 shrink = splat(alpha[r]), unit = splat(gamma[r]);
+      for (long j = 0; j < columns; ++j) {
+        float* a = acc + r * d + j * kLanes;
+        save16(a, fma(load16(a), shrink, product(sums, j, r, 0) * unit));
+      }
+    }
+  }
+
   // Pairs of rows, `pair` bytes apart, whose limbs alternate every four bytes: 64 numbers of each,
-  // as tiles.
-  static void arrange(const int8_t* limbs, long pair, int rows, int8_t* to) {
+  // as tiles: sixteen rows' `apart` from those of the next sixteen.
+  static void arrange(const int8_t* limbs, long pair, int rows, int8_t* to, long apart) {
     const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25,
                                             29);  // high limbs of eight times four, then low ones
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
@@ -60,7 +107,7 @@ struct AmxProducts {
       const int8_t* from = limbs + row / 2 * pair;
       __m512i w[4];
       for (int i = 0; i < 4; ++i) w[i] = _mm512_load_si512(from + i * 64);
-      int8_t* at = to + row / kTileRows * kLimbs + row % kTileRows * kTileRowBytes;
+      int8_t* at = to + row / kTileRows * apart + row % kTileRows * kTileRowBytes;
       for (int r = 0; r < 2; ++r, at += kTileRowBytes) {
         const __m512i x = _mm512_permutex2var_epi32(w[0], r ? second : first, w[1]);
         const __m512i y = _mm512_permutex2var_epi32(w[2], r ? second : first, w[3]);
@@ -80,10 +127,13 @@ struct AmxDot : VnniDot<C>, AmxProducts {
   struct Query : Base::Query {
     alignas(64) int8_t tiles[kMaxRows / kTileRows * kSteps * kLimbs];  // [row/16][dim/64] limbs
   };
+  static constexpr int kTileSteps = kTile / kTileRowBytes;  // of weights
+  static constexpr int kPiece = kTileRowBytes / kLanes;     // groups of tokens multiplied at once
+  static constexpr long kColumns = kPiece;                  // of V multiplied at once
   struct Tiles : Base::Tiles {
-    alignas(64) uint8_t codes[kMaxHead * kTile];                // lines that had to be copied
-    alignas(64) int8_t weights[kMaxRows / kTileRows * kLimbs];  // [row/16] limbs
-    alignas(64) int32_t sums[4 * kTileRows * kLanes];           // [column tile][limb][row][16]
+    alignas(64) uint8_t codes[kMaxHead * kTile];  // lines that had to be copied
+    alignas(64) int8_t weights[kMaxRows / kTileRows * kTileSteps * kLimbs];  // [row/16][step] limbs
+    alignas(64) int32_t sums[kPiece * kSums];  // [column tile][limb][row][16]
   };
   using Weights = typename Base::Weights;
 
@@ -124,27 +174,26 @@ struct AmxDot : VnniDot<C>, AmxProducts {
                tiles.codes + g * steps * kTileBytes + i * kOperands * kTileRowBytes);
       }
     }
-    for (int row = 0; row < rows; row += kTileRows) {
-      for (int g = 0; g < kGroups; g += 2) {
-        const auto column = [&](int j, long i) KVQ_UNROLLED {
-          return i < whole ? tile.now.key[g + j] + i * kTileBytes
-                           : tiles.codes + ((g + j) * steps + i) * kTileBytes;
+    for (int first = 0; first < kGroups; first += kPiece) {
+      for (int row = 0; row < rows; row += kTileRows) {
+        const auto column = [&](long j, long i) KVQ_UNROLLED {
+          return i < whole ? tile.now.key[first + j] + i * kTileBytes
+                           : tiles.codes + ((first + j) * steps + i) * kTileBytes;
         };
-        const auto fetch = [&](long i) KVQ_UNROLLED {
+        const auto fetch = [&](long j) KVQ_UNROLLED {
           if (row > 0) return;
-          const long end = (i + 1) * kTileRows / kOperands;
-          for (long at = i * kTileRows / kOperands; at < (end < lines ? end : lines); ++at) {
-            prefetch(tile.next.key[g] + at * 64);
-            prefetch(tile.next.key[g + 1] + at * 64);
-          }
+          for (long i = 0; i < lines; ++i) prefetch(tile.next.key[first + j] + i * 64);
         };
-        AmxProducts::multiply(s.tiles + row / kTileRows * (kSteps * kLimbs), steps, kTileRowBytes,
-                              column, tiles.sums, fetch);
-        for (int r = 0; r < kTileRows && row + r < rows; ++r) {
+        const int8_t* from = s.tiles + row / kTileRows * (kSteps * kLimbs);
+        AmxProducts::multiply({from, from + kTileBytes, kLimbs, kTileRowBytes}, steps, kPiece,
+                              kTileRowBytes, column, tiles.sums, fetch);
+        const int count = rows - row < kTileRows ? rows - row : kTileRows;
+        for (int r = 0; r < count; ++r) {
           const int32_t start = Base::offset(s, row + r);
-          float* out = scores + (row + r) * kTile + g * kLanes;
-          save16(out, product(tiles.sums, 0, r, start) * s.step[row + r]);
-          save16(out + kLanes, product(tiles.sums, 1, r, start) * s.step[row + r]);
+          float* out = scores + (row + r) * kTile + first * kLanes;
+          unroll<kPiece>([&](auto j) KVQ_UNROLLED {
+            save16(out + j * kLanes, product(tiles.sums, j, r, start) * s.step[row + r]);
+          });
         }
       }
     }
@@ -153,48 +202,45 @@ struct AmxDot : VnniDot<C>, AmxProducts {
   static void accumulate(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
                          const float* alpha, const float* gamma, float* acc) {
     if (rows <= kPassRows) return Base::accumulate(s, tiles, tile, rows, d, alpha, gamma, acc);
-    arrange(s.limbs, kTile * 4, rows, tiles.weights);
+    for (int i = 0; i < kTileSteps; ++i) {
+      arrange(s.limbs + i * 256, kTile * 4, rows, tiles.weights + i * kLimbs, kTileSteps * kLimbs);
+    }
     // Byte codes of 64 tokens in a row lie d * 4 bytes from line to line.
     bool even = kOperands == 1;
-    for (int g = 1; g < kGroups; ++g) {
-      even &= tile.now.value[g] == tile.now.value[0] + g * (kLanes / kWord) * d * 4;
+    for (int g = 0; g < kGroups; ++g) {
+      even &= tile.now.value[g] ==
+              tile.now.value[g / kPiece * kPiece] + g % kPiece * (kLanes / kWord) * d * 4;
     }
     if (!even) {
       for (int i = 0; i < kTile / kWord; ++i) {
         const int g = i / (kLanes / kWord), w = i % (kLanes / kWord);
         for (long j = 0; j < d / kLanes; ++j) {
           spread(tile.now.value[g] + (w * d + j * kLanes) * 4,
-                 tiles.codes + j * kTileBytes + i * kOperands * kTileRowBytes);
+                 tiles.codes + j * kTileSteps * kTileBytes + i * kOperands * kTileRowBytes);
         }
       }
     }
     for (int row = 0; row < rows; row += kTileRows) {
-      // The last 16 channels twice where d is an odd number of them.
-      for (long dim = 0; dim < d; dim += 32) {
-        const bool both = dim + kLanes < d;
-        const auto column = [&](int j, long) KVQ_UNROLLED {
-          const long at = dim + (both ? j * kLanes : 0);
-          return even ? tile.now.value[0] + at * 4 : tiles.codes + at * kTileRowBytes;
+      const int8_t* from = tiles.weights + row / kTileRows * (kTileSteps * kLimbs);
+      for (long dim = 0; dim < d; dim += kColumns * kLanes) {
+        const long left = (d - dim) / kLanes, columns = left < kColumns ? left : kColumns;
+        const auto column = [&](long j, long i) KVQ_UNROLLED {
+          const long at = dim + j * kLanes;
+          return even ? tile.now.value[i * kPiece] + at * 4
+                      : tiles.codes + (at / kLanes * kTileSteps + i) * kTileBytes;
         };
-        const auto fetch = [&](long) KVQ_UNROLLED {
+        const auto fetch = [&](long j) KVQ_UNROLLED {
           if (row > 0) return;
           for (int i = 0; i < kTile / kWord; ++i) {
             const uint8_t* next = tile.next.value[i / (kLanes / kWord)];
-            const long at = (i % (kLanes / kWord) * d + dim) * 4;
-            prefetch(next + at);
-            prefetch(next + at + (both ? 64 : 0));
+            prefetch(next + (i % (kLanes / kWord) * d + dim + j * kLanes) * 4);
           }
         };
-        AmxProducts::multiply(tiles.weights + row / kTileRows * kLimbs, 1,
+        AmxProducts::multiply({from, from + kTileBytes, kLimbs, kTileRowBytes}, kTileSteps, columns,
                               even ? d * 4 : kTileRowBytes, column, tiles.sums, fetch);
-        for (int r = 0; r < kTileRows && row + r < rows; ++r) {
-          float* a = acc + (row + r) * d + dim;
-          const F16 shrink = splat(alpha[row + r]), unit = splat(gamma[row + r]);
-          save16(a, fma(load16(a), shrink, product(tiles.sums, 0, r, 0) * unit));
-          if (!both) continue;
-          a += kLanes;
-          save16(a, fma(load16(a), shrink, product(tiles.sums, 1, r, 0) * unit));
-        }
+        const int count = rows - row < kTileRows ? rows - row : kTileRows;
+        AmxProducts::add(tiles.sums, count, d, columns, alpha + row, gamma + row,
+                         acc + row * d + dim);
       }
     }
   }

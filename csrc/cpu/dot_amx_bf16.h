@@ -2,7 +2,7 @@
 // channels (or tokens) at a time. Codes are decoded as dot_bf16.h does it, to where tiles are
 // loaded from: for up to sixteen rows piece by piece, beside the products of the piece before, so
 // that the caches hold little else than codes (whole, they took 1.2x the time); for more rows,
-// which read them twice, a whole tile of K or V.
+// which read them again, K of 64 tokens or V of 64 channels at once.
 //
 // TDPBF16PS adds in another order than VDPBF16PS, and a row's bits must not depend on how many rows
 // are processed with it. Up to four rows, whose tiles would be mostly empty, take FMA in the order
@@ -48,7 +48,8 @@ struct AmxBf16Dot {
   };
   using Weights = AmxBf16Weights;
   struct Tiles {
-    alignas(64) uint8_t decoded[kMaxHead * kTile * 2 + kTileBytes];
+    // K of 64 tokens, or V of 64 channels.
+    alignas(64) uint8_t decoded[kMaxHead * 64 * 2 + kTileBytes];
     alignas(64) float sums[4 * kTileRows * kLanes];  // [row][columns]
   };
 
@@ -169,20 +170,20 @@ struct AmxBf16Dot {
     save_pair(to, even, odd);
   }
 
-  // One step of the four groups' K, each `apart` from the last; one that is half full is filled up
-  // with zeros.
-  static KVQ_HD void decode_key(const Bf16Decoder<C>& decode, const Tile& tile, long d, long step,
-                                uint8_t* to, long apart) {
+  // One step of K of four groups from `group` on, each `apart` from the last; one that is half full
+  // is filled up with zeros.
+  static KVQ_HD void decode_key(const Bf16Decoder<C>& decode, const Tile& tile, long d, int group,
+                                long step, uint8_t* to, long apart) {
     const long first = step * kStepLines, lines = d / kWord - first;
     for (long w = 0; w < kStepLines; ++w) {
-      unroll<kGroups>([&](auto g) KVQ_UNROLLED {
+      unroll<4>([&](auto g) KVQ_UNROLLED {
         uint8_t* at = to + g * apart + w * kLineBytes;
         if (w >= lines) {
           memset(at, 0, kLineBytes);
           return;
         }
-        prefetch(tile.next.key[g] + (first + w) * 64);
-        decode_line(decode, _mm512_loadu_si512(tile.now.key[g] + (first + w) * 64), at);
+        prefetch(tile.next.key[group + g] + (first + w) * 64);
+        decode_line(decode, _mm512_loadu_si512(tile.now.key[group + g] + (first + w) * 64), at);
       });
     }
   }
@@ -193,19 +194,26 @@ struct AmxBf16Dot {
     const long steps = (d + kBf16Step - 1) / kBf16Step;
     const Bf16Decoder<C> decode;
     if (rows <= kTileRows) {
-      const auto piece = [&](long, long step, uint8_t* to)
-                             KVQ_UNROLLED { decode_key(decode, tile, d, step, to, kTileBytes); };
-      const auto save = [&](long) KVQ_UNROLLED { save_sums<false>(scores, kTile); };
-      return multiply_pieces<kExact>(s.tiles, 1, steps, tiles.decoded, piece, save);
+      const auto piece = [&](long round, long step, uint8_t* to) KVQ_UNROLLED {
+        decode_key(decode, tile, d, static_cast<int>(4 * round), step, to, kTileBytes);
+      };
+      const auto save = [&](long round)
+                            KVQ_UNROLLED { save_sums<false>(scores + 4 * kLanes * round, kTile); };
+      return multiply_pieces<kExact>(s.tiles, kGroups / 4, steps, tiles.decoded, piece, save);
     }
     const long apart = steps * kTileBytes;
-    for (long i = 0; i < steps; ++i) {
-      decode_key(decode, tile, d, i, tiles.decoded + i * kTileBytes, apart);
-    }
-    for (int g = 0; g < kGroups; g += 2) {
-      const uint8_t* left = tiles.decoded + g * apart;
-      multiply_pairs<kExact>(s.tiles, steps * kLimbTiles, steps, left, left + apart);
-      save_sums<true>(scores + g * kLanes, kTile);
+    for (int group = 0; group < kGroups; group += 4) {
+      for (long i = 0; i < steps; ++i) {
+        decode_key(decode, tile, d, group, i, tiles.decoded + i * kTileBytes, apart);
+      }
+      for (int row = 0; row < rows; row += 2 * kTileRows) {
+        const uint8_t* from = s.tiles + row / kTileRows * steps * kLimbTiles;
+        for (int g = 0; g < 4; g += 2) {
+          const uint8_t* left = tiles.decoded + g * apart;
+          multiply_pairs<kExact>(from, steps * kLimbTiles, steps, left, left + apart);
+          save_sums<true>(scores + row * kTile + (group + g) * kLanes, kTile);
+        }
+      }
     }
   }
 
@@ -296,17 +304,25 @@ struct AmxBf16Dot {
       const long rounds = (d / kLanes + 3) / 4;
       return multiply_pieces<kSingle>(s.tiles, rounds, kSteps, tiles.decoded, piece, save);
     }
-    for (long i = 0; i < kSteps; ++i) {
-      decode_value(decode, tile, d, 0, d / kLanes, i, tiles.decoded + i * kTileBytes, kColumn);
-    }
-    for (long dim = 0; dim < d; dim += 2 * kLanes) {
-      // The last sixteen channels twice where d is an odd number of them.
-      const long columns = dim + kLanes < d ? 2 : 1;
-      const uint8_t* left = tiles.decoded + dim / kLanes * kColumn;
-      multiply_pairs<kSingle>(s.tiles, kSteps * kLimbTiles, kSteps, left,
-                              left + (columns - 1) * kColumn);
-      save_sums<true>(tiles.sums, 2 * kLanes);
-      add<2>(tiles.sums, rows, d, columns, alpha, gamma, acc + dim);
+    for (long dim = 0; dim < d; dim += 4 * kLanes) {
+      const long left = (d - dim) / kLanes, columns = left < 4 ? left : 4;
+      for (long i = 0; i < kSteps; ++i) {
+        decode_value(decode, tile, d, dim, columns, i, tiles.decoded + i * kTileBytes, kColumn);
+      }
+      for (int row = 0; row < rows; row += 2 * kTileRows) {
+        const int count = rows - row < 2 * kTileRows ? rows - row : 2 * kTileRows;
+        const uint8_t* from = s.tiles + row / kTileRows * (kSteps * kLimbTiles);
+        for (long j = 0; j < columns; j += 2) {
+          // The last sixteen channels twice where d is an odd number of them.
+          const long pair = j + 1 < columns ? 2 : 1;
+          const uint8_t* codes = tiles.decoded + j * kColumn;
+          multiply_pairs<kSingle>(from, kSteps * kLimbTiles, kSteps, codes,
+                                  codes + (pair - 1) * kColumn);
+          save_sums<true>(tiles.sums, 2 * kLanes);
+          add<2>(tiles.sums, count, d, pair, alpha + row, gamma + row,
+                 acc + row * d + dim + j * kLanes);
+        }
+      }
     }
   }
 

@@ -107,8 +107,11 @@ struct Bf16Dot {
     bool exact[kMaxRows];
   };
   using Weights = Bf16Weights;
-  struct Tiles {  // a tile's K or V, decoded
-    alignas(64) uint8_t decoded[kMaxHead * kTile * 2];
+  // What is decoded at once: K of kStepGroups groups, or V of as many times sixteen channels. A
+  // whole tile of either would leave L1.
+  static constexpr int kStepGroups = 4;
+  struct Tiles {
+    alignas(64) uint8_t decoded[kMaxHead * kStepGroups * kLanes * 2];
   };
 
   static void set_query(Query& s, int row, long d, const float* q, float uniform) {
@@ -129,39 +132,39 @@ struct Bf16Dot {
   }
 
   // More than four rows read a tile more than once: then it is decoded once, to `decoded`.
-  static void decode_key(const Tile& tile, long d, uint8_t* decoded) {
+  static void decode_key(const Tile& tile, long d, int group, uint8_t* decoded) {
     const Bf16Decoder<C> decode;
     for (long w = 0; w < d / kWord; ++w) {
 #pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g) {
-        prefetch(tile.next.key[g] + w * 64);
+      for (int g = 0; g < kStepGroups; ++g) {
+        prefetch(tile.next.key[group + g] + w * 64);
         __m512bh even, odd;
-        decode(_mm512_loadu_si512(tile.now.key[g] + w * 64), even, odd);
-        save_pair(decoded + (w * kGroups + g) * 128, even, odd);
+        decode(_mm512_loadu_si512(tile.now.key[group + g] + w * 64), even, odd);
+        save_pair(decoded + (w * kStepGroups + g) * 128, even, odd);
       }
     }
   }
 
   template <int R, bool kExact, bool kDecoded>
   static void score_rows(const Query& s, const Tiles& tiles, const Tile& tile, int row, long d,
-                         float* scores) {
+                         int group, float* scores) {
     const Bf16Decoder<C> decode;
     const uint32_t* q = s.limbs + row * kMaxHead;
-    __m512 acc[R][kGroups];
+    __m512 acc[R][kStepGroups];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g) acc[r][g] = _mm512_setzero_ps();
+      for (int g = 0; g < kStepGroups; ++g) acc[r][g] = _mm512_setzero_ps();
     }
     for (long w = 0; w < d / kWord; ++w) {
 #pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g) {
+      for (int g = 0; g < kStepGroups; ++g) {
         __m512bh even, odd;
         if constexpr (kDecoded) {
-          load_pair(tiles.decoded + (w * kGroups + g) * 128, even, odd);
+          load_pair(tiles.decoded + (w * kStepGroups + g) * 128, even, odd);
         } else {
-          prefetch(tile.next.key[g] + w * 64);
-          decode(_mm512_loadu_si512(tile.now.key[g] + w * 64), even, odd);
+          prefetch(tile.next.key[group + g] + w * 64);
+          decode(_mm512_loadu_si512(tile.now.key[group + g] + w * 64), even, odd);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -178,8 +181,8 @@ struct Bf16Dot {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g) {
-        _mm512_storeu_ps(scores + (row + r) * kTile + g * 16,
+      for (int g = 0; g < kStepGroups; ++g) {
+        _mm512_storeu_ps(scores + (row + r) * kTile + (group + g) * 16,
                          _mm512_mul_ps(acc[r][g], _mm512_set1_ps(s.step[row + r])));
       }
     }
@@ -187,23 +190,27 @@ struct Bf16Dot {
 
   template <int R, bool kDecoded>
   static void score_pass(const Query& s, const Tiles& tiles, const Tile& tile, int row, long d,
-                         float* scores) {
+                         int group, float* scores) {
     bool exact = true;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) exact &= s.exact[row + r];
     // A zero low limb adds exact zeros, so a row's result does not depend on its neighbours.
-    if (exact) return score_rows<R, true, kDecoded>(s, tiles, tile, row, d, scores);
-    score_rows<R, false, kDecoded>(s, tiles, tile, row, d, scores);
+    if (exact) return score_rows<R, true, kDecoded>(s, tiles, tile, row, d, group, scores);
+    score_rows<R, false, kDecoded>(s, tiles, tile, row, d, group, scores);
   }
 
   static void score(const Query& s, Tiles& tiles, const Tile& tile, int rows, long d,
                     float* scores) {
-    if (rows > kPassRows) decode_key(tile, d, tiles.decoded);
-    for_each_pass(rows, [&](auto n, int row) {
-      constexpr int R = decltype(n)::value;
-      if (rows > kPassRows) return score_pass<R, true>(s, tiles, tile, row, d, scores);
-      score_pass<R, false>(s, tiles, tile, row, d, scores);
-    });
+    for (int group = 0; group < kGroups; group += kStepGroups) {
+      if (rows > kPassRows) decode_key(tile, d, group, tiles.decoded);
+      for_each_pass(rows, [&](auto n, int row) {
+        constexpr int R = decltype(n)::value;
+        if (rows > kPassRows) {
+          return score_pass<R, true>(s, tiles, tile, row, d, group, scores);
+        }
+        score_pass<R, false>(s, tiles, tile, row, d, group, scores);
+      });
+    }
   }
 
   template <int N, bool kScaled>
@@ -230,17 +237,18 @@ struct Bf16Dot {
     return _mm512_set1_epi32(static_cast<int32_t>(live));
   }
 
-  static void decode_value(const Tile& tile, long d, uint8_t* decoded) {
+  // N times sixteen channels from `dim` on.
+  static void decode_value(const Tile& tile, long d, long dim, int n, uint8_t* decoded) {
     const Bf16Decoder<C> decode;
     for (int w = 0; w < kTile / kWord; ++w) {
       const __m512i live = live_bytes(tile, w * kWord);
-      const long at = (w % kWord) * d * 4;
-      for (long i = 0; i < d * 4; i += 64) {
-        prefetch(tile.next.value[w / kWord] + at + i);
-        const __m512i line = _mm512_loadu_si512(tile.now.value[w / kWord] + at + i);
+      const long at = (w % kWord * d + dim) * 4;
+      for (int j = 0; j < n; ++j) {
+        prefetch(tile.next.value[w / kWord] + at + j * 64);
+        const __m512i line = _mm512_loadu_si512(tile.now.value[w / kWord] + at + j * 64);
         __m512bh even, odd;
         decode(_mm512_and_si512(line, live), even, odd);
-        save_pair(decoded + (w * d * 4 + i) * 2, even, odd);
+        save_pair(decoded + (w * kStepGroups + j) * 128, even, odd);
       }
     }
   }
@@ -263,7 +271,7 @@ struct Bf16Dot {
       for (int j = 0; j < N; ++j) {
         __m512bh even, odd;
         if constexpr (kDecoded) {
-          load_pair(tiles.decoded + ((w * d + dim) * 4 + j * 64) * 2, even, odd);
+          load_pair(tiles.decoded + (w * kStepGroups + j) * 128, even, odd);
         } else {
           prefetch(tile.next.value[w / kWord] + at + j * 64);
           __m512i line = _mm512_loadu_si512(tile.now.value[w / kWord] + at + j * 64);
@@ -292,31 +300,32 @@ struct Bf16Dot {
     }
   }
 
-  template <int R, bool kDecoded, bool kEdge, bool kSingle>
-  static void accumulate_pass(const Weights& s, const Tiles& tiles, const Tile& tile, int row,
-                              long d, const float* alpha, const float* gamma, float* acc) {
-    long i = 0;
-    for (; i + 64 <= d; i += 64) {
-      accumulate_rows<R, 4, kDecoded, kEdge, kSingle>(s, tiles, tile, row, d, i, alpha, gamma, acc);
-    }
-    for (; i < d; i += 16) {
-      accumulate_rows<R, 1, kDecoded, kEdge, kSingle>(s, tiles, tile, row, d, i, alpha, gamma, acc);
-    }
+  template <int N, bool kSingle>
+  static void accumulate_dims(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
+                              long dim, const float* alpha, const float* gamma, float* acc) {
+    const bool decoded = rows > kPassRows, edge = tile.begin > 0 || tile.end < kTile;
+    if (decoded) decode_value(tile, d, dim, N, tiles.decoded);
+    for_each_pass(rows, [&](auto n, int row) {
+      constexpr int R = decltype(n)::value;
+      const auto run = [&](auto decoded, auto edge) {
+        accumulate_rows<R, N, decoded, edge, kSingle>(s, tiles, tile, row, d, dim, alpha, gamma,
+                                                      acc);
+      };
+      if (decoded) return run(Int<true>{}, Int<false>{});
+      edge ? run(Int<false>{}, Int<true>{}) : run(Int<false>{}, Int<false>{});
+    });
   }
 
   template <bool kSingle>
   static void accumulate_all(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
                              const float* alpha, const float* gamma, float* acc) {
-    const bool decoded = rows > kPassRows, edge = tile.begin > 0 || tile.end < kTile;
-    if (decoded) decode_value(tile, d, tiles.decoded);
-    for_each_pass(rows, [&](auto n, int row) {
-      constexpr int R = decltype(n)::value;
-      const auto run = [&](auto decoded, auto edge) {
-        accumulate_pass<R, decoded, edge, kSingle>(s, tiles, tile, row, d, alpha, gamma, acc);
-      };
-      if (decoded) return run(Int<true>{}, Int<false>{});
-      edge ? run(Int<false>{}, Int<true>{}) : run(Int<false>{}, Int<false>{});
-    });
+    long dim = 0;
+    for (; dim + kStepGroups * kLanes <= d; dim += kStepGroups * kLanes) {
+      accumulate_dims<kStepGroups, kSingle>(s, tiles, tile, rows, d, dim, alpha, gamma, acc);
+    }
+    for (; dim < d; dim += kLanes) {
+      accumulate_dims<1, kSingle>(s, tiles, tile, rows, d, dim, alpha, gamma, acc);
+    }
   }
 
   static void accumulate(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,

@@ -1,7 +1,8 @@
 // Integer dot products for codes whose scales do not leave the sum: those of K per channel, and of
 // V per group of channels. The rows' numbers take them in: q (or the softmax weights) times a
-// group's scales, as limbs of dot_vnni.h, made anew for every group: per row 45 vector operations
-// and 64 dot products for 32 tokens of 64 channels. The mins are a sum of their own, in fp32.
+// group's scales, as limbs of dot_vnni.h, made anew for every group: per row of K 12 vector
+// operations and 64 dot products for 32 tokens of 64 channels. The mins are a sum of their own, in
+// fp32.
 #pragma once
 
 #include "dot_vnni.h"
@@ -96,58 +97,118 @@ KVQ_HD F4 reduce_rows(const F16 (&x)[kPassRows]) {
 }
 #endif
 
-// A group's scales of K, and the largest of them.
-struct KeyScales : GroupScales {
-  float most, inverse;
-
-  template <Grouping G>
-  KVQ_HD void load(const uint8_t* metadata, long d) {
-    F16 peak{};
-    for (long i = 0; i < d; i += kLanes) {
-      const GroupScale s = group_scale<G>(metadata, i);
-      save16(scale + i, s.scale);
-      save16(minimum + i, s.minimum);
-      peak = max16(peak, s.scale);
+// n numbers times `factor`, rounded to 16 bits: of every kVector of them those at even places, then
+// those at odd ones.
+#if defined(__AVX512F__)
+struct WordOrder {
+  alignas(64) int16_t even[32], odd[32];  // in two vectors of words: channels 0, 16, 1, 17, ...
+  constexpr WordOrder() : even(), odd() {
+    for (int i = 0; i < 32; ++i) {
+      even[i] = at(2 * i);
+      odd[i] = at(2 * i + 1);
     }
-    const F4 all = F4{} + peak16(peak)[0];
-    most = all[0];
-    inverse = (all > 0.0f ? 1.0f / all : F4{})[0];
+  }
+  static constexpr int16_t at(int channel) {
+    const int vector = channel / 16;
+    return static_cast<int16_t>(channel % 16 * 2 + vector % 2 + vector / 2 * 32);
   }
 };
 
-// K with a scale and a min per channel and kSealed tokens. Rows are kept such that their largest
-// number is kLimbMax, scales such that their largest is 1: limbs are their products, rounded.
+KVQ_HD void to_words(const float* x, float factor, long n, int16_t* to) {
+  static constexpr WordOrder kOrder;
+  for (long i = 0; i < n; i += 64) {
+    Ints w[4];
+    unroll<4>([&](auto v) KVQ_UNROLLED {
+      // 1.5 * 2^23 rounds to an integer in the mantissa.
+      w[v] = reinterpret_cast<Ints>(load<Floats>(x + i + v * kLanes) * factor + 12582912.0f);
+    });
+    const Native low = reinterpret_cast<Native>(low_halves(w[0], w[1]));
+    const Native high = reinterpret_cast<Native>(low_halves(w[2], w[3]));
+    const Native even = _mm512_load_si512(kOrder.even), odd = _mm512_load_si512(kOrder.odd);
+    _mm512_store_si512(to + i, _mm512_permutex2var_epi16(low, even, high));
+    _mm512_store_si512(to + i + 32, _mm512_permutex2var_epi16(low, odd, high));
+  }
+}
+#else
+KVQ_HD void to_words(const float* x, float factor, long n, int16_t* to) {
+  constexpr int kHalf = kVector / 2;
+  for (long i = 0; i < n; i += kVector) {
+    alignas(64) uint32_t bits[kVector];
+    for (int v = 0; v < kVector; v += kVectorLanes) {
+      // 1.5 * 2^23 rounds to an integer in the mantissa.
+      save(bits + v, load<Floats>(x + i + v) * factor + 12582912.0f);
+    }
+    for (int j = 0; j < kHalf; ++j) {
+      to[i + j] = static_cast<int16_t>(bits[2 * j]);
+      to[i + kHalf + j] = static_cast<int16_t>(bits[2 * j + 1]);
+    }
+  }
+}
+#endif
+
+// A group's scales of K: the largest, and all as fractions of it, in words; and its mins.
+struct KeyScales {
+  float most;
+  alignas(64) int16_t scale[kMaxHead];
+  alignas(64) float minimum[kMaxHead];
+  static constexpr float kOne = 32767.0f;
+
+  template <Grouping G>
+  KVQ_HD void load(const uint8_t* metadata, long d) {
+    alignas(64) float factor[kMaxHead];
+    F16 peak{};
+    for (long i = 0; i < d; i += kLanes) {
+      const GroupScale s = group_scale<G>(metadata, i);
+      save16(factor + i, s.scale);
+      save16(minimum + i, s.minimum);
+      peak = max16(peak, s.scale);
+    }
+    for (long i = d; i % 64 != 0; i += kLanes) save16(factor + i, F16{});
+    most = peak16(peak)[0];
+    to_words(factor, most > 0.0f ? kOne / most : 0.0f, (d + 63) / 64 * 64, scale);
+  }
+};
+
+// K with a scale and a min per channel and kSealed tokens. Rows are words of 16 bits such that
+// their largest number is kLimbMax, scales such that their largest is almost 1: limbs are their
+// rounded products, one instruction for a vector of them. Each of the three roundings is as far off
+// as q's own alone: scores are off by 1.2 times as much on N(0, 1), 1.7 times at most.
 template <Code C, Grouping G>
 struct FoldedKey {
   using Base = VnniDot<C>;
   using Step = KeyStep<C>;
-  // Bytes of two rows' limbs, and numbers of a row: a line more than there are, so that rows' lines
-  // differ in their sets of L1.
-  static constexpr int kPair = kMaxHead * 4 + 64, kRow = kMaxHead + kLanes;
+  // Numbers of a row: a line more than there are, so that rows' lines differ in their sets of L1.
+  static constexpr int kRow = kMaxHead + kLanes;
   static constexpr int kParts = kTile / kSealed;  // groups of a tile
+  static constexpr int kFoldRows = 16;            // folded at once, at most
+  static constexpr int kFoldParts = 2;            // likewise: their sums fit the registers
 
   struct Query {
-    alignas(64) float q[kMaxRows * kRow];          // [row][d], in units of `step`
+    alignas(64) float q[kMaxRows * kRow];  // [row][d], in units of `step`
+    alignas(64) int16_t words[kMaxRows * kMaxHead];
     alignas(64) float step[kMaxRows + kPassRows];  // a pass reads and writes four
   };
-  // One group's: [row/2][dim/4][row%2][limb][4 dims], a unit of the products, what mins add.
+  // One group's: [row][limb][d], up to a whole tile of AMX, zeros there; a unit of the products,
+  // what mins add.
   struct Fold {
     KeyScales scales;
-    alignas(64) int8_t limbs[kMaxRows / 2 * kPair];
-    alignas(64) float unit[kMaxRows + kPassRows], bias[kMaxRows + kPassRows];
-
-    KVQ_HD const int8_t* at(int row) const { return limbs + row / 2 * kPair; }
-    static KVQ_HD int next(int r) { return r / 2 * kPair + r % 2 * 8; }
+    alignas(64) int8_t limbs[kFoldRows * kMaxHead * 2];
+    alignas(64) float unit[kFoldRows + kPassRows], bias[kFoldRows + kPassRows];
   };
   struct Tiles {
     Fold part[kParts];
   };
 
+  static KVQ_HD long whole(long d) { return (d + 63) / 64 * 64; }
+
   static void set_query(Query& s, int row, long d, const float* q, float uniform) {
     F16 peak{};
     for (long i = 0; i < d; i += kLanes) peak = max16(peak, abs16(load16(q + i)));
     const float most = peak16(peak)[0], inverse = most > 0.0f ? kLimbMax / most : 0.0f;
-    for (long i = 0; i < d; i += kLanes) save16(s.q + row * kRow + i, load16(q + i) * inverse);
+    float* to = s.q + row * kRow;
+    for (long i = 0; i < d; i += kLanes) save16(to + i, load16(q + i) * inverse);
+    for (long i = d; i < whole(d); i += kLanes) save16(to + i, F16{});
+    to_words(to, 1.0f, whole(d), s.words + row * kMaxHead);
     s.step[row] = most * (1.0f / kLimbMax) * uniform;
   }
 
@@ -155,45 +216,58 @@ struct FoldedKey {
     return first.score(s.q + row * kRow) * s.step[row];
   }
 
-  // R rows from an even one on.
+  // R rows by the scales of kFoldParts parts, into places from `at` on.
   template <int R>
-  static KVQ_APART void fold(const Query& s, Fold& to, int row, long d) {
+  static KVQ_APART void fold(const Query& s, Fold* parts, int row, int at, long d) {
     const float* q = s.q + row * kRow;
-    F16 sum[kPassRows] = {};
-    const Floats inverse = Floats{} + to.scales.inverse;
+    const int16_t* words = s.words + row * kMaxHead;
+    const F4 step = load4(s.step + row);
+    const long n = whole(d);
+    F16 sum[kFoldParts][kPassRows] = {};
     for (long i = 0; i < d; i += kLanes) {
-      const F16 minimum = load16(to.scales.minimum + i);
-      unroll<R>([&](auto r)
-                    KVQ_UNROLLED { sum[r] = fma(load16(q + r * kRow + i), minimum, sum[r]); });
-      unroll<kPerLine>([&](auto v) KVQ_UNROLLED {
-        const long at = i + v * kVectorLanes;
-        const Floats scale = load<Floats>(to.scales.scale + at) * inverse;
-        unroll<(R + 1) / 2>([&](auto pair) KVQ_UNROLLED {
-          constexpr int r = 2 * decltype(pair)::value, second = r + 1 < R ? r + 1 : r;
-          Words unused{};
-          save(to.limbs + (row + r) / 2 * kPair + at * 4,
-               VnniLimbs::limbs(load<Floats>(q + r * kRow + at), scale,
-                                load<Floats>(q + second * kRow + at), scale, unused, unused));
+      F16 x[R];
+      unroll<R>([&](auto r) KVQ_UNROLLED { x[r] = load16(q + r * kRow + i); });
+      unroll<kFoldParts>([&](auto part) KVQ_UNROLLED {
+        const F16 minimum = load16(parts[part].scales.minimum + i);
+        unroll<R>([&](auto r) KVQ_UNROLLED { sum[part][r] = fma(x[r], minimum, sum[part][r]); });
+      });
+    }
+    for (long i = 0; i < n; i += kVector) {
+      Shorts x[R], y[R];
+      unroll<R>([&](auto r) KVQ_UNROLLED {
+        x[r] = load<Shorts>(words + r * kMaxHead + i);
+        y[r] = load<Shorts>(words + r * kMaxHead + i + kVector / 2);
+      });
+      unroll<kFoldParts>([&](auto part) KVQ_UNROLLED {
+        const Shorts even = load<Shorts>(parts[part].scales.scale + i);
+        const Shorts odd = load<Shorts>(parts[part].scales.scale + i + kVector / 2);
+        int8_t* limbs = parts[part].limbs + at * 2 * n + i;
+        unroll<R>([&](auto r) KVQ_UNROLLED {
+          const Halves a = cast<Halves>(multiply_rounded(x[r], even));
+          const Halves b = cast<Halves>(multiply_rounded(y[r], odd));
+          // The low byte is a signed limb; 128 more carries into the high one.
+          save(limbs + r * 2 * n, zip_bytes((a + 128) >> 8, b + 128));
+          save(limbs + (r * 2 + 1) * n, zip_bytes(a, b << 8));
         });
       });
     }
-    // Up to a whole tile of AMX, whose codes there are anything.
-    for (long i = d; i % 64 != 0; i += kLanes) {
-      for (int r = 0; r < R; r += 2) memset(to.limbs + (row + r) / 2 * kPair + i * 4, 0, 64);
-    }
-    const F4 step = load4(s.step + row);
-    save4(to.unit + row, step * to.scales.most);
-    save4(to.bias + row, step * reduce_rows(sum));
+    unroll<kFoldParts>([&](auto part) KVQ_UNROLLED {
+      Fold& to = parts[part];
+      save4(to.unit + at, step * (to.scales.most * (32768.0f / KeyScales::kOne)));
+      save4(to.bias + at, step * reduce_rows(sum[part]));
+    });
   }
 
-  // Rows from `row` on, of groups of tokens [g, g + kSealedGroups).
+  // R rows of scores from folded ones, of groups of tokens [g, g + kSealedGroups).
   template <int R, bool kFetch>
   static KVQ_APART void score_rows(const Fold& fold, const Tile& tile, int row, int group, long d,
                                    float* scores) {
     constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
+    const long n = whole(d);
+    const auto next = [n](int r) KVQ_UNROLLED { return r * 2 * n; };
     for (int g = group; g < group + kSealedGroups; g += kStep) {
       typename Base::template Sums<R> sums = {};
-      const int8_t* q = fold.at(row);
+      const int8_t* q = fold.limbs;
       for (long step = 0; step < d / Step::kChannels; ++step) {
         Ints line[kVectors][Step::kLines];
         unroll<Step::kLines>([&](auto i) KVQ_UNROLLED {
@@ -208,13 +282,13 @@ struct FoldedKey {
           unroll<kVectors>([&](auto v) KVQ_UNROLLED {
             codes[v] = Step::template operand<decltype(i)::value>(line[v]);
           });
-          Base::multiply_codes(sums, codes, q, Fold::next);
-          q += 16;
+          Base::multiply_codes(sums, codes, q, next, n);
+          q += 4;
         });
       }
       unroll<R>([&](auto r) KVQ_UNROLLED {
         float* out = scores + (row + r) * kTile + g * kLanes;
-        const Floats unit = Floats{} + fold.unit[row + r], bias = Floats{} + fold.bias[row + r];
+        const Floats unit = Floats{} + fold.unit[r], bias = Floats{} + fold.bias[r];
         unroll<kVectors>([&](auto v) KVQ_UNROLLED {
           const Floats sum = VnniLimbs::combine(sums.high[r][v], sums.low[r][v]);
           save(out + v * kVectorLanes, fma(sum, unit, bias));
@@ -238,7 +312,9 @@ struct FoldedKey {
     for_each_pass<kVnniRows>(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value;
       // Both before the products: what one waits for passes with the other.
-      for (Fold& part : tiles.part) fold<R>(s, part, row, d);
+      for (int part = 0; part < kParts; part += kFoldParts) {
+        fold<R>(s, tiles.part + part, row, 0, d);
+      }
       for (int part = 0; part < kParts; ++part) {
         const int g = part * kSealedGroups;
         if (row == 0) {

@@ -59,8 +59,11 @@ struct Fp32Dot {
   struct Weights {
     alignas(64) float p[kMaxRows * kTile];
   };
-  struct Tiles {  // a tile's K or V, decoded
-    alignas(64) float decoded[kTile * kMaxHead];
+  // What is decoded at once, which L1 holds: K of kStepGroups groups, [channel][token], or V of as
+  // many times sixteen channels, [token][channel].
+  static constexpr int kStepGroups = 4, kStep = kStepGroups * kLanes;
+  struct Tiles {
+    alignas(64) float decoded[kStep * (kMaxHead > kTile ? kMaxHead : kTile)];
   };
 
   static void set_query(Query& s, int row, long d, const float* q, float uniform) {
@@ -74,13 +77,14 @@ struct Fp32Dot {
   }
 
   template <int R>
-  static void score_rows(const Query& s, const Tiles& tiles, int row, long d, float* scores) {
+  static void score_rows(const Query& s, const Tiles& tiles, int row, long d, int first,
+                         float* scores) {
     constexpr int kVectors = fp32_vectors(R);
-    for (int g = 0; g < kGroups; g += kVectors) {
+    for (int g = 0; g < kStepGroups; g += kVectors) {
       F16 sum[R][kVectors] = {};
       for (long i = 0; i < d; ++i) {
         F16 k[kVectors];
-        const float* at = tiles.decoded + i * kTile + g * kLanes;
+        const float* at = tiles.decoded + i * kStep + g * kLanes;
         unroll<kVectors>([&](auto j) KVQ_UNROLLED { k[j] = load16(at + j * kLanes); });
         unroll<R>([&](auto r) KVQ_UNROLLED {
           const F16 q = splat(s.q[(row + r) * d + i]);
@@ -88,7 +92,7 @@ struct Fp32Dot {
         });
       }
       unroll<R>([&](auto r) KVQ_UNROLLED {
-        float* out = scores + (row + r) * kTile + g * kLanes;
+        float* out = scores + (row + r) * kTile + (first + g) * kLanes;
         unroll<kVectors>([&](auto j) KVQ_UNROLLED { save16(out + j * kLanes, sum[r][j]); });
       });
     }
@@ -98,20 +102,25 @@ struct Fp32Dot {
   static void score(const Query& s, Tiles& tiles, const Tile& tile, int rows, long d,
                     float* scores) {
     for (int g = 0; g < kGroups; ++g) {
+      float* to = tiles.decoded + g % kStepGroups * kLanes;
       for (long w = 0; w < d / kWord; ++w) {
         prefetch(tile.next.key[g] + w * 64);
         const U16 words = load<U16>(tile.now.key[g] + w * 64);
         unroll<kWord>([&](auto f) KVQ_UNROLLED {
-          save16(tiles.decoded + (w * kWord + f) * kTile + g * 16, decode_field<C>(words, f));
+          save16(to + (w * kWord + f) * kStep, decode_field<C>(words, f));
         });
       }
+      score_decoded(s, tiles, rows, d, g, scores);
     }
-    score_all(s, tiles, rows, d, scores);
   }
 
-  static void score_all(const Query& s, const Tiles& tiles, int rows, long d, float* scores) {
-    for_each_pass<kFp32Rows>(
-        rows, [&](auto n, int row) { score_rows<decltype(n)::value>(s, tiles, row, d, scores); });
+  // All groups that are decoded, once group g, the last of them, is.
+  static void score_decoded(const Query& s, const Tiles& tiles, int rows, long d, int g,
+                            float* scores) {
+    if (g % kStepGroups != kStepGroups - 1) return;
+    for_each_pass<kFp32Rows>(rows, [&](auto n, int row) {
+      score_rows<decltype(n)::value>(s, tiles, row, d, g + 1 - kStepGroups, scores);
+    });
   }
 
   template <int N, bool kScaled>
@@ -123,15 +132,15 @@ struct Fp32Dot {
     }
   }
 
-  // 16 * kVectors channels from `dim` on.
+  // 16 * kVectors channels from `dim` on, the decoded ones from `at` on.
   template <int R, int kVectors>
   static void accumulate_rows(const Weights& s, const Tiles& tiles, int row, long d, long dim,
-                              const float* alpha, const float* gamma, float* acc) {
+                              long at, const float* alpha, const float* gamma, float* acc) {
     F16 sum[R][kVectors] = {};
     for (int n = 0; n < kTile; ++n) {
       F16 v[kVectors];
-      const float* at = tiles.decoded + n * d + dim;
-      unroll<kVectors>([&](auto j) KVQ_UNROLLED { v[j] = load16(at + j * kLanes); });
+      const float* from = tiles.decoded + n * kStep + at;
+      unroll<kVectors>([&](auto j) KVQ_UNROLLED { v[j] = load16(from + j * kLanes); });
       unroll<R>([&](auto r) KVQ_UNROLLED {
         const F16 p = splat(s.p[(row + r) * kTile + n]);
         unroll<kVectors>([&](auto j) KVQ_UNROLLED { sum[r][j] = fma(v[j], p, sum[r][j]); });
@@ -149,33 +158,40 @@ struct Fp32Dot {
   // acc[row] = acc[row] * alpha[row] + (weights . code) * gamma[row].
   static void accumulate(const Weights& s, Tiles& tiles, const Tile& tile, int rows, long d,
                          const float* alpha, const float* gamma, float* acc) {
-    for (int g = 0; g < kGroups; ++g) {
-      for (int w = 0; w < kLanes / kWord; ++w) {
-        for (long i = 0; i < d; i += kLanes) {
-          const long at = (w * d + i) * 4;
-          prefetch(tile.next.value[g] + at);
-          const U16 words = load<U16>(tile.now.value[g] + at);
-          unroll<kWord>([&](auto f) KVQ_UNROLLED {
-            const int token = g * 16 + w * kWord + f;
-            // Stale bytes may decode to NaN, and 0 * NaN is not 0.
-            const bool live = token >= tile.begin && token < tile.end;
-            save16(tiles.decoded + token * d + i, live ? decode_field<C>(words, f) : F16{});
-          });
+    for (long dim = 0; dim < d; dim += kStep) {
+      const long end = dim + kStep < d ? dim + kStep : d;
+      for (int g = 0; g < kGroups; ++g) {
+        for (int w = 0; w < kLanes / kWord; ++w) {
+          for (long i = dim; i < end; i += kLanes) {
+            const long at = (w * d + i) * 4;
+            prefetch(tile.next.value[g] + at);
+            const U16 words = load<U16>(tile.now.value[g] + at);
+            unroll<kWord>([&](auto f) KVQ_UNROLLED {
+              const int token = g * 16 + w * kWord + f;
+              // Stale bytes may decode to NaN, and 0 * NaN is not 0.
+              const bool live = token >= tile.begin && token < tile.end;
+              save16(tiles.decoded + token * kStep + i - dim,
+                     live ? decode_field<C>(words, f) : F16{});
+            });
+          }
         }
       }
+      accumulate_decoded(s, tiles, rows, d, dim, end, alpha, gamma, acc);
     }
-    accumulate_all(s, tiles, rows, d, alpha, gamma, acc);
   }
 
-  static void accumulate_all(const Weights& s, const Tiles& tiles, int rows, long d,
-                             const float* alpha, const float* gamma, float* acc) {
+  // Channels [dim, end), which are decoded.
+  static void accumulate_decoded(const Weights& s, const Tiles& tiles, int rows, long d, long dim,
+                                 long end, const float* alpha, const float* gamma, float* acc) {
     for_each_pass<kFp32Rows>(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value, kVectors = fp32_vectors(R);
-      long i = 0;
-      for (; i + kVectors * kLanes <= d; i += kVectors * kLanes) {
-        accumulate_rows<R, kVectors>(s, tiles, row, d, i, alpha, gamma, acc);
+      long i = dim;
+      for (; i + kVectors * kLanes <= end; i += kVectors * kLanes) {
+        accumulate_rows<R, kVectors>(s, tiles, row, d, i, i - dim, alpha, gamma, acc);
       }
-      for (; i < d; i += kLanes) accumulate_rows<R, 1>(s, tiles, row, d, i, alpha, gamma, acc);
+      for (; i < end; i += kLanes) {
+        accumulate_rows<R, 1>(s, tiles, row, d, i, i - dim, alpha, gamma, acc);
+      }
     });
   }
 };
@@ -209,13 +225,13 @@ struct SealedFp32Key : Fp32Dot<C> {
           for (int f = 0; f < 4; ++f) {
             const long i = step * Step::kChannels + operand * 4 + f;
             const F16 code = convert<F16>(cast<I16>((codes >> (8 * f)) & 0xFFu));
-            save16(tiles.decoded + i * kTile + g * kLanes,
+            save16(tiles.decoded + i * Base::kStep + g % Base::kStepGroups * kLanes,
                    fma(code, splat(tiles.scales.scale[i]), splat(tiles.scales.minimum[i])));
           }
         });
       }
+      Base::score_decoded(s, tiles, rows, d, g, scores);
     }
-    Base::score_all(s, tiles, rows, d, scores);
   }
 };
 
@@ -246,14 +262,14 @@ struct SealedFp32Value : Fp32Dot<C> {
           const U16 words = load<U16>(tile.now.value[g] + at);
           unroll<kWord>([&](auto f) KVQ_UNROLLED {
             const int token = n + f;
-            save16(tiles.decoded + token * d + i,
+            save16(tiles.decoded + token * Base::kStep + i - dim,
                    fma(decode_field<C>(words, f), splat(tiles.scale[token]),
                        splat(tiles.minimum[token])));
           });
         }
       }
+      Base::accumulate_decoded(s, tiles, rows, d, dim, dim + kSealed, alpha, gamma, acc);
     }
-    Base::accumulate_all(s, tiles, rows, d, alpha, gamma, acc);
   }
 };
 

@@ -120,13 +120,14 @@ struct VnniDot : VnniLimbs {
     multiply_codes(sums, codes, at, next);
   }
 
+  // `low` bytes behind a high limb is its low one.
   template <int R, class Next>
   static KVQ_HD void multiply_codes(Sums<R>& sums, const Ints (&codes)[vectors(R)],
-                                    const int8_t* at, const Next& next) {
+                                    const int8_t* at, const Next& next, long low = 4) {
     unroll<R>([&](auto r) KVQ_UNROLLED {
-      const Ints high = broadcast(at + next(r)), low = broadcast(at + next(r) + 4);
+      const Ints high = broadcast(at + next(r)), low_limb = broadcast(at + next(r) + low);
       unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { dpbusd(sums.high[r][v], codes[v], high); });
-      unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { dpbusd(sums.low[r][v], codes[v], low); });
+      unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { dpbusd(sums.low[r][v], codes[v], low_limb); });
     });
   }
 

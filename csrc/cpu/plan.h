@@ -1,6 +1,6 @@
 // How one call's work is cut up, and how what it leaves is merged.
 //
-// Items are (sequence, kv heads, up to 32 query rows). Their context lies in chunks of 512 tokens
+// Items are (sequence, kv heads, up to 64 query rows). Their context lies in chunks of 512 tokens
 // at fixed positions, which merge along a binary tree over these positions: node i of level l is
 // what chunks [i << l, (i + 1) << l) give, its left half first. Halves outside the context are left
 // out. So however the work is cut, the same results meet in the same order, and a thread that

@@ -61,7 +61,7 @@ struct TileSoftmax {
   const typename KeyDot::Query& query;
   typename ValueDot::Weights& weights;
   const RowFacts& facts;
-  float* scores;  // [rows, 64] in, weights on the way out
+  float* scores;  // [rows, kTile] in, weights on the way out
   float* alpha;   // [rows] out: what the accumulators shrink by
   float* gamma;   // [rows] out: what one unit of the tile's products is worth
   TokenScales key, value;

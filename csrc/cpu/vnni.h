@@ -86,6 +86,30 @@ KVQ_HD Ints shuffle_bytes(Ints x, Ints order) {
 #endif
 }
 
+// Sixteen-bit words, a vector of them.
+typedef int16_t Shorts __attribute__((vector_size(kVector)));
+typedef uint16_t Halves __attribute__((vector_size(kVector)));
+
+// Words times fractions of 2^15, rounded.
+KVQ_HD Shorts multiply_rounded(Shorts x, Shorts y) {
+  const Native a = reinterpret_cast<Native>(x), b = reinterpret_cast<Native>(y);
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Shorts>(_mm512_mulhrs_epi16(a, b));
+#else
+  return reinterpret_cast<Shorts>(_mm256_mulhrs_epi16(a, b));
+#endif
+}
+
+// Bytes at even places of x, at odd ones of y.
+KVQ_HD Ints zip_bytes(Halves x, Halves y) {
+  const Native a = reinterpret_cast<Native>(x), b = reinterpret_cast<Native>(y);
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Ints>(_mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAu, a, b));
+#else
+  return reinterpret_cast<Ints>(_mm256_blendv_epi8(a, b, _mm256_set1_epi16(-256)));
+#endif
+}
+
 // Modulo 2^32.
 KVQ_HD uint32_t total_of(Words x) {
 #if defined(__AVX512VNNI__)

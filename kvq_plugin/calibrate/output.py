@@ -117,15 +117,15 @@ def write(
             kept = [name for name in names if not is_kv_scale(name)]
             name = _shard_name(source, file)
             if kept:
-                _put(source.folder / file, folder / name, None if kept == names else kept, target)
+                put(source.folder / file, folder / name, None if kept == names else kept, target)
             weight_map |= dict.fromkeys(kept, name)
         _save(dict(tensors), folder / SCALES, {"format": "pt", **metadata})
         weight_map |= dict.fromkeys(tensors, SCALES)
         size = sum((folder / file).stat().st_size for file in set(weight_map.values()))
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index)
-        _write_json(folder / CONFIG, with_scheme(source, scheme, skipped))
-        _copy_rest(source, folder)
+        write_json(folder / INDEX, index)
+        write_json(folder / CONFIG, with_scheme(source, scheme, skipped))
+        copy_rest(source, folder)
 
 
 def _shard_name(source: Source, file: str) -> str:
@@ -133,7 +133,7 @@ def _shard_name(source: Source, file: str) -> str:
     return "model-weights.safetensors" if file == "model.safetensors" else file
 
 
-def _put(old: Path, new: Path, only: list[str] | None, target: Target) -> None:
+def put(old: Path, new: Path, only: list[str] | None, target: Target) -> None:
     """Link or copy *old* to *new*; with *only* these of its tensors."""
     new.parent.mkdir(parents=True, exist_ok=True)
     if only is not None:
@@ -159,7 +159,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _copy_rest(source: Source, folder: Path) -> None:
+def copy_rest(source: Source, folder: Path) -> None:
     """Copy the small files: tokenizer, generation settings, code, licence."""
     for file in source.folder.iterdir():
         if file.suffix in _WEIGHTS or file.name.startswith(".") or not file.is_file():
@@ -197,5 +197,5 @@ def with_scheme(source: Source, scheme: Mapping[str, Any], skipped: list[int]) -
     return config
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")

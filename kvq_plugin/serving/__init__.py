@@ -28,7 +28,7 @@ def register() -> None:
 
 def _register() -> bool:
     """True when all is done, False when a later call has to go on. Changes nothing if it raises."""
-    from kvq_plugin.formats import SERVED
+    from kvq_plugin.mapping import NAMES
     from kvq_plugin.serving import compat, selection
     from kvq_plugin.serving.compat import patches
 
@@ -44,7 +44,7 @@ def _register() -> bool:
     import torch
 
     with ExitStack() as undo:
-        patches.add_dtypes(undo, SERVED, torch.uint8)
+        patches.add_dtypes(undo, NAMES, torch.uint8)
         if not on_cpu:
             patches.add_backend(
                 selection.BACKEND_NAME, f"{__name__}.stock_triton.StockTritonBackend", undo
@@ -111,13 +111,18 @@ def _on_metrics(registry) -> None:
 
 def _on_model_created(model, vllm_config, model_config) -> None:
     from kvq_plugin.serving import compat, metrics
+    from kvq_plugin.serving.mapped import settle_format
     from kvq_plugin.serving.recent import prepare
     from kvq_plugin.serving.scales.method import begin_load
     from kvq_plugin.serving.selection import require_own_backends
 
+    # Layers of a model that gives them no quantization config are not settled yet.
+    layers = [m for m in model.modules() if isinstance(m, compat.Attention)]
+    for layer in layers:
+        settle_format(layer, vllm_config)
     require_own_backends(model, vllm_config)
-    for layer in filter(lambda m: isinstance(m, compat.Attention), model.modules()):
-        prepare(layer, vllm_config)  # of a model that gives its layers no quantization config
+    for layer in layers:
+        prepare(layer, vllm_config)
     begin_load(model, vllm_config, model_config)
     metrics.attach(model, vllm_config)
 
@@ -125,6 +130,7 @@ def _on_model_created(model, vllm_config, model_config) -> None:
 def _on_config(vllm_config) -> None:
     from kvq_plugin.serving.checks import check, settle_blocks, settle_drafts
     from kvq_plugin.serving.compat import patches
+    from kvq_plugin.serving.mapped import settle_layout
     from kvq_plugin.serving.metrics import make_folder
     from kvq_plugin.serving.scales.config import wrap_quant_config
     from kvq_plugin.serving.selection import serves
@@ -141,3 +147,4 @@ def _on_config(vllm_config) -> None:
     settle_drafts(vllm_config)
     settle_blocks(vllm_config)
     make_folder()
+    settle_layout(vllm_config)

@@ -16,7 +16,9 @@ from safetensors import safe_open
 
 from kvq_plugin import hugepages
 from kvq_plugin.formats import SERVED, KVFormat
+from kvq_plugin.mapping import LAYERS, MIXED, NAMES, SECTION
 from kvq_plugin.serving import compat
+from kvq_plugin.serving.mapped import run_formats
 from kvq_plugin.serving.pages import min_block_size
 from kvq_plugin.serving.scales import keys
 from kvq_plugin.serving.scales.declared import declared_scheme
@@ -37,31 +39,37 @@ def check(vllm_config: Any) -> None:
     A KV cache that is vLLM's own (:func:`~kvq_plugin.serving.selection.serves`) is its business,
     but for dtypes that its CPU platform takes and has no kernels for.
     """
-    _check_options(vllm_config.additional_config)
+    asked = vllm_config.cache_config.cache_dtype
+    _check_options(vllm_config.additional_config, asked)
     model = vllm_config.model_config
     if model is None:
         return
-    asked = vllm_config.cache_config.cache_dtype
     _check_dtype(asked, "--kv-cache-dtype", model.dtype)
     ours = serves(vllm_config)
     if ours or compat.is_cpu():
         _check_speculation(asked, vllm_config.speculative_config, model)
-    format = SERVED.get(asked)
-    if format is None:
+    if asked not in NAMES:
         return
     if not ours:
         _say_who_serves(asked, vllm_config)
         return
+    if asked == MIXED and not compat.is_cpu():
+        what, instead = "a GPU", "use one KV cache for all layers, int4 for one"
+        _refuse(asked, what, "CPUs", instead)
+    formats = run_formats(vllm_config)
     hugepages.enabled()  # raises for a bad value, here rather than in a worker
     _check_device(asked)
     _check_served(asked, vllm_config)
-    _check_shape(asked, format, model)
+    for format in formats:
+        _check_shape(asked, format, model)
     _check_attention(asked, model)
-    _check_engine(asked, vllm_config)
+    for format in formats:
+        _check_engine(asked, format, vllm_config)
     _check_skip_layers(vllm_config)
-    if format.recent is not None:
-        _check_recent(asked, format, vllm_config)
-    _check_static_scales(asked, format, vllm_config)
+    for format in formats:
+        if format.recent is not None:
+            _check_recent(asked, format, vllm_config)
+        _check_static_scales(asked, format, vllm_config)
 
 
 def _refuse(asked: str, what: str, supported: str, instead: str) -> None:
@@ -71,21 +79,28 @@ def _refuse(asked: str, what: str, supported: str, instead: str) -> None:
     )
 
 
-def _check_options(additional_config: Any) -> None:
-    """``--additional-config '{"kvq": {...}}'`` is the plugin's, and no options exist so far."""
-    given = additional_config.get("kvq") if isinstance(additional_config, Mapping) else None
-    if given:
+def _check_options(additional_config: Any, asked: str) -> None:
+    """``--additional-config '{"kvq": {...}}'`` is the plugin's: a layer mapping, or nothing."""
+    given = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
+    if not given:
+        return
+    if not isinstance(given, Mapping) or set(given) != {LAYERS}:
         raise ValueError(
-            f'additional_config["kvq"] is {given!r}: kvq_plugin has no options; remove it '
-            "(--kv-cache-dtype and the checkpoint say all it needs)"
+            f'additional_config["{SECTION}"] is {given!r}: expected {{"{LAYERS}": {{...}}}}, the '
+            "only option, or nothing: remove it (--kv-cache-dtype and the checkpoint say all else)"
+        )
+    if asked != MIXED:
+        raise ValueError(
+            f'additional_config["{SECTION}"] maps layers to KV caches, and --kv-cache-dtype is '
+            f"{asked}: expected {MIXED}; pass --kv-cache-dtype {MIXED}, or remove the mapping"
         )
 
 
 def _check_dtype(asked: str, flag: str, model_dtype: torch.dtype) -> None:
-    if asked in SERVED or not compat.is_cpu():  # vLLM checks its own dtypes on GPUs
+    if asked in NAMES or not compat.is_cpu():  # vLLM checks its own dtypes on GPUs
         return
     if asked not in _UNQUANTIZED:
-        known = ", ".join((*_UNQUANTIZED, *SERVED))
+        known = ", ".join((*_UNQUANTIZED, *NAMES))
         raise ValueError(
             f"{flag} {asked} is not implemented on the CPU platform, neither by vLLM nor by "
             f"kvq_plugin: supported are {known}; use int8_per_token_head for a quantized cache "
@@ -107,6 +122,12 @@ def _name(dtype: torch.dtype) -> str:
 def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
     """The draft model's KV cache: its own dtype, or else the target's *asked*."""
     draft = getattr(speculation, "kv_cache_dtype", None)
+    if draft == MIXED:
+        raise ValueError(
+            f"the draft model's kv_cache_dtype {MIXED} was asked for, and the mapping is the "
+            f'target\'s: supported is one KV cache; use {DRAFT_DTYPE} as "kv_cache_dtype" in '
+            "--speculative-config, or leave it out"
+        )
     drafter = getattr(speculation, "draft_model_config", None)
     if draft is not None:
         _check_dtype(draft, "the draft model's kv_cache_dtype", model.dtype)
@@ -229,11 +250,11 @@ def _check_attention(asked: str, model: Any) -> None:
         )
 
 
-def _check_engine(asked: str, vllm_config: Any) -> None:
+def _check_engine(asked: str, format: KVFormat, vllm_config: Any) -> None:
     # Only what the user chose is final here. vLLM chooses later (0.33: once the model has its
     # backends) out of get_supported_kernel_block_sizes, and refuses there what does not fit.
     cache = vllm_config.cache_config
-    backend = platform_backends()[SERVED[asked]]
+    backend = platform_backends()[format]
     if cache.user_specified_block_size and cache.block_size % backend.block_multiple:
         _refuse(
             asked,
@@ -324,9 +345,9 @@ def _check_drafts(asked: str, format: KVFormat, vllm_config: Any) -> None:
 
 
 def settle_drafts(vllm_config: Any) -> None:
-    """Give a draft model, where the target's format has recent rows, a KV cache without."""
-    format, speculation = SERVED.get(vllm_config.cache_config.cache_dtype), None
-    if format is not None and format.recent is not None:
+    """Give a draft model, where the target has recent rows or a mapping, a KV cache of its own."""
+    speculation = None
+    if vllm_config.cache_config.cache_dtype == MIXED or _sealed(vllm_config):
         speculation = vllm_config.speculative_config
     if speculation is not None and speculation.kv_cache_dtype is None:
         speculation.kv_cache_dtype = DRAFT_DTYPE
@@ -335,12 +356,16 @@ def settle_drafts(vllm_config: Any) -> None:
 def settle_blocks(vllm_config: Any) -> None:
     """Blocks of sealed rows that hold enough of them, unless the user chose: GPUs' default of 16
     tokens is less than a group, and vLLM would take the smallest that all layers' backends have."""
-    format, cache = SERVED.get(vllm_config.cache_config.cache_dtype), vllm_config.cache_config
-    sealed = format is not None and format.recent is not None
+    sealed, cache = _sealed(vllm_config), vllm_config.cache_config
     if compat.is_cpu() or not sealed or cache.user_specified_block_size:
         return
-    cache.block_size = platform_backends()[format].default_block_size
+    cache.block_size = platform_backends()[sealed[0]].default_block_size
     cache.user_specified_block_size = True  # to vLLM, which keeps it then
+
+
+def _sealed(vllm_config: Any) -> list[KVFormat]:
+    """The run's formats that have recent rows."""
+    return [format for format in run_formats(vllm_config) if format.recent is not None]
 
 
 # --- static scales ---------------------------------------------------------------------

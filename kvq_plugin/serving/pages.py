@@ -1,12 +1,16 @@
 """How large the pages of sealed and of recent rows are, and how many tokens fit.
 
-All pages of an engine have the size of the largest one. Where that would be another layer's than
+All pages of an engine have the size of the largest one, unless its layers are of several formats
+(:func:`kvq_plugin.serving.mapped.settle_layout`): then a block is the pages of all full-attention
+layers side by side, each as large as it is, and the recent rows' pages lie in another such block.
+Where all are equal and the largest would be another layer's than
 the sealed ones', its blocks are made shorter: at head size 64 a sealed page of 128 tokens of
 ``int4`` has 9,984 bytes a kv head, and one of 64 rows of int8 8,704.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from kvq_plugin.formats import GROUP, KVFormat
@@ -36,6 +40,20 @@ def block_size_within(page: int, bytes_per_token: int, block_size: int) -> int:
     return block_size
 
 
+def recent_block_size(run: Iterable[KVFormat], head_size: int, block_size: int) -> int:
+    """Tokens of a block of recent rows, beside sealed ones of *block_size*: no page of recent rows
+    is larger than a sealed one, in any format of the *run*."""
+    return min(
+        block_size_within(
+            sealed_page(format, head_size, block_size),
+            format.recent.bytes_per_token(head_size),
+            block_size,
+        )
+        for format in run
+        if format.recent is not None
+    )
+
+
 def min_block_size(format: KVFormat, head_size: int) -> int:
     """The smallest block whose sealed page holds GROUP recent rows: below it, the recent rows'
     pages would be the larger ones, and all others padded to them."""
@@ -62,13 +80,13 @@ def capacity(vllm_config: Any, kv_cache_config: Any, stated: float) -> float:
     whole = vllm_config.max_in_flight_tokens
     decoding = whole // scheduler.max_num_batched_tokens * (1 + vllm_config.num_speculative_tokens)
     held, batch = (
-        sum(g.kv_cache_spec.max_admission_blocks_per_request(n, longest) for g in recent)
+        sum(_one_spec(g).max_admission_blocks_per_request(n, longest) for g in recent)
         for n in (decoding, whole)
     )
     per_request = round(kv_cache_config.num_blocks / stated) - batch + held
     usable = kv_cache_config.num_blocks - 1 - (batch - held)  # the first block is never given out
     fit = max(stated, usable / per_request)
-    block = max(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups)
+    block = max(map(_block_bytes, groups))
     compat.init_logger(f"vllm.{__name__}").info_once(
         "Of %s blocks of KV cache a request of %s tokens takes %d while it decodes: %s tokens fit. "
         "Its recent rows are %d of these blocks, %.1f MiB, and those of a batch of new tokens up "
@@ -82,3 +100,16 @@ def capacity(vllm_config: Any, kv_cache_config: Any, stated: float) -> float:
         batch - held,
     )
     return fit
+
+
+def _one_spec(group: Any) -> Any:
+    """The spec of one layer of a *group*, whose layers may have pages of several sizes."""
+    specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return next(iter(specs.values())) if specs else group.kv_cache_spec
+
+
+def _block_bytes(group: Any) -> int:
+    spec = group.kv_cache_spec
+    if hasattr(spec, "kv_cache_specs"):
+        return spec.page_size_bytes  # of all layers already
+    return len(group.layer_names) * spec.page_size_bytes

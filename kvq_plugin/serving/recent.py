@@ -11,15 +11,22 @@ What they cost and how many tokens fit beside them is in :mod:`kvq_plugin.servin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from kvq_plugin.formats import SERVED, KVFormat
+from kvq_plugin.formats import KVFormat
 from kvq_plugin.serving import base, compat
-from kvq_plugin.serving.pages import SUFFIX, block_size_within, sealed_page, window
+from kvq_plugin.serving.mapped import PACKED_LAYOUT, run_formats
+from kvq_plugin.serving.pages import (
+    SUFFIX,
+    block_size_within,
+    recent_block_size,
+    sealed_page,
+    window,
+)
 
 
 class RecentRows(compat.AttentionLayerBase):
@@ -28,14 +35,17 @@ class RecentRows(compat.AttentionLayerBase):
     Attributes:
         name: what vLLM knows it by.
         format: of the layer, whose ``recent`` these rows have.
+        run: formats of the run; blocks of all recent rows have the size that suits each of them,
+            so that one block table serves all.
         kv_cache: ``[B, H, N, C]`` uint8, bound by vLLM.
     """
 
-    def __init__(self, layer: torch.nn.Module) -> None:
+    def __init__(self, layer: torch.nn.Module, run: Sequence[KVFormat]) -> None:
         self.name = layer.layer_name + SUFFIX
         self.kv_cache = torch.tensor([])
         self._layer_spec = layer.get_kv_cache_spec
         self.format = layer.impl.kernel_format
+        self.run = run
         self._backend = layer.attn_backend
 
     def get_attn_backend(self) -> type[base.KVQBackend]:
@@ -44,10 +54,8 @@ class RecentRows(compat.AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         """The layer's own spec, but for a window; vLLM has the backend add the bytes per token."""
         spec = self._layer_spec(vllm_config)
-        page = sealed_page(self.format, spec.head_size, spec.block_size)
-        content = self.format.recent.bytes_per_token(spec.head_size)
         return compat.SlidingWindowSpec(
-            block_size=block_size_within(page, content, spec.block_size),
+            block_size=recent_block_size(self.run, spec.head_size, spec.block_size),
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
             head_size_v=spec.head_size_v,
@@ -74,20 +82,21 @@ def prepare(layer: torch.nn.Module, vllm_config: Any) -> None:
         return
     layer.kvq_recent = None
     layers = vllm_config.compilation_config.static_forward_context
-    run = SERVED.get(vllm_config.cache_config.cache_dtype)
-    if run is None or run.recent is None:  # but the layers may be a draft model's
-        run = next((x.format for x in layers.values() if isinstance(x, RecentRows)), None)
-    if run is None:
+    run = run_formats(vllm_config)
+    if not any(format.recent for format in run):  # but the layers may be a draft model's
+        run = next((x.run for x in layers.values() if isinstance(x, RecentRows)), ())
+    if not run:
         return
     if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
         target = layers.get(layer.kv_sharing_target_layer_name)
         layer.kvq_recent = getattr(target, "kvq_recent", None)
     elif is_sealed(layer):
-        recent = RecentRows(layer)
+        recent = RecentRows(layer, run)
         layers[recent.name] = recent
         layer.kvq_recent = recent
-    else:
-        layer.get_kv_cache_spec = _narrow(layer.get_kv_cache_spec, run)
+    elif vllm_config.cache_config.kv_cache_layout != PACKED_LAYOUT:  # where pages need not be equal
+        [format] = run
+        layer.get_kv_cache_spec = _narrow(layer.get_kv_cache_spec, format)
 
 
 def is_sealed(layer: torch.nn.Module) -> bool:

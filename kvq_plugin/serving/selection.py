@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvq_plugin.formats import SERVED, KVFormat
+from kvq_plugin.mapping import MIXED, NAMES
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import patches
 
@@ -58,7 +59,7 @@ def serves(vllm_config: Any) -> bool:
     Raises ValueError for a scheme of the checkpoint that no format of ours serves.
     """
     given = vllm_config.cache_config.cache_dtype
-    name = given if given in SERVED else _declared(vllm_config)
+    name = given if given in NAMES else _declared(vllm_config)
     if name is None:
         return False
     if not compat.is_cpu():
@@ -71,7 +72,7 @@ def serves(vllm_config: Any) -> bool:
     from kvq_plugin.serving.checks import unserved
 
     why = unserved(vllm_config)
-    return why is None or (given in SERVED and not why.vllm_serves)
+    return why is None or (given in NAMES and not why.vllm_serves)
 
 
 def is_ours_alone(kv_cache_dtype: str) -> bool:
@@ -114,14 +115,18 @@ def choose_on_cpu(selected: Any, config: Any) -> str | None:
     Raises ValueError for a layer that the plugin should serve and cannot.
     """
     run = compat.get_current_vllm_config_or_none()
-    if config.kv_cache_dtype not in SERVED and (
-        run is None or run.cache_config.cache_dtype not in SERVED
+    if config.kv_cache_dtype not in NAMES and (
+        run is None or run.cache_config.cache_dtype not in NAMES
     ):
         return None
     if run is not None and not serves(run):
         return None
     from kvq_plugin.serving import backend, base, stock
 
+    if config.kv_cache_dtype == MIXED:
+        from kvq_plugin.serving.pending import PendingBackend
+
+        return base.class_path(PendingBackend)  # until the layer has a name
     format = base.layer_format(config.kv_cache_dtype, config.attn_type)
     if format is None:
         return base.class_path(stock.StockCPUBackend)
@@ -188,9 +193,9 @@ def require_own_backends(model: torch.nn.Module, vllm_config: Any) -> None:
 
     for layer in (m for m in model.modules() if isinstance(m, compat.Attention)):
         name = layer.kv_cache_dtype
-        if name not in SERVED or not is_ours_alone(name):
+        if name not in NAMES or not is_ours_alone(name):
             continue
-        if base.layer_format(name, layer.attn_type) is None:
+        if name != MIXED and base.layer_format(name, layer.attn_type) is None:
             continue
         if not issubclass(layer.attn_backend, base.KVQBackend):
             raise ValueError(

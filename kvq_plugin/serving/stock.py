@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import copy
 
-from kvq_plugin.formats import SERVED
+from kvq_plugin.mapping import NAMES
 from kvq_plugin.serving.compat import (
     AttentionType,
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
+    get_current_vllm_config_or_none,
 )
+from kvq_plugin.serving.mapped import PACKED_LAYOUT
 
 
 class StockBuilder(CPUAttentionMetadataBuilder):
@@ -19,7 +21,7 @@ class StockBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         stated = vllm_config
-        if vllm_config.cache_config.cache_dtype in SERVED:
+        if vllm_config.cache_config.cache_dtype in NAMES:
             stated = copy.copy(vllm_config)
             stated.cache_config = copy.copy(vllm_config.cache_config)
             stated.cache_config.cache_dtype = "auto"
@@ -51,12 +53,24 @@ class StockImpl(CPUAttentionBackendImpl):
             num_kv_heads,
             alibi_slopes,
             sliding_window,
-            "auto" if kv_cache_dtype in SERVED else kv_cache_dtype,
+            "auto" if kv_cache_dtype in NAMES else kv_cache_dtype,
             logits_soft_cap,
             attn_type,
             kv_sharing_target_layer_name,
             **kwargs,
         )
+        run = get_current_vllm_config_or_none()
+        self._shares_blocks = run is not None and run.cache_config.kv_cache_layout == PACKED_LAYOUT
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        """vLLM's, into blocks that hold no codes of other layers, which might be read as NaN: it
+        multiplies them by probabilities of 0. vLLM zeroes new blocks itself, but on CPUs not those
+        of layers that have pages of several sizes."""
+        if self._shares_blocks:
+            size = kv_cache.shape[2]
+            new = slot_mapping[(slot_mapping >= 0) & (slot_mapping % size == 0)] // size
+            kv_cache[new] = 0
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
 
 class StockCPUBackend(CPUAttentionBackend):

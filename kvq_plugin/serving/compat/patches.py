@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kvq_plugin.formats import SERVED
+from kvq_plugin.mapping import NAMES
 from kvq_plugin.serving import compat
 
 _ABSENT = object()
@@ -76,7 +76,7 @@ def _for_ours_alone(kv_cache_dtype: str | None, backend: Any = None) -> Iterator
     except Exception as error:
         says = f"kvq_plugin failed on vLLM {compat.vllm_version()}: {type(error).__name__}: {error}"
         asked = backend is not None and backend in _added_backends.values()
-        if asked or kv_cache_dtype in (SERVED if compat.is_cpu() else _own_dtypes):
+        if asked or kv_cache_dtype in (NAMES if compat.is_cpu() else _own_dtypes):
             raise ValueError(
                 f"--kv-cache-dtype {kv_cache_dtype}: {says}; supported are vLLM "
                 f"{compat.SUPPORTED}; use --kv-cache-dtype auto"

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from kvq_plugin.formats import SERVED
+from kvq_plugin.mapping import MIXED, NAMES, declared_mapping
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import QuantizationConfig, register_quantization_config
+from kvq_plugin.serving.mapped import run_formats, run_mapping
 from kvq_plugin.serving.scales.declared import KVScheme, declared_scheme, quantization_section
 from kvq_plugin.serving.scales.keys import IGNORED_SUFFIXES
 from kvq_plugin.serving.selection import serves
@@ -114,18 +116,20 @@ def _new_wrapped(base: type) -> Any:
 
 
 def declared_dtype(vllm_config: Any) -> str | None:
-    """The dtype that the checkpoint's KV scheme stands for; None without a scheme.
+    """The dtype that the checkpoint's layer mapping or KV scheme stands for; None without.
 
     Raises ValueError for a scheme that no format serves.
     """
     if vllm_config.model_config is None:
         return None
+    if declared_mapping(vllm_config.model_config.hf_config) is not None:
+        return MIXED
     scheme = _scheme_of(vllm_config.quant_config, vllm_config.model_config)
     return None if scheme is None else scheme.dtype()
 
 
 def resolve_cache_dtype(vllm_config: Any) -> None:
-    """Under ``--kv-cache-dtype auto``, take the dtype the checkpoint's KV scheme stands for."""
+    """Under ``--kv-cache-dtype auto``, take the dtype that the checkpoint declares."""
     cache = vllm_config.cache_config
     if cache.cache_dtype == AUTO and (dtype := declared_dtype(vllm_config)) is not None:
         cache.cache_dtype = dtype
@@ -144,12 +148,12 @@ def wrap_quant_config(vllm_config: Any) -> None:
     resolve_cache_dtype(vllm_config)
     asked = vllm_config.cache_config.cache_dtype
     scheme = _scheme_of(vllm_config.quant_config, vllm_config.model_config)
-    format = SERVED.get(asked)
-    if format is not None and scheme is not None:
+    formats = run_formats(vllm_config)
+    for format in formats if scheme is not None else ():
         scheme.check(format, asked)
-    if format is None and (scheme is None or not _is_unquantized(asked)):
+    if asked not in NAMES and (scheme is None or not _is_unquantized(asked)):
         return
-    if format is not None and not format.is_dynamic:
+    if any(not format.is_dynamic for format in formats):
         _leave_uncalibrated_layers(vllm_config)
     vllm_config.quant_config = _with_scale_loading(vllm_config.quant_config, scheme)
 
@@ -159,10 +163,10 @@ def wrap_draft_config(config: Any, model_config: Any) -> Any:
     cache dtype in force is ours. Raises ValueError as :func:`wrap_quant_config` does."""
     vllm_config = compat.get_current_vllm_config_or_none()
     asked = AUTO if vllm_config is None else vllm_config.cache_config.cache_dtype
-    if asked not in SERVED or model_config is None or not serves(vllm_config):
+    if asked not in NAMES or model_config is None or not serves(vllm_config):
         return config
     scheme = _scheme_of(config, model_config)
-    if scheme is not None:
+    if scheme is not None and asked in SERVED:
         scheme.check(SERVED[asked], asked)
     return _with_scale_loading(config, scheme)
 
@@ -182,10 +186,18 @@ def _leave_uncalibrated_layers(vllm_config: Any) -> None:
     section = quantization_section(vllm_config.model_config.hf_config)
     cache = vllm_config.cache_config
     noted = map(str, section.get("kv_cache_skip_layers", []))
+    if cache.cache_dtype == MIXED:  # whose other layers take no scales
+        mapping = run_mapping(vllm_config)
+        noted = [n for n in noted if not _is_dynamic(mapping.name(int(n)))]
     missing = [n for n in noted if n not in cache.kv_cache_dtype_skip_layers]
     if missing:
         cache.kv_cache_dtype_skip_layers = [*cache.kv_cache_dtype_skip_layers, *missing]
         logger.info("Layers %s keep an unquantized KV cache: not calibrated", ", ".join(missing))
+
+
+def _is_dynamic(name: str) -> bool:
+    """True for a KV cache that takes no scales from a checkpoint."""
+    return name == AUTO or SERVED[name].is_dynamic
 
 
 def _is_unquantized(cache_dtype: str) -> bool:

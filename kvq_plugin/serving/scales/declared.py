@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvq_plugin.formats import SERVED, Code, Kind, KVFormat
+from kvq_plugin.mapping import declared_mapping
 
 #: compressed-tensors' ``type`` -> how such codes decode. Its int4 is symmetric, unlike ours.
 _KINDS = {"float": Kind.FLOAT, "int": Kind.SIGNED}
@@ -137,8 +138,9 @@ def declared_scheme(config: Any, folder: Path | None = None) -> KVScheme | None:
 
 def unquantized_dtype(config: Any, folder: Path | None = None) -> str:
     """The ``--kv-cache-dtype`` that quantizes nothing: ``auto``, but for a checkpoint that declares
-    a KV scheme, which ``auto`` follows; there the name of a dtype the model runs in."""
-    if declared_scheme(config, folder) is None:
+    a KV scheme or a mapping of layers, which ``auto`` follows; there the name of a dtype the model
+    runs in."""
+    if declared_scheme(config, folder) is None and declared_mapping(config) is None:
         return "auto"
     holders = (config, _get(config, "text_config"))
     stated = (_get(h, key) for key in ("dtype", "torch_dtype") for h in holders)

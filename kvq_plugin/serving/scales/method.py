@@ -21,6 +21,7 @@ from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving import compat, recent
 from kvq_plugin.serving.base import KVQImpl, keep_buffer, require_same_cache
 from kvq_plugin.serving.compat import AttentionType, CompressedTensorsKVCacheMethod
+from kvq_plugin.serving.mapped import settle_format
 from kvq_plugin.serving.scales.keys import SCALES, ZERO_POINTS, layer_number
 from kvq_plugin.serving.scales.load import ScaleLoad, Scales
 from kvq_plugin.serving.scales.shapes import ABSENT, HeadShard, ScaleReader
@@ -59,8 +60,11 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
         Loading puts the checkpoint's tensor in the place of a placeholder's data, as it is.
         """
         # Here, because every attention layer passes, whichever backend it was given.
+        config = compat.get_current_vllm_config_or_none()  # None while weights are reloaded
+        if config is not None:
+            settle_format(layer, config)
         require_same_cache(layer.kv_cache_dtype, _sharing_target(layer))
-        if (config := compat.get_current_vllm_config_or_none()) is not None:  # no reload
+        if config is not None:
             recent.prepare(layer, config)
         if not hasattr(layer, "kvq_key_static"):
             layer.kvq_key_static = layer.kvq_value_static = None

@@ -1,0 +1,87 @@
+"""What a run keeps: one format in all layers, or a mapping's.
+
+Light on imports: nothing of vLLM's but the config it is given. :mod:`kvq_plugin.serving.pending`
+gives the layers of a mapping their formats.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from kvq_plugin.formats import SERVED, KVFormat
+from kvq_plugin.mapping import LAYERS, MIXED, SECTION, LayerMapping, declared_mapping, parse
+from kvq_plugin.serving.scales.keys import layer_number
+
+#: The one order of vLLM's in which pages of several sizes lie side by side in a block, whatever
+#: groups of layers share the blocks: blocks outermost, then layers.
+PACKED_LAYOUT = "BLHNC"
+#: For messages.
+EXAMPLE = json.dumps({SECTION: {LAYERS: {"0": "int8_per_token_head", "default": "int4"}}})
+
+
+def given_mapping(additional_config: Any) -> Any:
+    """The mapping in ``--additional-config``, as it is written; None without one."""
+    given = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
+    return given.get(LAYERS) if isinstance(given, Mapping) else None
+
+
+def run_mapping(vllm_config: Any) -> LayerMapping:
+    """The mapping of a run of MIXED: the user's own, else the checkpoint's.
+
+    Raises ValueError for a bad one, and where there is none.
+    """
+    model = vllm_config.model_config
+    given = given_mapping(vllm_config.additional_config)
+    if given is None:
+        given = declared_mapping(model.hf_config)
+    if given is None:
+        raise ValueError(
+            f"--kv-cache-dtype {MIXED} needs to know each layer's KV cache, and neither "
+            f"--additional-config nor {model.model} says: pass --additional-config '{EXAMPLE}', or "
+            "serve what `kvq allocate` wrote"
+        )
+    return parse(given, model.get_total_num_hidden_layers())
+
+
+def run_formats(vllm_config: Any) -> tuple[KVFormat, ...]:
+    """The formats of ours that the run's own dtype stands for; none for a dtype of vLLM's."""
+    asked = vllm_config.cache_config.cache_dtype
+    if asked == MIXED:
+        return run_mapping(vllm_config).formats
+    return (SERVED[asked],) if asked in SERVED else ()
+
+
+def layer_name(mapping: LayerMapping, layer: Any) -> str:
+    """The name of an attention *layer* of vLLM's, by its number and its window.
+
+    Raises ValueError for a layer without a number, and where nothing names it.
+    """
+    number = layer_number(layer.layer_name)
+    if number is None:
+        raise ValueError(
+            f"{layer.layer_name} has no number, by which --kv-cache-dtype {MIXED} goes: use one of "
+            f"{', '.join(SERVED)}"
+        )
+    return mapping.name(number, layer.sliding_window is not None)
+
+
+def settle_format(layer: Any, vllm_config: Any) -> None:
+    """Give an attention *layer* of a run of MIXED what its own format needs; see
+    :func:`kvq_plugin.serving.pending.settle`. Nothing for other layers."""
+    if layer.kv_cache_dtype == MIXED:
+        from kvq_plugin.serving.pending import settle
+
+        settle(layer, vllm_config)
+
+
+def settle_layout(vllm_config: Any) -> None:
+    """Pages side by side, where layers of a mapping have recent rows.
+
+    vLLM would make all pages as large as the largest, otherwise, and groups of as many layers as
+    the rarest kind has. Without recent rows there is one group, which any layout serves.
+    """
+    cache = vllm_config.cache_config
+    if cache.cache_dtype == MIXED and any(f.recent for f in run_formats(vllm_config)):
+        cache.kv_cache_layout = PACKED_LAYOUT
