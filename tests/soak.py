@@ -96,7 +96,7 @@ async def _ask(client, prompt, new: int, stream: bool, cancel: bool) -> list[int
         if not cancel:
             return (await asking).choices[0].token_ids
         with suppress(TimeoutError):  # the connection is closed; vLLM aborts the request
-            return (await asyncio.wait_for(asking, 0.02 * new)).choices[0].token_ids
+            return (await asyncio.wait_for(asking, 0.005 * new)).choices[0].token_ids
         return None
     ids: list[int] = []
     async with await client.completions.create(**options, stream=True) as chunks:

@@ -12,6 +12,6 @@ def test_a_short_soak():
     said = soak(["int4"], 120, minutes=2, seed=1)
     assert said["faults"] == []
     assert said["wrong answers"] == 0 and said["answered"] + said["cancelled"] == 120
-    assert said["cancelled"] >= 20 and said["engines killed"] == 1 and said["servers"] == 3
+    assert said["cancelled"] >= 10 and said["engines killed"] == 1 and said["servers"] == 3
     for what in ("preemptions", "cached tokens", "accepted drafts"):
         assert said[what] > 0, what
