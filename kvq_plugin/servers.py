@@ -222,7 +222,8 @@ def engine_process(module: str, name: str) -> Iterator[EngineProcess]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **engine_env()},
+            # Nobody asks it for metrics, and killed as it ends it would leave their folder.
+            env={**os.environ, **engine_env(), "KVQ_METRICS_DIR": ""},
             start_new_session=True,
         )
     engine = EngineProcess(ours, process, os.pidfd_open(process.pid), Path(path), name)

@@ -139,6 +139,9 @@ def test_a_program_has_a_folder_and_its_workers_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "_folder", None)
     monkeypatch.setattr(metrics.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
     monkeypatch.setattr(metrics.atexit, "register", lambda *args: None)
+    monkeypatch.setenv(metrics.FOLDER, "")  # an engine of ours, whose end is a signal
+    metrics.make_folder()
+    assert metrics._folder is None and metrics.os.environ[metrics.FOLDER] == ""
     monkeypatch.setenv(metrics.FOLDER, "of the process above")
     with monkeypatch.context() as patch:
         patch.setattr(metrics.multiprocessing, "parent_process", lambda: "an API server")

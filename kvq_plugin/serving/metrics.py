@@ -28,7 +28,7 @@ from kvq_plugin.formats import GROUP
 from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving import base, compat
 
-#: Environment variable with the folder of this server's files.
+#: Environment variable with the folder of this server's files; empty: no metrics.
 FOLDER = "KVQ_METRICS_DIR"
 EVERY = 32
 #: Fewer than torch spreads over threads: waking those takes longer than counting.
@@ -61,7 +61,8 @@ def make_folder() -> None:
     worker of, has done so. A server that a process with an engine starts has a folder of its own.
     """
     global _folder
-    if _folder or (FOLDER in os.environ and multiprocessing.parent_process() is not None):
+    above = os.environ.get(FOLDER)
+    if _folder or above == "" or (above and multiprocessing.parent_process() is not None):
         return
     try:
         _folder = tempfile.mkdtemp(prefix="kvq-metrics-")
@@ -197,7 +198,7 @@ def attach(model: torch.nn.Module, vllm_config: Any) -> None:
         for layer in model.modules()
         if isinstance(layer, compat.Attention) and isinstance(layer.impl, base.KVQImpl)
     ]
-    if not layers or folder is None:
+    if not layers or not folder:
         return
     try:
         files = Files(folder, 8 + 4 * len(layers))
