@@ -35,7 +35,7 @@ LEVELS = (
 #: The only modules that may import a package at all, anywhere in the file.
 MAY_IMPORT = {
     "triton": {"kernels"},
-    "vllm": {"serving", "calibrate", "evaluate", "bench"},
+    "vllm": {"serving", "allocate", "calibrate", "evaluate", "bench"},
     "transformers": {
         "hf_cache",
         "calibrate",
