@@ -25,6 +25,7 @@ from version_matrix import environment
 
 from kvq_plugin.evaluate import BASELINE, evaluate, floor_chunk, load_tokenizer
 from kvq_plugin.formats import FORMATS, SERVED
+from kvq_plugin.mapping import MIXED
 from kvq_plugin.serving.compat import RUN_VERSIONS
 
 # All engines of a version start in one fixture, and a loaded machine takes minutes for it.
@@ -35,7 +36,7 @@ DYNAMIC = "int8_per_token_head"
 #: Formats that need no scales from a checkpoint, one name each.
 READY = [f.name for f in dict.fromkeys(SERVED.values()) if f.is_dynamic or f.default_scale]
 #: Names that no vLLM has of its own.
-OWN = ["int8", *(name for name in SERVED if name not in FORMATS)]
+OWN = ["int8", *(name for name in SERVED if name not in FORMATS), MIXED]
 #: Change of scores between versions, as a part of what the format itself changes.
 MAX_CHANGE = 0.1
 #: Nats; a hit computes its last tokens in matrix products of another shape (test_engine.py).
