@@ -154,7 +154,7 @@ class Sensitivities:
         """
         digest = hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest()[:16]
         what = {
-            "model": str(model),
+            "model": Path(model).name,
             "windows": len(windows),
             "tokens": digest,
             "stride": stride,
