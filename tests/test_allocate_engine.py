@@ -43,18 +43,18 @@ def test_a_probe_costs_what_serving_costs(smollm2, tmp_path):
 
 def test_the_command_writes_what_serves(smollm2, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["allocate", str(smollm2), "-o", str(out), "--formats", "int4,k8v4"]
+    command = ["allocate", str(smollm2), "-o", str(out), "--formats", "k3v2,int4"]
     small = ["--text", "builtin", "--length", "96", "--stride", "8", "--no-verify"]
-    assert cli.main([*command, *small, "--budget", "4bits"]) == 1
-    assert "expected 4.875 to 6.500 bits" in capsys.readouterr().err and not out.exists()
-    assert cli.main([*command, *small, "--tokens", "100000", "--memory", "800MB"]) == 0
+    assert cli.main([*command, *small, "--budget", "3bits"]) == 1
+    assert "expected 3.125 to 4.875 bits" in capsys.readouterr().err and not out.exists()
+    assert cli.main([*command, *small, "--tokens", "100000", "--memory", "600MB"]) == 0
     figures = json.loads((out / FIGURES).read_text())
-    assert 4.875 < figures["bits"] <= 8 * 8000 / (2 * 30 * 3 * 64)
+    assert 3.125 < figures["bits"] <= 8 * 6000 / (2 * 30 * 3 * 64)
     assert json.loads((out / "config.json").read_text())["kvq"]["layers"] == figures["mapping"]
     assert (out / PLOT).stat().st_size > 10_000 and len(figures["sensitivity"]) == 30
     assert (out / "model.safetensors").samefile(smollm2 / "model.safetensors")
     assert cli.main(["inspect", str(out)]) == 0
     said = capsys.readouterr().out
-    assert f"{figures['bytes_per_token']:,} bytes a token" in said and "k8v4" in said
-    assert cli.main([*command, *small, "--budget", "5bits"]) == 1
+    assert f"{figures['bytes_per_token']:,} bytes a token" in said and "k3v2" in said
+    assert cli.main([*command, *small, "--budget", "4bits"]) == 1
     assert "exists" in capsys.readouterr().err
