@@ -39,6 +39,16 @@ def test_every_candidate_computes_the_same_attention(shape):
         assert error < SLACK * FORMATS[name].max_error + 0.005, (name, error)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "used"),
+    [("amx", "amx", "amx"), ("amx", "avx512_bf16", "vec"), ("vec16", "avx2", "vec16")],
+)
+def test_a_run_without_amx_tiles_is_without_them_on_both_sides(monkeypatch, theirs, ours, used):
+    monkeypatch.setattr(cases.compat, "_get_attn_isa", lambda *_: theirs)
+    monkeypatch.setattr(cases._native, "isa", lambda: ours)
+    assert cases.stock_isa(128, "auto") == used
+
+
 def test_candidates_take_turns_and_the_first_round_does_not_count():
     calls = []
     timings = interleave({n: (lambda n=n: calls.append(n)) for n in "ab"}, repeats=3)

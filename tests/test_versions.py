@@ -37,6 +37,9 @@ DYNAMIC = "int8_per_token_head"
 READY = [f.name for f in dict.fromkeys(SERVED.values()) if f.is_dynamic or f.default_scale]
 #: Names that no vLLM has of its own.
 OWN = ["int8", *(name for name in SERVED if name not in FORMATS), MIXED]
+#: Layers with windows, layers with sinks, and layers with KV caches of their own.
+SPECIAL = [("window_and_full_layers", "int4"), ("sinks", DYNAMIC), ("gqa", MIXED)]
+MAPPING = {"kvq": {"layers": {"0": "int4", "1": DYNAMIC}}}
 #: Change of scores between versions, as a part of what the format itself changes.
 MAX_CHANGE = 0.1
 #: Nats; a hit computes its last tokens in matrix products of another shape (test_engine.py).
@@ -67,7 +70,8 @@ def models(tmp_path_factory) -> SimpleNamespace:
     plain = make(folder, "gqa")
     strategies = [("channel", "attn_head"), ("attn_head", "tensor")]
     scaled = add_scales(plain, folder / "scaled", PROMPTS, "int", strategies)
-    return SimpleNamespace(plain=str(plain), scaled=str(scaled))
+    special = {name: str(make(folder, name)) for name, _ in SPECIAL if name != "gqa"}
+    return SimpleNamespace(plain=str(plain), scaled=str(scaled), special=special)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,11 @@ def outcome(models):
     for skip in (["0"], ["0", "1"]):
         llm = {"model": models.plain, "kv_cache_dtype": DYNAMIC}
         jobs[f"skip {skip}"] = Job({**llm, "kv_cache_dtype_skip_layers": skip}, [SCORED])
+    for name, dtype in SPECIAL:
+        for each in ("auto", dtype):
+            llm = {"model": models.special.get(name, models.plain), "kv_cache_dtype": each}
+            mapping = {"additional_config": MAPPING} if each == MIXED else {}
+            jobs[f"{name} {each}"] = Job(llm | mapping, [SCORED])
     alone = {"model": models.scaled, "kv_cache_dtype": "int8", "dtype": "float32"}
     jobs["alone"] = Job(alone, [SCORED])
     refused = {what: Job({"model": models.plain, **llm}) for what, (llm, _) in REFUSALS.items()}
@@ -168,6 +177,13 @@ def test_scores_are_those_of_the_reference(reference, results, version, name):
     effect = _change(reference["auto"], reference[name])
     print(f"vLLM {version}, {name}: {change:.2g} nats; the format itself {effect:.2g}")
     assert change <= MAX_CHANGE * effect
+
+
+@pytest.mark.parametrize(("name", "dtype"), SPECIAL)
+def test_special_layers_score_as_with_the_reference(reference, results, name, dtype):
+    change = _change(reference[f"{name} {dtype}"], results[f"{name} {dtype}"])
+    effect = _change(reference[f"{name} auto"], reference[f"{name} {dtype}"])
+    assert effect > 0 and change <= MAX_CHANGE * effect
 
 
 def test_a_declared_scheme_needs_no_flag(results):

@@ -150,6 +150,15 @@ class _Ours:
         ops.attend(b.out, b.query, self.cache, *tables, self.format, b.scale, *statics, **recent)
 
 
+def stock_isa(head_size: int, kv_cache_dtype: str) -> str:
+    """vLLM's kernels for this processor; without AMX tiles where ``KVQ_ISA`` leaves ours without.
+
+    Otherwise a run that stands for a processor without tiles would have them on one side.
+    """
+    isa = compat._get_attn_isa(torch.bfloat16, BLOCK, head_size, kv_cache_dtype)
+    return "vec" if isa == "amx" and _native.isa() != "amx" else isa
+
+
 class _Stock:
     """vLLM's own CPU kernels, called as its backend calls them."""
 
@@ -160,7 +169,7 @@ class _Stock:
         cache = torch.zeros(batch.blocks, s.kv_heads, 2 * BLOCK, s.head_size, dtype=element)
         self.key_cache, self.value_cache = cache.chunk(2, dim=2)
         self.bytes_per_token = 2 * s.kv_heads * s.head_size * cache.element_size()
-        self.isa = compat._get_attn_isa(torch.bfloat16, BLOCK, s.head_size, kv_cache_dtype)
+        self.isa = stock_isa(s.head_size, kv_cache_dtype)
         self.plan = compat.cpu_attn_get_scheduler_metadata(
             num_reqs=s.batch,
             num_heads=s.heads,
