@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,16 @@ from pathlib import Path
 
 from kvq_plugin import __version__
 from kvq_plugin.evaluate import BASELINE, BUILTIN_TEXT
-from kvq_plugin.formats import SERVED
-from kvq_plugin.mapping import NAMES
+from kvq_plugin.options import (
+    KV_MEMORY_GIB,
+    add_dtypes,
+    add_kv_memory,
+    model_or_builtin,
+    positive,
+)
 from kvq_plugin.servers import ServerError
 
 INTERRUPTED = 130
-KV_MEMORY_GIB = 1.0  # of each engine, unless the user says otherwise
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -92,20 +95,20 @@ def _add_demo(commands) -> None:
         help="serve a model with several KV caches, one after the other, and compare them",
     )
     demo.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
-    _add_dtypes(demo, f"{BASELINE},fp8,int8,int8_per_token_head,int4")
+    add_dtypes(demo, f"{BASELINE},fp8,int8,int8_per_token_head,int4")
     demo.add_argument(
-        "--windows", type=_positive, default=4, help="2048-token perplexity windows (%(default)s)"
+        "--windows", type=positive, default=4, help="2048-token perplexity windows (%(default)s)"
     )
     demo.add_argument(
-        "--streams", type=_positive, default=4, help="concurrent decodes timed (%(default)s)"
+        "--streams", type=positive, default=4, help="concurrent decodes timed (%(default)s)"
     )
     demo.add_argument(
-        "--context", type=_positive, default=3000, help="tokens of each's prompt (%(default)s)"
+        "--context", type=positive, default=3000, help="tokens of each's prompt (%(default)s)"
     )
     demo.add_argument(
-        "--steps", type=_positive, default=64, help="tokens each of them decodes (%(default)s)"
+        "--steps", type=positive, default=64, help="tokens each of them decodes (%(default)s)"
     )
-    _add_kv_memory(demo)
+    add_kv_memory(demo)
     demo.set_defaults(run=_run_demo)
 
 
@@ -120,7 +123,7 @@ def _add_eval(commands) -> None:
     evaluation.add_argument(
         "model", nargs="?", help="directory or hub name; without it, the built-in SmolLM2"
     )
-    _add_dtypes(evaluation, f"{BASELINE},fp8,int8_per_token_head")
+    add_dtypes(evaluation, f"{BASELINE},fp8,int8_per_token_head")
     evaluation.add_argument(
         "--text",
         nargs="+",
@@ -129,7 +132,7 @@ def _add_eval(commands) -> None:
         help=f"UTF-8 files; {BUILTIN_TEXT!r}, the default, is the reference that Python carries",
     )
     evaluation.add_argument(
-        "--windows", type=_positive, default=8, help="2048-token windows (%(default)s)"
+        "--windows", type=positive, default=8, help="2048-token windows (%(default)s)"
     )
     evaluation.add_argument(
         "--no-divergence",
@@ -139,7 +142,7 @@ def _add_eval(commands) -> None:
     )
     evaluation.add_argument(
         "--drift",
-        type=_positive,
+        type=positive,
         default=0,
         metavar="N",
         help="also N long greedy generations: where each KV cache first leaves those of "
@@ -159,7 +162,7 @@ def _add_eval(commands) -> None:
         help="what runs the model (%(default)s); transformers: generate's models with KVQCache, "
         "in this process, beside transformers' own cache",
     )
-    _add_kv_memory(evaluation)
+    add_kv_memory(evaluation)
     evaluation.set_defaults(run=_run_eval, kv_memory_gib=None)
 
 
@@ -184,63 +187,14 @@ def _add_allocate(commands) -> None:
 
 
 def _add_bench(commands) -> None:
-    bench = commands.add_parser(
-        "bench", help="time our kernels, engines and caches against vLLM's and transformers' own"
+    from kvq_plugin.bench import arguments
+
+    arguments.add(
+        commands.add_parser(
+            "bench",
+            help="time our kernels, engines and caches against vLLM's and transformers' own",
+        )
     )
-    kinds = bench.add_subparsers(required=True, metavar="WHAT")
-    kernels = ",".join(dict.fromkeys(format.name for format in SERVED.values()))
-    for kind, repeats in (("attention", 15), ("store", 15)):
-        each = kinds.add_parser(kind, help=f"{kind} kernels alone, with vLLM's CPU kernels")
-        _add_dtypes(each, kernels)
-        each.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)))
-        each.add_argument("--repeats", type=_positive, default=repeats)
-        each.add_argument("--out", type=Path, help="folder for a CSV and a plot")
-        each.set_defaults(run=_run_bench_kernels, kind=kind)
-    engine = kinds.add_parser("engine", help="median decode step of real engines")
-    engine.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
-    _add_dtypes(engine, f"{BASELINE},fp8,int8_per_token_head,int4_per_token_head")
-    engine.add_argument("--streams", type=_positive, default=6)
-    engine.add_argument("--context", type=_positive, default=7000)
-    engine.add_argument("--bursts", type=_positive, default=8)
-    engine.add_argument("--compiled", action="store_true", help="with torch.compile, not eager")
-    _add_kv_memory(engine)
-    engine.set_defaults(run=_run_bench_engine)
-    serve = kinds.add_parser(
-        "serve", help="vLLM's own bench serve, against servers with the same KV memory"
-    )
-    serve.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
-    _add_dtypes(serve, f"{BASELINE},int8_per_token_head,int4_per_token_head,int4")
-    for name, default, what in (
-        ("--requests", 32, "requests sent at once"),
-        ("--input", 512, "tokens of each one's prompt"),
-        ("--output", 384, "tokens each generates"),
-        ("--rounds", 3, "interleaved rounds"),
-    ):
-        serve.add_argument(name, type=_positive, default=default, help=f"{what} (%(default)s)")
-    serve.add_argument("--compiled", action="store_true", help="with torch.compile, not eager")
-    _add_kv_memory(serve, 0.125)
-    serve.add_argument("--out", type=Path, help="folder for a CSV and a plot")
-    serve.set_defaults(run=_run_bench_serve)
-    generate = kinds.add_parser("generate", help="transformers' generate, with its caches and ours")
-    generate.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
-    _add_dtypes(generate, "int8_per_token_head,int4_per_token_head")
-    generate.add_argument(
-        "--contexts",
-        type=_positives,
-        default="1000,2000,4000",
-        metavar="N,N,...",
-        help="tokens of context (%(default)s)",
-    )
-    generate.add_argument(
-        "--batches",
-        type=_positives,
-        default="1,8",
-        metavar="N,N,...",
-        help="sequences at once (%(default)s)",
-    )
-    generate.add_argument("--bursts", type=_positive, default=6)
-    generate.add_argument("--out", type=Path, help="folder for a CSV and two plots")
-    generate.set_defaults(run=_run_bench_generate)
 
 
 def _add_inspect(commands) -> None:
@@ -262,59 +216,11 @@ def _add_doctor(commands) -> None:
     doctor.set_defaults(run=_run_doctor)
 
 
-def _add_dtypes(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument(
-        "--dtypes",
-        type=parse_dtypes,
-        default=default,
-        metavar="NAME,NAME,...",
-        help=f"KV caches to compare (%(default)s); {BASELINE} is always measured, first",
-    )
-
-
-def _add_kv_memory(command: argparse.ArgumentParser, default: float = KV_MEMORY_GIB) -> None:
-    command.add_argument(
-        "--kv-memory-gib",
-        type=float,
-        default=default,
-        help=f"memory for each engine's KV cache ({default:g})",
-    )
-
-
-def parse_dtypes(text: str) -> list[str]:
-    """``"fp8,int8"`` → ``["auto", "fp8", "int8"]``; argparse's error names the known ones."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name != BASELINE and name not in NAMES:
-            raise argparse.ArgumentTypeError(
-                f"unknown KV-cache dtype {name!r}; known are {BASELINE}, {', '.join(NAMES)}"
-            )
-    return list(dict.fromkeys([BASELINE, *names]))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return number
-
-
-def _model(name: str | None) -> str:
-    from kvq_plugin.model import builtin_model
-
-    return name or str(builtin_model())
-
-
-def _positives(text: str) -> list[int]:
-    """``"1000,4000"`` -> ``[1000, 4000]``, each once and in order."""
-    return sorted({_positive(number) for number in text.split(",")})
-
-
 def _run_demo(options: argparse.Namespace) -> None:
     from kvq_plugin import demo
 
     settings = demo.Settings(
-        model=_model(options.model),
+        model=model_or_builtin(options.model),
         dtypes=options.dtypes,
         windows=options.windows,
         streams=options.streams,
@@ -336,7 +242,7 @@ def _run_eval(options: argparse.Namespace) -> None:
             "with its tokens and has no pool; leave it out, or use --driver vllm"
         )
     report.run_evaluation(
-        _model(options.model),
+        model_or_builtin(options.model),
         options.dtypes,
         options.text,
         windows=options.windows,
@@ -346,61 +252,6 @@ def _run_eval(options: argparse.Namespace) -> None:
         drift=options.drift,
         tasks=task_arguments.settings(options),
         page=options.report,
-    )
-
-
-def _run_bench_kernels(options: argparse.Namespace) -> None:
-    from kvq_plugin.bench import output
-
-    names = [name for name in options.dtypes if name != BASELINE]
-    output.run_kernels(options.kind, names, options.threads, options.repeats, options.out)
-
-
-def _run_bench_engine(options: argparse.Namespace) -> None:
-    from kvq_plugin.bench import engine, output
-    from kvq_plugin.evaluate import builtin_text, load_tokenizer, make_windows
-
-    model = _model(options.model)
-    prompts = make_windows(load_tokenizer(model), builtin_text(), options.streams, options.context)
-    load = engine.Load(
-        model=model,
-        prompts=prompts,
-        bursts=options.bursts,
-        eager=not options.compiled,
-        kv_memory_bytes=int(options.kv_memory_gib * 2**30),
-    )
-    output.run_engines(load, engine.beside_stock(options.dtypes))
-
-
-def _run_bench_serve(options: argparse.Namespace) -> None:
-    from kvq_plugin.bench import engine, output, serve
-
-    load = serve.Load(
-        model=_model(options.model),
-        requests=options.requests,
-        input=options.input,
-        output=options.output,
-        rounds=options.rounds,
-        eager=not options.compiled,
-        kv_memory_bytes=int(options.kv_memory_gib * 2**30),
-    )
-    output.run_serve(load, engine.beside_stock(options.dtypes), options.out)
-
-
-def _run_bench_generate(options: argparse.Namespace) -> None:
-    from kvq_plugin.bench import output
-    from kvq_plugin.evaluate import builtin_text, load_tokenizer, make_windows
-
-    model = _model(options.model)
-    [prompt] = make_windows(load_tokenizer(model), builtin_text(), 1, max(options.contexts) + 1)
-    output.run_generate(
-        model,
-        prompt,
-        options.contexts,
-        options.batches,
-        [name for name in options.dtypes if name != BASELINE],
-        options.bursts,
-        options.out,
     )
 
 

@@ -27,7 +27,7 @@ from kvq_plugin import __version__, _native
 from kvq_plugin.formats import SERVED
 from kvq_plugin.kernels import cuda, refusal
 from kvq_plugin.serving import compat
-from kvq_plugin.serving.compat import patches
+from kvq_plugin.serving.compat import additions, required
 from kvq_plugin.tables import print_table
 
 GOOD, ADVICE, BAD = "ok", "advice", "problem"
@@ -170,7 +170,7 @@ def plugin(machine: Machine) -> Iterator[Finding]:
             f"unset VLLM_PLUGINS, or add {ENTRY_POINT} to it",
         )
     try:
-        lacking = compat.missing()
+        lacking = required.missing()
     except (ImportError, AttributeError):
         return  # without vLLM; said above
     if lacking:
@@ -333,7 +333,7 @@ def gpu() -> Iterator[Finding]:
 
 def _by_owner(known: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Our names that vLLM has from us alone, and those that are its own too."""
-    own = [name for name in SERVED if name not in known or patches.is_own_dtype(name)]
+    own = [name for name in SERVED if name not in known or additions.is_own_dtype(name)]
     return own, [name for name in SERVED if name not in own]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import attention_oracle
 import oracle
 import pytest
 import torch
@@ -40,7 +41,7 @@ def _case(format, key):
     options = dict(key)
     batch = options.pop("batch", SMALL_BATCH)
     problem = oracle.build(format, batch, **options)
-    return problem, problem.expected(), oracle.attention_bound(problem)
+    return problem, problem.expected(), attention_oracle.attention_bound(problem)
 
 
 def check(isa: str, format, *, nrmse: bool = True, **options) -> None:

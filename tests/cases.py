@@ -4,9 +4,9 @@ Three tolerances are kept apart (codes, arithmetic, quantization):
 
 1. *Codes and scales* written by a kernel equal the reference bit for bit: no tolerance.
 2. *Attention* is compared with the float64 reference on the same codes. Two bounds apply:
-   ``oracle.attention_bound`` (worst case, element by element, from the constants below) and
-   ``nrmse_bound`` (root mean square over a whole batch, which catches a systematic loss such
-   as a dropped limb that the worst case would still admit).
+   ``attention_oracle.attention_bound`` (worst case, element by element, from the constants
+   below) and ``nrmse_bound`` (root mean square over a whole batch, which catches a systematic
+   loss such as a dropped limb that the worst case would still admit).
 3. *Quantization error* on N(0, 1) stays under ``KVFormat.max_error``, 1.0 x, no slack.
 """
 

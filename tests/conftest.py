@@ -12,7 +12,7 @@ import pytest
 from kvq_plugin.model import builtin_model
 
 # So that an assert in a shared helper reports its values as one in a test does.
-pytest.register_assert_rewrite("attending", "fp16_bound")
+pytest.register_assert_rewrite("attending", "fp16_bound", "gpu_batch")
 
 #: Triton looks at TRITON_INTERPRET while it is imported, and vLLM imports Triton: the interpreter
 #: has a process of its own (test_triton.py starts it).

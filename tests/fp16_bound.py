@@ -12,6 +12,7 @@ Errors come from three places, all others are fp32's (``cases.FP32_SLACK``):
 
 from __future__ import annotations
 
+import attention_oracle
 import cases
 import oracle
 import torch
@@ -48,11 +49,11 @@ def attention_bound(problem: oracle.Problem) -> torch.Tensor:
         begin, end = problem.query_start_loc[s : s + 2].tolist()
         if begin == end:
             continue
-        p, mask = oracle.weights(problem, s, **problem.options)
+        p, mask = attention_oracle.weights(problem, s, **problem.options)
         heads, kv_heads = p.shape[0], problem.values[s].shape[1]
         for head in range(heads):
             kv = head * kv_heads // heads
-            k, v = (oracle._operand(problem, s, kv, value) for value in (False, True))
+            k, v = (attention_oracle.operand(problem, s, kv, value) for value in (False, True))
             q = k.query(problem.query[begin:end, head].double())
             dq = (FP16 + SUM) * q + FP16_FLOOR * q.amax(-1, keepdim=True)
             keys = k.token[:, None] * k.codes + k.minimum[:, None]

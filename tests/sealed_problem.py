@@ -201,7 +201,7 @@ def _load(problem: Problem, s: int, head: int, value: bool) -> tuple[_Rows, _Row
 
 @oracle.single_threaded
 def bound(problem: Problem) -> torch.Tensor:
-    """Worst case of ``|kernel - exact|`` per output element, as ``oracle.attention_bound``.
+    """Worst case of ``|kernel - exact|`` per output element, as in ``attention_oracle.py``.
 
     Where K has a scale per channel and group of tokens, q times the scales is what kernels hold:
     off by ``LIMB`` of the largest of q times the largest scale, so a score by that times the sum of

@@ -7,6 +7,7 @@ an output at all: ``test_attend_edges.py``.
 
 from dataclasses import replace
 
+import attention_oracle
 import oracle
 import pytest
 import torch
@@ -162,7 +163,7 @@ def test_large_scale_factor(isa):
     p = oracle.build(get_format("int8_per_token_head"))
     for scale in (0.01, 0.5):
         q = replace(p, scale=scale)
-        compare(q.format, run(q, isa), q.expected(), oracle.attention_bound(q))
+        compare(q.format, run(q, isa), q.expected(), attention_oracle.attention_bound(q))
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def test_keys_and_values_of_subnormal_codes(format, isa):
         for t in (k, v)
     ]
     q = replace(p, key_static=static, value_static=static, keys=dense[0], values=dense[1])
-    expected, bound = q.expected(), oracle.attention_bound(q)
+    expected, bound = q.expected(), attention_oracle.attention_bound(q)
     compare(format, run(q, isa), expected, bound)
     # Nor to fp32 denormals, which vanish once an application asks torch to flush them.
     if not torch.set_flush_denormal(True):
@@ -270,7 +271,7 @@ def test_keys_and_values_of_subnormal_codes(format, isa):
 @every_format
 def test_query_of_zeros_averages_the_values(format, isa):
     p = oracle.build(format, ((37, 1), (64, 5)), query_gain=0.0)
-    compare(format, run(p, isa), p.expected(), oracle.attention_bound(p))
+    compare(format, run(p, isa), p.expected(), attention_oracle.attention_bound(p))
 
 
 def tiled(format, head_size: int):

@@ -16,7 +16,7 @@ from kvq_plugin.kernels import cuda
 from kvq_plugin.mapping import MIXED
 from kvq_plugin.serving import compat, mapped, selection
 from kvq_plugin.serving.checks import check, settle_blocks, settle_drafts
-from kvq_plugin.serving.compat import patches
+from kvq_plugin.serving.compat import additions
 from kvq_plugin.serving.selection import serves
 
 pytest.importorskip("vllm")
@@ -249,8 +249,8 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(compat, "is_cpu", lambda: False)
     monkeypatch.setattr(compat.current_platform, "get_device_capability", lambda: None)
     ours = compat.AttentionBackendEnum.CUSTOM
-    monkeypatch.setattr(patches, "_added_backends", {selection.BACKEND_NAME: ours})
-    monkeypatch.setattr(patches, "_own_dtypes", {OWN})
+    monkeypatch.setattr(additions, "_added_backends", {selection.BACKEND_NAME: ours})
+    monkeypatch.setattr(additions, "_own_dtypes", {OWN})
 
     def config(*args, backend=None, per_kind=None, **kwargs):
         made = _config(*args, **kwargs)
@@ -273,7 +273,7 @@ def test_what_works_on_gpus(on_gpu, dtype, head_size):
 @pytest.fixture
 def sealing_gpu(on_gpu, monkeypatch):
     """A GPU of NVIDIA's, with the CUDA C++ kernels, to formats that vLLM does not know."""
-    monkeypatch.setattr(patches, "_own_dtypes", SERVED.keys() - FORMATS.keys())
+    monkeypatch.setattr(additions, "_own_dtypes", SERVED.keys() - FORMATS.keys())
     monkeypatch.setattr(compat.current_platform, "is_cuda", lambda: True)
     monkeypatch.setattr(cuda, "library_refusal", lambda: None)
     return on_gpu
@@ -297,7 +297,7 @@ def test_low_bits_on_gpus(sealing_gpu, monkeypatch, dtype):
 @pytest.mark.parametrize("dtype", ("int4", "k3v2"))
 def test_low_bits_on_gpus_without_the_library(on_gpu, monkeypatch, dtype):
     """Triton's kernels, unless CUDA C++ alone is asked for; on AMD there are no others."""
-    monkeypatch.setattr(patches, "_own_dtypes", SERVED.keys() - FORMATS.keys())
+    monkeypatch.setattr(additions, "_own_dtypes", SERVED.keys() - FORMATS.keys())
     monkeypatch.setattr(cuda, "library_refusal", lambda: "it is not built")
     monkeypatch.setattr(kernels, "find_spec", lambda name: name)
     for is_cuda in (True, False):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kvq_plugin import cli, demo, report
+from kvq_plugin import cli, demo, options, report
 from kvq_plugin.evaluate import BASELINE, Score
 from kvq_plugin.servers import log_tail, process_group
 
@@ -29,8 +29,8 @@ def render(table) -> str:
 
 
 def test_baseline_is_always_measured_first():
-    assert cli.parse_dtypes("fp8, int8,fp8") == ["auto", "fp8", "int8"]
-    assert cli.parse_dtypes("fp8,auto") == ["auto", "fp8"]
+    assert options.parse_dtypes("fp8, int8,fp8") == ["auto", "fp8", "int8"]
+    assert options.parse_dtypes("fp8,auto") == ["auto", "fp8"]
 
 
 @pytest.mark.parametrize("command", ["demo", "eval"])

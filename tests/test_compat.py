@@ -18,11 +18,12 @@ from version_matrix import tree
 
 from kvq_plugin.formats import SERVED
 from kvq_plugin.serving import compat
+from kvq_plugin.serving.compat import required
 
 SERVING = Path(compat.__file__).parents[1]
 #: Tables of names that not every version has: from which version on, or before which.
-SINCE = {(0, 32): compat.SINCE_0_32, (0, 33): compat.SINCE_0_33}
-BEFORE = {(0, 33): compat.UNTIL_0_32}
+SINCE = {(0, 32): required.SINCE_0_32, (0, 33): required.SINCE_0_33}
+BEFORE = {(0, 33): required.UNTIL_0_32}
 
 
 def _version(name: str) -> tuple[int, ...]:
@@ -133,7 +134,7 @@ def _missing(root: Path, version: tuple[int, ...]) -> list[str]:
         if is_platform or _find(root, module, name) or _module(root, f"{module}.{name}"):
             continue
         missing.append(f"{module}.{name}")
-    for place, names in (item for t in (compat.ATTRIBUTES, *present) for item in t.items()):
+    for place, names in (item for t in (required.ATTRIBUTES, *present) for item in t.items()):
         module, _, cls = place.partition(":")
         for name in names:
             ok = _has_attribute(root, module, cls, name) if cls else _find(root, module, name)

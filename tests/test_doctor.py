@@ -11,6 +11,7 @@ from kvq_plugin import _native, doctor
 from kvq_plugin.doctor import ADVICE, BAD, GOOD, Finding, Machine
 from kvq_plugin.formats import FORMATS, SERVED
 from kvq_plugin.serving import compat
+from kvq_plugin.serving.compat import required
 
 
 def machine(**changes):
@@ -64,7 +65,7 @@ def test_a_plugin_that_is_kept_out():
 
 
 def test_a_vllm_that_lacks_something(monkeypatch):
-    monkeypatch.setattr(compat, "missing", lambda: ["vllm.config.cache.CacheDType"])
+    monkeypatch.setattr(required, "missing", lambda: ["vllm.config.cache.CacheDType"])
     assert "steps aside: this vLLM lacks vllm.config.cache.CacheDType" in advice(
         doctor.plugin(machine())
     )

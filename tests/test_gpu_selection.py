@@ -54,7 +54,7 @@ ENGINES = {
 
 SELECT = f"""
 import json
-from kvq_plugin.serving.compat.patches import added_backend
+from kvq_plugin.serving.compat.additions import added_backend
 own = added_backend("KVQ").name
 names, refused, served = {list(NAMES)!r}, {list(REFUSED.values())!r}, {SERVED!r}
 found = {{

@@ -26,7 +26,7 @@ LEVELS = (
     ("evaluate", "doctor", "tasks"),
     ("evaluate_transformers",),
     ("evaluation_page", "doctor_url"),
-    ("report", "inspection_report"),
+    ("report", "inspection_report", "options"),
     ("calibrate",),
     ("allocate",),
     ("demo", "bench", "gpu_check"),

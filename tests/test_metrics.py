@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -137,7 +140,8 @@ def test_without_room_there_are_no_metrics(tmp_path, monkeypatch):
 
 def test_a_program_has_a_folder_and_its_workers_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "_folder", None)
-    monkeypatch.setattr(metrics.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
+    monkeypatch.setattr(metrics, "_lock", None)
+    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(metrics.atexit, "register", lambda *args: None)
     monkeypatch.setenv(metrics.FOLDER, "")  # an engine of ours, whose end is a signal
     metrics.make_folder()
@@ -148,7 +152,45 @@ def test_a_program_has_a_folder_and_its_workers_the_same(tmp_path, monkeypatch):
         metrics.make_folder()
         assert metrics.os.environ[metrics.FOLDER] == "of the process above"
     metrics.make_folder()
-    assert metrics.os.environ[metrics.FOLDER] == str(tmp_path / "kvq-metrics-")
+    [made] = tmp_path.iterdir()
+    assert metrics.os.environ[metrics.FOLDER] == str(made)
+    metrics.os.close(metrics._lock)
+
+
+def test_the_folder_of_a_server_that_was_killed_goes_with_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(metrics.atexit, "register", lambda *args: None)
+    monkeypatch.setattr(metrics, "_lock", None)
+    monkeypatch.setenv(metrics.FOLDER, "of the process above")
+    (tmp_path / "kvq-metrics-link").symlink_to(Path(__file__).parent)  # is not followed
+
+    def start() -> Path:
+        monkeypatch.setattr(metrics, "_folder", None)
+        metrics.make_folder()
+        return Path(metrics._folder)
+
+    told, tell = os.pipe()
+    server = os.fork()
+    if server == 0:
+        try:
+            os.write(tell, bytes(start()))
+            signal.pause()
+        finally:
+            os._exit(1)
+    killed = Path(os.fsdecode(os.read(told, 1000)))
+    os.close(tell), os.close(told)
+    try:
+        running = start()
+        assert killed.is_dir() and running.is_dir()
+    finally:
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
+    assert killed.is_dir()
+    kept = metrics._lock
+    start()
+    assert not killed.exists() and running.is_dir()
+    assert (tmp_path / "kvq-metrics-link").is_symlink() and Path(__file__).exists()
+    os.close(kept), os.close(metrics._lock)
 
 
 def sample(name, value, **labels):

@@ -13,7 +13,7 @@ import pytest
 from engine_jobs import Batch, Job, run
 from tiny_models import make
 
-from kvq_plugin.serving import compat
+from kvq_plugin.serving.compat import required
 
 pytest.importorskip("vllm")
 
@@ -70,7 +70,7 @@ def test_modules_that_are_not_loaded_are_looked_up_in_their_source(monkeypatch):
     for place in (("vllm.v1.attention.backends.cpu_attn", ""), ("vllm.config.vllm", "VllmConfig")):
         monkeypatch.delitem(sys.modules, place[0], raising=False)
         name = "model_config" if place[1] else "CPUAttentionBackend"
-        assert compat._has(*place, name) and not compat._has(*place, "no_such_name")
+        assert required.has(*place, name) and not required.has(*place, "no_such_name")
 
 
 def test_what_fails_after_registration_concerns_our_caches_alone(model):

@@ -100,16 +100,16 @@ def hide(undo: ExitStack, place: str, name: str) -> None:
 
 def without_names(model: str) -> dict:
     from kvq_plugin import serving
-    from kvq_plugin.serving import compat
+    from kvq_plugin.serving.compat import required
 
-    for place, _ in compat._wanted():  # as in a process that has served for a while
-        if place not in compat._GPU_MODULES:
+    for place, _ in required.wanted():  # as in a process that has served for a while
+        if place not in required.GPU_MODULES:
             importlib.import_module(place.partition(":")[0])
-    wanted = [(p, n) for p, n in compat._wanted() if p not in compat._GPU_MODULES]
-    [platform] = [p for p in compat.PLATFORM_CLASSES if ".cpu:" in p]
-    wanted += [(platform, name) for name in compat.ATTRIBUTES[platform]]
+    wanted = [(p, n) for p, n in required.wanted() if p not in required.GPU_MODULES]
+    [platform] = [p for p in required.PLATFORM_CLASSES if ".cpu:" in p]
+    wanted += [(platform, name) for name in required.ATTRIBUTES[platform]]
     if not hasattr(importlib.import_module("vllm.config.cache"), "register_kv_cache_dtype"):
-        wanted += [(p, n) for p, names in compat.UNTIL_0_32.items() for n in names]
+        wanted += [(p, n) for p, names in required.UNTIL_0_32.items() for n in names]
     before, found = state(), {}
     for place, name in wanted:
         result = found[f"{place}.{name}"] = {}
@@ -140,7 +140,7 @@ def without_modules(model: str) -> dict:
     from kvq_plugin import serving
 
     serving.register()
-    modules = ("backend", "base", "checks", "selection", "scales.config", "stock")
+    modules = ("backend", "base", "checks", "layers", "selection", "scales.config", "stock")
     found = {}
     for module in (f"kvq_plugin.serving.{m}" for m in modules):
         result = found[module] = {}

@@ -14,6 +14,7 @@ from kvq_plugin.calibrate.settings import (
     Strategy,
 )
 from kvq_plugin.evaluate import BUILTIN_TEXT
+from kvq_plugin.options import positive
 
 _DEFAULTS = Settings()
 
@@ -81,10 +82,8 @@ def _add_samples(group) -> None:
         metavar="FILE",
         help=f".txt or .jsonl; {BUILTIN_TEXT!r}, the default, is the reference that Python carries",
     )
-    group.add_argument("--samples", type=_positive, default=32, help="(%(default)s)")
-    group.add_argument(
-        "--length", type=_positive, default=2048, help="tokens of each (%(default)s)"
-    )
+    group.add_argument("--samples", type=positive, default=32, help="(%(default)s)")
+    group.add_argument("--length", type=positive, default=2048, help="tokens of each (%(default)s)")
     group.add_argument("--seed", type=int, default=0, help="of drawing the samples (%(default)s)")
 
 
@@ -97,7 +96,7 @@ def _add_driver(group) -> None:
     )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of activations")
     group.add_argument(
-        "--tensor-parallel-size", type=_positive, default=1, metavar="N", help="(%(default)s)"
+        "--tensor-parallel-size", type=positive, default=1, metavar="N", help="(%(default)s)"
     )
     group.add_argument(
         "--kv-memory-gib",
@@ -117,13 +116,6 @@ def _layers(text: str) -> frozenset[int]:
         raise argparse.ArgumentTypeError(
             f"expected layer numbers separated by commas, got {text!r}"
         ) from None
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return number
 
 
 def run(options: argparse.Namespace) -> None:

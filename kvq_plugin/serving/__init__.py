@@ -30,7 +30,7 @@ def _register() -> bool:
     """True when all is done, False when a later call has to go on. Changes nothing if it raises."""
     from kvq_plugin.mapping import NAMES
     from kvq_plugin.serving import compat, selection
-    from kvq_plugin.serving.compat import patches
+    from kvq_plugin.serving.compat import additions, patches, required
 
     on_cpu, on_gpu, undecided = compat.is_cpu(), compat.is_gpu(), compat.is_unspecified()
     if not (on_cpu or on_gpu or undecided):
@@ -39,14 +39,14 @@ def _register() -> bool:
             "stay vLLM's own"
         )
         return True
-    if lacking := compat.missing():
+    if lacking := required.missing():
         raise AttributeError(f"it lacks {', '.join(lacking)}")
     import torch
 
     with ExitStack() as undo:
-        patches.add_dtypes(undo, NAMES, torch.uint8)
+        additions.add_dtypes(undo, NAMES, torch.uint8)
         if not on_cpu:
-            patches.add_backend(
+            additions.add_backend(
                 selection.BACKEND_NAME, f"{__name__}.stock_triton.StockTritonBackend", undo
             )
         if not undecided:

@@ -13,7 +13,6 @@ from typing import Any
 from kvq_plugin import hugepages, ops
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.layout import LANES, MAX_HEAD_SIZE
-from kvq_plugin.serving import base
 from kvq_plugin.serving.base import KVQBackend, KVQImpl, KVQMetadata
 from kvq_plugin.serving.compat import (
     AttentionMetadataBuilder,
@@ -21,11 +20,12 @@ from kvq_plugin.serving.compat import (
     CPUAttentionBackend,
     get_logger,
 )
+from kvq_plugin.serving.layers import is_our_spec
 
 
 def cache_memory(specs: Iterable[Any]) -> AbstractContextManager:
     """What a KV cache for layers of *specs* is allocated within: on huge pages if one is ours."""
-    if any(map(base.is_our_spec, specs)):
+    if any(map(is_our_spec, specs)):
         return hugepages.HugePages(get_logger(__name__))
     return nullcontext()
 

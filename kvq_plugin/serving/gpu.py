@@ -24,7 +24,7 @@ from kvq_plugin.serving.compat import (
     current_platform,
     split_decodes_and_prefills,
 )
-from kvq_plugin.serving.compat.patches import is_own_dtype
+from kvq_plugin.serving.compat.additions import is_own_dtype
 from kvq_plugin.serving.pages import BLOCK_SIZE, SUFFIX
 
 #: Compute capability of the oldest NVIDIA GPUs the kernels are compiled for.

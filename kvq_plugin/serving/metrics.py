@@ -13,6 +13,7 @@ of all. docs/metrics.md has what that costs.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import multiprocessing
 import os
@@ -20,6 +21,8 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ from kvq_plugin.serving import base, compat
 
 #: Environment variable with the folder of this server's files; empty: no metrics.
 FOLDER = "KVQ_METRICS_DIR"
+PREFIX = "kvq-metrics-"
 EVERY = 32
 #: Fewer than torch spreads over threads: waking those takes longer than counting.
 VALUES = 16384
@@ -54,23 +58,54 @@ _USAGE, _RUNNING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running"
 
 
 _folder: str | None = None  # that this process made
+_lock: int | None = None  # open on it for as long as this process, or one forked off, runs
 
 
 def make_folder() -> None:
     """Make the folder and name it in the environment, unless this process, or the one that it is a
     worker of, has done so. A server that a process with an engine starts has a folder of its own.
+    Folders of servers that were killed go.
     """
-    global _folder
+    global _folder, _lock
     above = os.environ.get(FOLDER)
     if _folder or above == "" or (above and multiprocessing.parent_process() is not None):
         return
     try:
-        _folder = tempfile.mkdtemp(prefix="kvq-metrics-")
+        _remove_abandoned()
+        _folder, _lock = _locked_folder()
     except OSError as error:
         _go_without(error)
         return
     os.environ[FOLDER] = _folder
     atexit.register(_remove, _folder, os.getpid())
+
+
+def _locked_folder() -> tuple[str, int]:
+    while True:
+        folder = tempfile.mkdtemp(prefix=PREFIX)
+        lock = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks, where none is found abandoned
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.isdir(folder):  # not taken for abandoned before it was locked
+            return folder, lock
+        os.close(lock)
+
+
+def _remove_abandoned() -> None:
+    """Remove this user's folders that nobody has locked: kill -9 leaves no time to do it."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue  # somebody else's, or gone
+        try:
+            if os.fstat(lock).st_uid == os.getuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            pass  # in use
+        finally:
+            os.close(lock)
 
 
 def _remove(folder: str, owner: int) -> None:

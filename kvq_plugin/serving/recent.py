@@ -19,6 +19,7 @@ import torch
 
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.serving import base, compat
+from kvq_plugin.serving.layers import CODE_DTYPES
 from kvq_plugin.serving.mapped import PACKED_LAYOUT, run_formats
 from kvq_plugin.serving.pages import (
     SUFFIX,
@@ -112,7 +113,7 @@ def _narrow(stock: Callable[[Any], Any], run: KVFormat) -> Callable[[Any], Any]:
             return None
         full = vllm_config.cache_config.block_size
         page = sealed_page(run, spec.head_size, full)
-        if spec.dtype in base.CODE_DTYPES:
+        if spec.dtype in CODE_DTYPES:
             content = run.recent.bytes_per_token(spec.head_size)
         else:
             content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kvq_plugin.formats import SERVED, KVFormat
 from kvq_plugin.mapping import MIXED, NAMES
 from kvq_plugin.serving import compat
-from kvq_plugin.serving.compat import patches
+from kvq_plugin.serving.compat import additions
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def is_ours_alone(kv_cache_dtype: str) -> bool:
     """True for a format of ours that vLLM itself has no kernels for on this platform."""
     if compat.is_cpu():
         return not compat.cpu_backend_has(kv_cache_dtype)
-    return patches.is_own_dtype(kv_cache_dtype)
+    return additions.is_own_dtype(kv_cache_dtype)
 
 
 def _chosen_backends(vllm_config: Any) -> tuple:
@@ -89,7 +89,7 @@ def _chosen_backends(vllm_config: Any) -> tuple:
 
 
 def _is_named(backends: tuple) -> bool:
-    own = patches.added_backend(BACKEND_NAME)
+    own = additions.added_backend(BACKEND_NAME)
     return own is not None and own in backends
 
 
@@ -121,13 +121,13 @@ def choose_on_cpu(selected: Any, config: Any) -> str | None:
         return None
     if run is not None and not serves(run):
         return None
-    from kvq_plugin.serving import backend, base, stock
+    from kvq_plugin.serving import backend, base, layers, stock
 
     if config.kv_cache_dtype == MIXED:
         from kvq_plugin.serving.pending import PendingBackend
 
         return base.class_path(PendingBackend)  # until the layer has a name
-    format = base.layer_format(config.kv_cache_dtype, config.attn_type)
+    format = layers.layer_format(config.kv_cache_dtype, config.attn_type)
     if format is None:
         return base.class_path(stock.StockCPUBackend)
     return _validated(backend.BACKENDS[format], config, backend.LIMITS)
@@ -144,10 +144,10 @@ def choose_on_gpu(selected: Any, config: Any) -> str | None:
         if selected is not None:
             _require_known(selected, name)
             return None
-    from kvq_plugin.serving import base, gpu
+    from kvq_plugin.serving import gpu, layers
     from kvq_plugin.serving.stock_triton import StockTritonBackend
 
-    format = base.layer_format(name, config.attn_type)
+    format = layers.layer_format(name, config.attn_type)
     backend = StockTritonBackend if format is None else gpu.BACKENDS[format]
     return _validated(backend, config, gpu.LIMITS)
 
@@ -189,13 +189,13 @@ def require_own_backends(model: torch.nn.Module, vllm_config: Any) -> None:
     backend of vLLM's: it would write that cache in a layout of its own, if at all."""
     if not serves(vllm_config):
         return
-    from kvq_plugin.serving import base
+    from kvq_plugin.serving import base, layers
 
     for layer in (m for m in model.modules() if isinstance(m, compat.Attention)):
         name = layer.kv_cache_dtype
         if name not in NAMES or not is_ours_alone(name):
             continue
-        if name != MIXED and base.layer_format(name, layer.attn_type) is None:
+        if name != MIXED and layers.layer_format(name, layer.attn_type) is None:
             continue
         if not issubclass(layer.attn_backend, base.KVQBackend):
             raise ValueError(

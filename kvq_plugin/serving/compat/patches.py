@@ -1,67 +1,22 @@
 """What registration changes in vLLM: all of it, or after a failure none.
 
-Every patch takes an ExitStack *undo* and puts the way back onto it before it changes anything.
-What the plugin hooks in afterwards concerns its own KV caches: if it fails there, that is a
-ValueError for them, and nothing but a warning for everyone else (:func:`_for_ours_alone`).
+Every patch takes an ExitStack *undo*, by which it can be taken back. What the plugin hooks in
+afterwards concerns its own KV caches: if it fails there, that is a ValueError for them, and nothing
+but a warning for everyone else (:func:`_for_ours_alone`).
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
-
 from kvq_plugin.mapping import NAMES
 from kvq_plugin.serving import compat
-
-_ABSENT = object()
-
-
-def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """``setattr`` on a module, class or object."""
-    before = vars(owner).get(name, _ABSENT)
-    if before is _ABSENT:
-        undo.callback(delattr, owner, name)
-    else:
-        undo.callback(setattr, owner, name, before)
-    setattr(owner, name, value)
-
-
-def _wrap(undo: ExitStack, owner: Any, name: str, parameters: tuple[str, ...], wrap, kind) -> None:
-    """Replace the function *name* of *owner* by ``kind(wrap(it))``, once.
-
-    Raises TypeError when it does not take *parameters*, which the wrapper relies on.
-    """
-    stock = getattr(owner, name)
-    if getattr(stock, "_kvq_wrapped", False):
-        return
-    found = list(inspect.signature(stock).parameters)[: len(parameters)]
-    if found != list(parameters):
-        raise TypeError(f"{owner.__name__}.{name} takes {found}: expected {list(parameters)}")
-    wrapper = functools.wraps(stock)(wrap(stock))
-    wrapper._kvq_wrapped = True
-    _set(undo, owner, name, kind(wrapper))
-
-
-def _keep(undo: ExitStack, mapping: dict, key: Any) -> None:
-    """What *key* of *mapping* is now, or that it is absent."""
-    if key in mapping:
-        undo.callback(mapping.__setitem__, key, mapping[key])
-    else:
-        undo.callback(mapping.pop, key, None)
-
-
-def _discard(values: list, value: Any) -> None:
-    if value in values:
-        values.remove(value)
-
+from kvq_plugin.serving.compat import additions
+from kvq_plugin.serving.compat.patching import put, wrap_function
 
 _warned: set[str] = set()
 
@@ -75,8 +30,7 @@ def _for_ours_alone(kv_cache_dtype: str | None, backend: Any = None) -> Iterator
         raise
     except Exception as error:
         says = f"kvq_plugin failed on vLLM {compat.vllm_version()}: {type(error).__name__}: {error}"
-        asked = backend is not None and backend in _added_backends.values()
-        if asked or kv_cache_dtype in (NAMES if compat.is_cpu() else _own_dtypes):
+        if additions.is_added_backend(backend) or _is_ours(kv_cache_dtype):
             raise ValueError(
                 f"--kv-cache-dtype {kv_cache_dtype}: {says}; supported are vLLM "
                 f"{compat.SUPPORTED}; use --kv-cache-dtype auto"
@@ -86,125 +40,11 @@ def _for_ours_alone(kv_cache_dtype: str | None, backend: Any = None) -> Iterator
             compat.get_logger(__name__).warning("%s. It steps aside.", says)
 
 
-# --- kv cache dtypes -------------------------------------------------------------------
-
-#: Names that vLLM did not know before they were registered here.
-_own_dtypes: set[str] = set()
-
-
-def is_own_dtype(name: str | None) -> bool:
-    """True for a ``--kv-cache-dtype`` that this vLLM has from the plugin alone."""
-    return name in _own_dtypes
-
-
-def add_dtypes(undo: ExitStack, names: Iterable[str], torch_dtype: torch.dtype) -> None:
-    """Make *names* valid ``--kv-cache-dtype``, whose cache tensors are *torch_dtype*.
-
-    Uses ``register_kv_cache_dtype`` where vLLM has it (0.33); before that, extends the
-    ``CacheDType`` literal and rebuilds its two pydantic users. Names vLLM already knows are
-    left as they are.
-    """
-    known = compat.known_dtypes()
-    new = tuple(name for name in names if name not in known)
-    if not new:
-        return
-    cache = importlib.import_module("vllm.config.cache")
-    undo.callback(_own_dtypes.difference_update, new)
-    if hasattr(cache, "register_kv_cache_dtype"):
-        for name in new:
-            _add_dtype_official(undo, cache, name, torch_dtype)
-    else:
-        _add_dtypes_backport(undo, cache, new, torch_dtype)
-    _own_dtypes.update(new)
-
-
-def _add_dtype_official(undo: ExitStack, cache: Any, name: str, torch_dtype: torch.dtype) -> None:
-    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
-    from vllm.v1.kv_cache_interface import KVQuantMode
-
-    class Handler:
-        def torch_dtype(self) -> torch.dtype:
-            return torch_dtype
-
-        def quant_mode(self) -> KVQuantMode:
-            return KVQuantMode.CUSTOM
-
-    Handler.name = name
-    _keep(undo, STR_DTYPE_TO_TORCH_DTYPE, name)
-    undo.callback(cache._KV_CACHE_DTYPE_HANDLERS.pop, name, None)
-    undo.callback(_discard, cache.KV_CACHE_DTYPES, name)
-    cache.register_kv_cache_dtype(name)(Handler)
-
-
-def _add_dtypes_backport(
-    undo: ExitStack, cache: Any, names: tuple[str, ...], torch_dtype: torch.dtype
-) -> None:
-    from pydantic.dataclasses import rebuild_dataclass
-    from vllm.config import CacheConfig, SpeculativeConfig
-    from vllm.engine import arg_utils
-    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
-
-    forget_arguments = arg_utils._compute_kwargs.cache_clear
-
-    def rebuild() -> None:
-        rebuild_dataclass(CacheConfig, force=True)
-        rebuild_dataclass(SpeculativeConfig, force=True)
-        forget_arguments()
-
-    undo.callback(rebuild)  # after what follows has been undone
-    # One Literal object is shared by the command line, both configs and the backend
-    # selector's own import of it, so it is extended in place rather than replaced.
-    _set(undo, cache.CacheDType, "__args__", cache.CacheDType.__args__ + names)
-    for name in names:
-        _keep(undo, STR_DTYPE_TO_TORCH_DTYPE, name)
-        STR_DTYPE_TO_TORCH_DTYPE.setdefault(name, torch_dtype)
-    rebuild()
+def _is_ours(kv_cache_dtype: str | None) -> bool:
+    return kv_cache_dtype in NAMES if compat.is_cpu() else additions.is_own_dtype(kv_cache_dtype)
 
 
 # --- attention backends ----------------------------------------------------------------
-
-#: What add_backend returned, by name.
-_added_backends: dict[str, Any] = {}
-
-
-def added_backend(name: str) -> Any:
-    """The enum entry that :func:`add_backend` gave *name*; None without."""
-    return _added_backends.get(name)
-
-
-def add_backend(name: str, path: str, undo: ExitStack | None = None) -> Any:
-    """Make *name* a valid ``--attention-backend`` for the class at *path*; its enum entry.
-
-    Before vLLM 0.32 there are no new names, and CUSTOM stands for the class unless another
-    plugin took it first (then None). Idempotent.
-    """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    undo = undo or ExitStack()
-    _keep(undo, _added_backends, name)
-    if not hasattr(AttentionBackendEnum, "register"):
-        custom = AttentionBackendEnum.CUSTOM
-        if not custom.is_overridden():
-            undo.callback(custom.clear_override)
-            register_backend(custom, path)
-        _added_backends[name] = custom if custom.get_path() == path else None
-    elif name not in AttentionBackendEnum.__members__:
-        undo.callback(_remove_entry, AttentionBackendEnum, name, path)
-        register_backend(name, path)
-        entry = AttentionBackendEnum[name]
-        # Configs are pickled to processes that know the entry only once they have loaded their
-        # plugins, which is after unpickling; so unpickling adds it. Pickle looks for the method
-        # on the object, and an Enum's own would only look the value up.
-        entry.__reduce_ex__ = lambda protocol: (add_backend, (name, path))
-        _added_backends[name] = entry
-    return _added_backends[name]
-
-
-def _remove_entry(enum: Any, name: str, value: str) -> None:
-    if enum._member_map_.pop(name, None) is not None:
-        enum._value2member_map_.pop(value, None)
-        _discard(enum._member_names_, name)
-        type.__delattr__(enum, name)
 
 
 def on_backend_selection(undo: ExitStack, choose: Callable[[Any, Any], str | None]) -> None:
@@ -212,8 +52,8 @@ def on_backend_selection(undo: ExitStack, choose: Callable[[Any, Any], str | Non
 
     *selected* is the enum entry of ``--attention-backend`` or None, *config* vLLM's
     ``AttentionSelectorConfig``. Returning None leaves the choice to vLLM, freely where *selected*
-    is one of :func:`add_backend`. Layers without a KV-cache dtype, MLA and sparse layers are
-    never asked about.
+    is one that :mod:`~kvq_plugin.serving.compat.additions` added. Layers without a KV-cache dtype,
+    MLA and sparse layers are never asked about.
     """
 
     def wrap(stock: Callable[..., str]) -> Callable[..., str]:
@@ -225,14 +65,14 @@ def on_backend_selection(undo: ExitStack, choose: Callable[[Any, Any], str | Non
                     path = choose(selected, config)
             if path is not None:
                 return path
-            if selected is not None and selected in _added_backends.values():
+            if additions.is_added_backend(selected):
                 selected = None
             return stock(selected, config, *args, **kwargs)
 
         return get_attn_backend_cls
 
     parameters = ("selected_backend", "attn_selector_config")
-    _wrap(undo, _platform(), "get_attn_backend_cls", parameters, wrap, classmethod)
+    wrap_function(undo, _platform(), "get_attn_backend_cls", parameters, wrap, classmethod)
 
 
 def forget_selected_backends() -> None:
@@ -267,7 +107,7 @@ def on_config(undo: ExitStack, hook: Callable[[Any], None]) -> None:
 
         return check_and_update_config
 
-    _wrap(undo, _platform(), "check_and_update_config", ("vllm_config",), wrap, classmethod)
+    wrap_function(undo, _platform(), "check_and_update_config", ("vllm_config",), wrap, classmethod)
 
 
 def _asked(vllm_config: Any) -> tuple[str | None, Any]:
@@ -292,7 +132,7 @@ def on_draft_quant_config(undo: ExitStack, hook: Callable[[Any, Any], Any]) -> N
         return get_quantization_config
 
     parameters = ("model_config", "load_config")
-    _wrap(undo, VllmConfig, "get_quantization_config", parameters, wrap, staticmethod)
+    wrap_function(undo, VllmConfig, "get_quantization_config", parameters, wrap, staticmethod)
 
 
 # --- once vLLM imports them -------------------------------------------------------------
@@ -404,11 +244,11 @@ def _once_imported(
             return
         with _for_ours_alone(None):
             stock = getattr(utils, name)
-            _wrap(later, utils, name, parameters, wrap, lambda function: function)
+            wrap_function(later, utils, name, parameters, wrap, lambda function: function)
             # What is imported already holds the function under its own name.
             for other in [m for path, m in sys.modules.items() if path.startswith("vllm.")]:
                 if getattr(other, name, None) is stock:
-                    _set(later, other, name, getattr(utils, name))
+                    put(later, other, name, getattr(utils, name))
 
     wrapt.register_post_import_hook(patch, module)
 
@@ -452,7 +292,7 @@ def refuse_on_cpu(reason: str) -> None:
         ("get_attn_backend_cls", wrap_selection),
     ):
         if hasattr(_platform(), name):
-            _wrap(ExitStack(), _platform(), name, (), wrap, classmethod)
+            wrap_function(ExitStack(), _platform(), name, (), wrap, classmethod)
 
 
 def _is_served(kv_cache_dtype: str) -> bool:

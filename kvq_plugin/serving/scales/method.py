@@ -19,8 +19,9 @@ import torch
 from kvq_plugin.formats import FP8_E4M3, SERVED, Kind, KVFormat, get_format
 from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving import compat, recent
-from kvq_plugin.serving.base import KVQImpl, keep_buffer, require_same_cache
+from kvq_plugin.serving.base import KVQImpl
 from kvq_plugin.serving.compat import AttentionType, CompressedTensorsKVCacheMethod
+from kvq_plugin.serving.layers import keep_buffer, require_same_cache
 from kvq_plugin.serving.mapped import settle_format
 from kvq_plugin.serving.scales.keys import SCALES, ZERO_POINTS, layer_number
 from kvq_plugin.serving.scales.load import ScaleLoad, Scales

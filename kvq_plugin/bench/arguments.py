@@ -1,0 +1,130 @@
+"""The command line of ``kvq bench``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from kvq_plugin.evaluate import BASELINE
+from kvq_plugin.formats import SERVED
+from kvq_plugin.options import (
+    add_dtypes,
+    add_kv_memory,
+    model_or_builtin,
+    positive,
+    positives,
+)
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    """Add what can be timed to *command*, with its arguments."""
+    kinds = command.add_subparsers(required=True, metavar="WHAT")
+    kernels = ",".join(dict.fromkeys(format.name for format in SERVED.values()))
+    for kind, repeats in (("attention", 15), ("store", 15)):
+        each = kinds.add_parser(kind, help=f"{kind} kernels alone, with vLLM's CPU kernels")
+        add_dtypes(each, kernels)
+        each.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
+        each.add_argument("--repeats", type=positive, default=repeats)
+        each.add_argument("--out", type=Path, help="folder for a CSV and a plot")
+        each.set_defaults(run=_run_kernels, kind=kind)
+    engine = kinds.add_parser("engine", help="median decode step of real engines")
+    engine.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
+    add_dtypes(engine, f"{BASELINE},fp8,int8_per_token_head,int4_per_token_head")
+    engine.add_argument("--streams", type=positive, default=6)
+    engine.add_argument("--context", type=positive, default=7000)
+    engine.add_argument("--bursts", type=positive, default=8)
+    engine.add_argument("--compiled", action="store_true", help="with torch.compile, not eager")
+    add_kv_memory(engine)
+    engine.set_defaults(run=_run_engine)
+    serve = kinds.add_parser(
+        "serve", help="vLLM's own bench serve, against servers with the same KV memory"
+    )
+    serve.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
+    add_dtypes(serve, f"{BASELINE},int8_per_token_head,int4_per_token_head,int4")
+    for name, default, what in (
+        ("--requests", 32, "requests sent at once"),
+        ("--input", 512, "tokens of each one's prompt"),
+        ("--output", 384, "tokens each generates"),
+        ("--rounds", 3, "interleaved rounds"),
+    ):
+        serve.add_argument(name, type=positive, default=default, help=f"{what} (%(default)s)")
+    serve.add_argument("--compiled", action="store_true", help="with torch.compile, not eager")
+    add_kv_memory(serve, 0.125)
+    serve.add_argument("--out", type=Path, help="folder for a CSV and a plot")
+    serve.set_defaults(run=_run_serve)
+    generate = kinds.add_parser("generate", help="transformers' generate, with its caches and ours")
+    generate.add_argument("--model", help="directory or hub name; without it, the built-in SmolLM2")
+    add_dtypes(generate, "int8_per_token_head,int4_per_token_head")
+    generate.add_argument(
+        "--contexts",
+        type=positives,
+        default="1000,2000,4000",
+        metavar="N,N,...",
+        help="tokens of context (%(default)s)",
+    )
+    generate.add_argument(
+        "--batches",
+        type=positives,
+        default="1,8",
+        metavar="N,N,...",
+        help="sequences at once (%(default)s)",
+    )
+    generate.add_argument("--bursts", type=positive, default=6)
+    generate.add_argument("--out", type=Path, help="folder for a CSV and two plots")
+    generate.set_defaults(run=_run_generate)
+
+
+def _run_kernels(options: argparse.Namespace) -> None:
+    from kvq_plugin.bench import output
+
+    names = [name for name in options.dtypes if name != BASELINE]
+    output.run_kernels(options.kind, names, options.threads, options.repeats, options.out)
+
+
+def _run_engine(options: argparse.Namespace) -> None:
+    from kvq_plugin.bench import engine, output
+    from kvq_plugin.evaluate import builtin_text, load_tokenizer, make_windows
+
+    model = model_or_builtin(options.model)
+    prompts = make_windows(load_tokenizer(model), builtin_text(), options.streams, options.context)
+    load = engine.Load(
+        model=model,
+        prompts=prompts,
+        bursts=options.bursts,
+        eager=not options.compiled,
+        kv_memory_bytes=int(options.kv_memory_gib * 2**30),
+    )
+    output.run_engines(load, engine.beside_stock(options.dtypes))
+
+
+def _run_serve(options: argparse.Namespace) -> None:
+    from kvq_plugin.bench import engine, output, serve
+
+    load = serve.Load(
+        model=model_or_builtin(options.model),
+        requests=options.requests,
+        input=options.input,
+        output=options.output,
+        rounds=options.rounds,
+        eager=not options.compiled,
+        kv_memory_bytes=int(options.kv_memory_gib * 2**30),
+    )
+    output.run_serve(load, engine.beside_stock(options.dtypes), options.out)
+
+
+def _run_generate(options: argparse.Namespace) -> None:
+    from kvq_plugin.bench import output
+    from kvq_plugin.evaluate import builtin_text, load_tokenizer, make_windows
+
+    model = model_or_builtin(options.model)
+    [prompt] = make_windows(load_tokenizer(model), builtin_text(), 1, max(options.contexts) + 1)
+    output.run_generate(
+        model,
+        prompt,
+        options.contexts,
+        options.batches,
+        [name for name in options.dtypes if name != BASELINE],
+        options.bursts,
+        options.out,
+    )
