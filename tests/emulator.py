@@ -77,7 +77,7 @@ def program() -> Path:
 
 @memoize
 def host_library():
-    """The part of ``_kvq_cuda.so`` that needs no GPU: plans and struct layouts."""
+    """The part of ``_kvq_cuda.so`` that needs no GPU: plans."""
     source = ROOT / "csrc" / "cuda" / "host.cpp"
     command = [compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unused-function",
                "-Werror", "-fPIC", "-shared", "-fvisibility=hidden", str(source)]  # fmt: skip

@@ -19,7 +19,4 @@ KVQ_EXPORT int64_t kvq_cuda_plan(kvq::gpu::AttendParams* p, int64_t max_seq_len,
 KVQ_EXPORT int32_t kvq_cuda_load();
 KVQ_EXPORT int32_t kvq_cuda_store(const kvq::gpu::StoreParams* p, kvq_stream stream);
 KVQ_EXPORT int32_t kvq_cuda_attend(const kvq::gpu::AttendParams* p, kvq_stream stream);
-// sizeof and offsetof of a struct's fields, in the order of params.h (bytes; size first). Returns
-// how many there are; writes at most `room`. `which`: 0 StoreParams, 1 AttendParams.
-KVQ_EXPORT int32_t kvq_cuda_layout(int32_t which, int64_t* offsets, int32_t room);
 KVQ_EXPORT const char* kvq_cuda_error(int32_t error);

@@ -25,35 +25,25 @@ template __global__ void attend_kernel<Shape<KVQ_FORMAT, KVQ_HEAD, 2>>(
 
 #else
 
-template <class S>
-static cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
-  attend_kernel<S><<<p.blocks, kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
-}
-
 template <>
 cudaError_t attend_format<KVQ_FORMAT>(const AttendParams& p, cudaStream_t stream) {
-  if (p.cache.head_size > 128) return launch<Shape<KVQ_FORMAT, 256, 1>>(p, stream);
-  const bool wide = p.tile_rows > 8;
-  if (p.cache.head_size > 64) {
-    return wide ? launch<Shape<KVQ_FORMAT, 128, 2>>(p, stream)
-                : launch<Shape<KVQ_FORMAT, 128, 1>>(p, stream);
-  }
-  return wide ? launch<Shape<KVQ_FORMAT, 64, 2>>(p, stream)
-              : launch<Shape<KVQ_FORMAT, 64, 1>>(p, stream);
+  return with_shape<KVQ_FORMAT>(p.cache.head_size, p.tile_rows > 8, [&](auto shape) {
+    attend_kernel<decltype(shape)><<<p.blocks, kThreads, 0, stream>>>(p);
+    return cudaGetLastError();
+  });
 }
 
 template <>
 cudaError_t load_attend<KVQ_FORMAT>() {
-  const cudaError_t errors[] = {load_kernel(attend_kernel<Shape<KVQ_FORMAT, 64, 1>>),
-                                load_kernel(attend_kernel<Shape<KVQ_FORMAT, 64, 2>>),
-                                load_kernel(attend_kernel<Shape<KVQ_FORMAT, 128, 1>>),
-                                load_kernel(attend_kernel<Shape<KVQ_FORMAT, 128, 2>>),
-                                load_kernel(attend_kernel<Shape<KVQ_FORMAT, 256, 1>>)};
-  for (const cudaError_t error : errors) {
-    if (error != cudaSuccess) return error;
+  cudaError_t error = cudaSuccess;
+  for (const int head_size : {64, 128, 256}) {
+    for (const bool wide : {false, true}) {
+      if (error != cudaSuccess) return error;
+      error = with_shape<KVQ_FORMAT>(
+          head_size, wide, [](auto shape) { return load_kernel(attend_kernel<decltype(shape)>); });
+    }
   }
-  return cudaSuccess;
+  return error;
 }
 
 #endif

@@ -1,42 +1,45 @@
 // Which kernel runs a call, and with how many blocks: from the launch's shapes alone.
 #pragma once
 
+#include <type_traits>
+
 #include "plan.h"
 
 namespace kvq {
 namespace gpu {
-
-struct Choice {
-  int head_class, row_tiles, tile_tokens, tile_rows, blocks;
-};
-
 namespace {
 
-template <int kFormatRow, int kHead, int kRowTiles>
-constexpr Choice choice_of() {
-  using S = Shape<kFormatRow, kHead, kRowTiles>;
-  return {kHead, kRowTiles, S::kTile, S::kRows, S::kBlocks};
+// f(std::integral_constant) of a row of kFormats.
+template <int kRow = 0, class F>
+auto with_format(int format, const F& f) {
+  if constexpr (kRow + 1 < kNumFormats) {
+    if (format != kRow) return with_format<kRow + 1>(format, f);
+  }
+  return f(std::integral_constant<int, kRow>());
 }
 
-template <int kFormatRow>
-Choice choose_in(int head_size, int rows) {
-  const int row_tiles = kvq::gpu::row_tiles(head_size <= 64    ? 64
-                                            : head_size <= 128 ? 128
-                                                               : 256,
-                                            rows);
-  if (head_size > 128) return choice_of<kFormatRow, 256, 1>();
+// f(Shape) of the kernel for a head size and tiles of more than 8 rows, or not. Head sizes above
+// 128 take 8 rows at a time: 16 would need more registers than there are.
+template <int kFormatRow, class F>
+auto with_shape(int head_size, bool wide, const F& f) {
+  if (head_size > 128) return f(Shape<kFormatRow, 256, 1>());
   if (head_size > 64) {
-    return row_tiles == 2 ? choice_of<kFormatRow, 128, 2>() : choice_of<kFormatRow, 128, 1>();
+    return wide ? f(Shape<kFormatRow, 128, 2>()) : f(Shape<kFormatRow, 128, 1>());
   }
-  return row_tiles == 2 ? choice_of<kFormatRow, 64, 2>() : choice_of<kFormatRow, 64, 1>();
+  return wide ? f(Shape<kFormatRow, 64, 2>()) : f(Shape<kFormatRow, 64, 1>());
 }
 
-template <int kFormatRow = 0>
-Choice choose(int format, int head_size, int rows) {
-  if constexpr (kFormatRow + 1 < kNumFormats) {
-    if (format != kFormatRow) return choose<kFormatRow + 1>(format, head_size, rows);
-  }
-  return choose_in<kFormatRow>(head_size, rows);
+struct Choice {
+  int tile_tokens, tile_rows, blocks;
+};
+
+inline Choice choose(int format, int head_size, int rows) {
+  return with_format(format, [&](auto row) {
+    return with_shape<row.value>(head_size, rows > 8, [](auto shape) {
+      using S = decltype(shape);
+      return Choice{S::kTile, S::kRows, S::kBlocks};
+    });
+  });
 }
 
 // Rows a kv head whose tiles lie abreast, at most: those of 8 tokens of 16 heads. With more, as

@@ -1,22 +1,11 @@
-// The library's part that needs no GPU: plans and struct layouts. Plain C++, so that it is tested
-// where there is no nvcc.
+// The library's part that needs no GPU: plans. Plain C++, so that it is tested where there is no
+// nvcc.
 #include <algorithm>
-#include <cstddef>
 
 #include "api.h"
 #include "choose.h"
 
 using namespace kvq::gpu;
-
-namespace {
-
-template <int kCount>
-int32_t copy(const int64_t (&values)[kCount], int64_t* out, int32_t room) {
-  for (int i = 0; i < kCount && i < room; ++i) out[i] = values[i];
-  return kCount;
-}
-
-}  // namespace
 
 int64_t kvq_cuda_plan(AttendParams* p, int64_t max_seq_len, int32_t multiprocessors) {
   p->group = p->num_heads / p->cache.num_kv_heads;
@@ -37,47 +26,4 @@ int64_t kvq_cuda_plan(AttendParams* p, int64_t max_seq_len, int32_t multiprocess
   p->blocks = static_cast<int32_t>(std::max<int64_t>(1, shares)) * p->abreast;
   if (rounds == 1) return 0;
   return p->blocks * 2 * partial_size(*p) * static_cast<int64_t>(sizeof(float));
-}
-
-int32_t kvq_cuda_layout(int32_t which, int64_t* offsets, int32_t room) {
-#define AT(field) static_cast<int64_t>(offsetof(StoreParams, field))
-  static const int64_t store[] = {sizeof(StoreParams), AT(key),        AT(value),
-                                  AT(cache),           AT(key_scale),  AT(value_scale),
-                                  AT(slots),           AT(num_tokens), AT(recent),
-                                  AT(recent_slots),    AT(activation), AT(aligned)};
-#undef AT
-#define AT(field) static_cast<int64_t>(offsetof(AttendParams, field))
-  static const int64_t attend[] = {sizeof(AttendParams),
-                                   AT(query),
-                                   AT(out),
-                                   AT(cache),
-                                   AT(key_scale),
-                                   AT(value_scale),
-                                   AT(block_table),
-                                   AT(seq_lens),
-                                   AT(query_start),
-                                   AT(alibi_slopes),
-                                   AT(sinks),
-                                   AT(workspace),
-                                   AT(counters),
-                                   AT(block_table_stride),
-                                   AT(num_tokens),
-                                   AT(recent),
-                                   AT(recent_table),
-                                   AT(recent_table_stride),
-                                   AT(num_seqs),
-                                   AT(num_heads),
-                                   AT(max_query_len),
-                                   AT(window),
-                                   AT(scale),
-                                   AT(softcap),
-                                   AT(causal),
-                                   AT(activation),
-                                   AT(group),
-                                   AT(tile_tokens),
-                                   AT(tile_rows),
-                                   AT(abreast),
-                                   AT(blocks)};
-#undef AT
-  return which == 0 ? copy(store, offsets, room) : copy(attend, offsets, room);
 }

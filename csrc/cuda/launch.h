@@ -8,16 +8,14 @@
 namespace kvq {
 namespace gpu {
 
-// Launches attention of one format; attend.cu is compiled once for each.
+// Launches, and loading kernels onto the current device; of attention by format, because attend.cu
+// is compiled once for each.
 template <int kFormatRow>
 cudaError_t attend_format(const AttendParams& p, cudaStream_t stream);
 template <int kFormatRow>
-cudaError_t store_format(const StoreParams& p, cudaStream_t stream);
-// Loads the format's kernels onto the current device.
-template <int kFormatRow>
 cudaError_t load_attend();
-template <int kFormatRow>
-cudaError_t load_store();
+cudaError_t store(const StoreParams& p, cudaStream_t stream);
+cudaError_t load_stores();
 
 template <class... Params>
 cudaError_t load_kernel(void (*kernel)(Params...)) {

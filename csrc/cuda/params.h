@@ -1,6 +1,6 @@
 // What a GPU kernel needs to know, in plain pointers and fixed-size integers: no torch, no CUDA
-// types. kvq_plugin/kernels/structs.py mirrors these structs with ctypes; layout.cpp exports their
-// offsets so that a test compares the two.
+// types. kvq_plugin/kernels/structs.py mirrors these structs with ctypes; a test compares the two,
+// declaration by declaration.
 #pragma once
 
 #include <cstdint>

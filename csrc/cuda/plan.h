@@ -56,12 +56,6 @@ struct Shape {
   }
 };
 
-// Head sizes above 128 take 8 rows at a time: 16 would need more registers than there are.
-constexpr int kHeadClasses[] = {64, 128, 256};
-KVQ_CONSTEXPR int row_tiles(int head_class, int rows) {
-  return rows > 8 && head_class <= 128 ? 2 : 1;
-}
-
 struct Span {
   int begin, end;  // tokens
 };

@@ -1,4 +1,5 @@
 // The kernels that write pages, of every format. Compile with -fmad=false (store.h says why).
+#include "choose.h"
 #include "launch.h"
 #include "seal.h"
 
@@ -24,7 +25,7 @@ static cudaError_t store_rows(const StoreParams& p, cudaStream_t stream) {
 
 // Rows first, then the groups that they complete: in that order on the stream.
 template <int kFormatRow>
-cudaError_t store_format(const StoreParams& p, cudaStream_t stream) {
+static cudaError_t store_format(const StoreParams& p, cudaStream_t stream) {
   if constexpr (!kFormats[kFormatRow].recent) {
     return store_rows<kFormatRow>(p, stream);
   } else {
@@ -36,7 +37,7 @@ cudaError_t store_format(const StoreParams& p, cudaStream_t stream) {
 }
 
 template <int kFormatRow>
-cudaError_t load_store() {
+static cudaError_t load_store() {
   if constexpr (kFormats[kFormatRow].recent) {
     return load_kernel(seal_kernel<kFormatRow>);
   } else {
@@ -44,20 +45,17 @@ cudaError_t load_store() {
   }
 }
 
-#define KVQ_STORE(row)                                                      \
-  template cudaError_t store_format<row>(const StoreParams&, cudaStream_t); \
-  template cudaError_t load_store<row>();
-KVQ_STORE(0)
-KVQ_STORE(1)
-KVQ_STORE(2)
-KVQ_STORE(3)
-KVQ_STORE(4)
-KVQ_STORE(5)
-KVQ_STORE(6)
-KVQ_STORE(7)
-KVQ_STORE(8)
-KVQ_STORE(9)
-static_assert(kNumFormats == 10, "name the new formats' rows above");
+cudaError_t store(const StoreParams& p, cudaStream_t stream) {
+  return with_format(p.cache.format, [&](auto row) { return store_format<row.value>(p, stream); });
+}
+
+cudaError_t load_stores() {
+  cudaError_t error = cudaSuccess;
+  for (int format = 0; format < kNumFormats && error == cudaSuccess; ++format) {
+    error = with_format(format, [](auto row) { return load_store<row.value>(); });
+  }
+  return error;
+}
 
 }  // namespace gpu
 }  // namespace kvq

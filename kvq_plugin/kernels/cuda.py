@@ -44,7 +44,6 @@ def open_library(path: Path | str) -> ctypes.CDLL:
     library.kvq_cuda_plan.restype = c_int64
     library.kvq_cuda_store.argtypes = [POINTER(StoreParams), c_void_p]
     library.kvq_cuda_attend.argtypes = [POINTER(AttendParams), c_void_p]
-    library.kvq_cuda_layout.argtypes = [c_int32, POINTER(c_int64), c_int32]
     library.kvq_cuda_error.argtypes = [c_int32]
     library.kvq_cuda_error.restype = ctypes.c_char_p
     return library

@@ -12,75 +12,54 @@ from kvq_plugin.formats import KVFormat
 ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
+def _fields(*declarations: tuple[type, str]) -> list[tuple[str, type]]:
+    """Of (type, names) as the header declares them."""
+    return [(name, type) for type, names in declarations for name in names.split()]
+
+
 class Rows(Structure):
-    _fields_ = [("data", c_void_p), ("token_stride", c_int64), ("head_stride", c_int64)]
+    _fields_ = _fields((c_void_p, "data"), (c_int64, "token_stride head_stride"))
 
 
 class Cache(Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("block_stride", c_int64),
-        ("head_stride", c_int64),
-        ("block_size", c_int32),
-        ("num_kv_heads", c_int32),
-        ("head_size", c_int32),
-        ("format", c_int32),
-    ]
+    _fields_ = _fields(
+        (c_void_p, "data"),
+        (c_int64, "block_stride head_stride"),
+        (c_int32, "block_size num_kv_heads head_size format"),
+    )
 
 
-class Scale(Structure):
-    _fields_ = [("factor", c_void_p), ("zero_point", c_void_p)]
+class StaticScale(Structure):
+    _fields_ = _fields((c_void_p, "factor zero_point"))
 
 
 class StoreParams(Structure):
-    _fields_ = [
-        ("key", Rows),
-        ("value", Rows),
-        ("cache", Cache),
-        ("key_scale", Scale),
-        ("value_scale", Scale),
-        ("slots", c_void_p),
-        ("num_tokens", c_int64),
-        ("recent", Cache),
-        ("recent_slots", c_void_p),
-        ("activation", c_int32),
-        ("aligned", c_int32),
-    ]
+    _fields_ = _fields(
+        (Rows, "key value"),
+        (Cache, "cache"),
+        (StaticScale, "key_scale value_scale"),
+        (c_void_p, "slots"),
+        (c_int64, "num_tokens"),
+        (Cache, "recent"),
+        (c_void_p, "recent_slots"),
+        (c_int32, "activation aligned"),
+    )
 
 
 class AttendParams(Structure):
-    _fields_ = [
-        ("query", Rows),
-        ("out", Rows),
-        ("cache", Cache),
-        ("key_scale", Scale),
-        ("value_scale", Scale),
-        ("block_table", c_void_p),
-        ("seq_lens", c_void_p),
-        ("query_start", c_void_p),
-        ("alibi_slopes", c_void_p),
-        ("sinks", c_void_p),
-        ("workspace", c_void_p),
-        ("counters", c_void_p),
-        ("block_table_stride", c_int64),
-        ("num_tokens", c_int64),
-        ("recent", Cache),
-        ("recent_table", c_void_p),
-        ("recent_table_stride", c_int64),
-        ("num_seqs", c_int32),
-        ("num_heads", c_int32),
-        ("max_query_len", c_int32),
-        ("window", c_int32),
-        ("scale", c_float),
-        ("softcap", c_float),
-        ("causal", c_int32),
-        ("activation", c_int32),
-        ("group", c_int32),
-        ("tile_tokens", c_int32),
-        ("tile_rows", c_int32),
-        ("abreast", c_int32),
-        ("blocks", c_int32),
-    ]
+    _fields_ = _fields(
+        (Rows, "query out"),
+        (Cache, "cache"),
+        (StaticScale, "key_scale value_scale"),
+        (c_void_p, "block_table seq_lens query_start alibi_slopes sinks workspace counters"),
+        (c_int64, "block_table_stride num_tokens"),
+        (Cache, "recent"),
+        (c_void_p, "recent_table"),
+        (c_int64, "recent_table_stride"),
+        (c_int32, "num_seqs num_heads max_query_len window"),
+        (c_float, "scale softcap"),
+        (c_int32, "causal activation group tile_tokens tile_rows abreast blocks"),
+    )
 
 
 def _rows(x: torch.Tensor) -> Rows:
@@ -99,10 +78,10 @@ def pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _scales(call: Store | Attend, which: str) -> tuple[Scale, Scale]:
+def _scales(call: Store | Attend, which: str) -> tuple[StaticScale, StaticScale]:
     """Of K and of V."""
     key, key_zero, value, value_zero = map(pointer, statics(call, which))
-    return Scale(key, key_zero), Scale(value, value_zero)
+    return StaticScale(key, key_zero), StaticScale(value, value_zero)
 
 
 def store_params(call: Store) -> StoreParams:

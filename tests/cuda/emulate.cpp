@@ -34,9 +34,8 @@ void run_grid(int blocks, const Body& body) {
   for (const int i : order) block.run(i, call);
 }
 
-template <int kFormatRow, int kHead, int kRowTiles>
+template <class S>
 void attend_shape(const AttendParams& p) {
-  using S = Shape<kFormatRow, kHead, kRowTiles>;
   const auto shared = std::make_unique<Shared<S>>();
   run_grid(p.blocks, [&] { attend_block<HostLane, S>(p, *shared); });
 }
@@ -54,36 +53,23 @@ constexpr bool emulated(int format, int head, int row_tiles) {
 #endif
 }
 
-template <int kFormatRow, int kHead, int kRowTiles>
-void attend_if(const AttendParams& p) {
-  if constexpr (emulated(kFormatRow, kHead, kRowTiles)) {
-    attend_shape<kFormatRow, kHead, kRowTiles>(p);
-  } else {
-    fprintf(stderr, "not emulated: format %d, head size %d, %d rows; see emulated()\n", kFormatRow,
-            kHead, 8 * kRowTiles);
-    exit(3);
-  }
-}
-
-template <int kFormatRow = 0>
 void attend_host(const AttendParams& p) {
-  if constexpr (kFormatRow + 1 < kNumFormats) {
-    if (p.cache.format != kFormatRow) return attend_host<kFormatRow + 1>(p);
-  }
-  const int head = p.cache.head_size;
-  const bool wide = p.tile_rows > 8;
-  if (head > 128) return attend_if<kFormatRow, 256, 1>(p);
-  if (head > 64) {
-    return wide ? attend_if<kFormatRow, 128, 2>(p) : attend_if<kFormatRow, 128, 1>(p);
-  }
-  return wide ? attend_if<kFormatRow, 64, 2>(p) : attend_if<kFormatRow, 64, 1>(p);
+  with_format(p.cache.format, [&](auto row) {
+    with_shape<row.value>(p.cache.head_size, p.tile_rows > 8, [&](auto shape) {
+      using S = decltype(shape);
+      if constexpr (emulated(row.value, S::kD, S::kN)) {
+        attend_shape<S>(p);
+      } else {
+        fprintf(stderr, "not emulated: format %d, head size %d, %d rows; see emulated()\n",
+                row.value, S::kD, S::kRows);
+        exit(3);
+      }
+    });
+  });
 }
 
-template <int kFormatRow = 0>
+template <int kFormatRow>
 void store_host(const StoreParams& p) {
-  if constexpr (kFormatRow + 1 < kNumFormats) {
-    if (p.cache.format != kFormatRow) return store_host<kFormatRow + 1>(p);
-  }
   const int blocks = static_cast<int>(2 * store_blocks(p));
   if constexpr (kFormats[kFormatRow].recent) {
     const StoreParams rows = recent_rows(p);
@@ -99,7 +85,8 @@ void store_host(const StoreParams& p) {
 }  // namespace kvq
 
 int32_t kvq_cuda_store(const StoreParams* p, kvq_stream) {
-  kvq::gpu::store_host(*p);
+  using namespace kvq::gpu;
+  with_format(p->cache.format, [&](auto row) { store_host<row.value>(*p); });
   return 0;
 }
 
