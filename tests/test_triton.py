@@ -72,11 +72,13 @@ def test_every_case_has_a_launch_choice():
 @pytest.mark.parametrize("group", (1, 3, 4, 7, 8, 16, 33, 64, 71, 128))
 @pytest.mark.parametrize("max_query_len", (1, 2, 4, 7, 16, 17, 64, 5000))
 def test_rows_of_a_program(group, max_query_len):
-    rows = launch.rows(group, max_query_len)
-    assert 16 <= rows.block_m <= launch.MAX_ROWS
-    assert rows.block_q >= 1 and rows.short == rows.block_q
-    assert rows.long or rows.short >= max_query_len, "somebody must own every query"
-    assert -(-group // rows.heads) * rows.heads >= group
+    short, *long = launch.rows(group, max_query_len)
+    assert 16 <= short.block_m <= launch.MAX_ROWS
+    assert short.block_q >= 1 and short.short == short.block_q and not short.long
+    assert long or short.short >= max_query_len, "somebody must own every query"
+    for rows in (short, *long):
+        assert rows.chunks * rows.heads >= group and rows.block_q >= 1
+        assert rows.short == short.short and rows.long == (rows is not short)
 
 
 def test_splits_fill_the_device_and_stay_worth_it(monkeypatch):

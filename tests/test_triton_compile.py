@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvq_plugin.formats import get_format
-from kvq_plugin.kernels import launch, prefill, triton_paged, triton_seal, triton_store
+from kvq_plugin.kernels import launch, prefill
+from kvq_plugin.kernels.pages import page_of
 from kvq_plugin.kernels.triton_attend import attend_kernel, merge_kernel
 from kvq_plugin.kernels.triton_prefill import combine_kernel, gather_kernel, plan_kernel
 from kvq_plugin.kernels.triton_seal import seal_kernel
@@ -69,28 +70,32 @@ def compiled(kernel, capability: int, constants: dict, warps: int, stages: int, 
     )
 
 
+def sealed_pages(format, head_size: int) -> dict:
+    recent = page_of(format.recent, head_size, 64)
+    return {"PAGE": page_of(format, head_size, 128), "RECENT_PAGE": recent}
+
+
 def attention(name: str, capability: int, long: bool, head_size: int, **changes):
     format = get_format(name)
-    rows = launch.rows(4, 1000 if long else 1)
     choice = launch.attend_choice(format, head_size, long)
+    rows = launch.rows(4, 1000 if long else 1, choice.rows)[-1]
     absent = ["key_zero", "value_zero", "alibi", "sinks"]
     absent += ["key_scale", "value_scale"] if format.is_dynamic else []
     kernel, constants = (
         attend_kernel,
         {
-            **triton_paged.row_constants(rows, 4, long, choice.rows),
-            **{"WINDOW": False, "SOFTCAP": False, "SPLIT": not long},
+            **{"ROWS": rows, "WINDOW": False, "SOFTCAP": False, "SPLIT": not long},
             **{"MIN_TILES": 4, "EXACT_DOT": False},
             "ISA": 89 if capability >= 89 else 80,
             **changes,
         },
     )
     if format.recent is None:
-        constants |= triton_paged.page_constants(format, head_size, 64)
+        constants["PAGE"] = page_of(format, head_size, 64)
         constants |= {**dict.fromkeys(absent), "CAUSAL": True, "BLOCK_N": choice.block_n}
     else:
         kernel = sealed_kernel
-        constants |= triton_paged.sealed_constants(format, head_size, 128, 64)
+        constants |= sealed_pages(format, head_size)
         constants |= dict.fromkeys(("alibi", "sinks"))
     return compiled(kernel, capability, constants, choice.warps, choice.stages)
 
@@ -181,7 +186,7 @@ def test_attention_over_sealed_groups(name, long, head_size, capability, tmp_pat
     ("name", "head_size", "capability"), (("int4", 256, 80), ("k3v2", 128, 90))
 )
 def test_sealing_keeps_to_ieee_arithmetic(capability, name, head_size, tmp_path):
-    constants = triton_seal.constants(get_format(name), head_size, 128, 64)
+    constants = sealed_pages(get_format(name), head_size)
     choice = launch.store_choice(4096, launch.SEAL)
     kernel = compiled(seal_kernel, capability, {**constants, "BLOCK_T": choice.block_t},
                       choice.warps, 1, enable_fp_fusion=False)  # fmt: skip
@@ -206,7 +211,7 @@ def test_store_keeps_to_ieee_arithmetic(capability, tmp_path):
         format = get_format(name)
         absent = ["key_zero", "value_zero"]
         absent += ["key_inverse", "value_inverse"] if format.is_dynamic else []
-        constants = {**dict.fromkeys(absent), **triton_store.constants(format, 128, 64)}
+        constants = {**dict.fromkeys(absent), "PAGE": page_of(format, 128, 64)}
         choice = launch.store_choice(4096)
         kernel = compiled(store_kernel, capability, {**constants, "BLOCK_T": choice.block_t},
                           choice.warps, 1, enable_fp_fusion=False)  # fmt: skip
@@ -219,9 +224,8 @@ def test_store_keeps_to_ieee_arithmetic(capability, tmp_path):
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_merge(capability, tmp_path):
-    rows = launch.rows(4, 1)
     constants = {
-        **triton_paged.row_constants(rows, 4, False),
+        "ROWS": launch.rows(4, 1)[0],
         **{"D": 256, "WIDTH": 256, "SPLITS": 256, "BLOCK_S": launch.MERGE_BLOCK},
         "INTERPRETED": False,
     }
@@ -238,7 +242,7 @@ def test_decoding_of_prefill(capability, name, tmp_path):
     absent += ["key_scale", "value_scale"] if format.is_dynamic else []
     constants = {
         **dict.fromkeys(absent),
-        **triton_paged.page_constants(format, 128, 64),
+        "PAGE": page_of(format, 128, 64),
         **{"HEADS": 8, "STEPS": 4, "BLOCK_T": prefill.BLOCK_T, "INTERPRETED": False},
         "ISA": 89 if capability >= 89 else 80,
     }

@@ -131,13 +131,14 @@ def split_count(programs: int, max_seq_len: int, device: torch.device, long: boo
 
 @dataclass(frozen=True)
 class Rows:
-    """How query rows are dealt to programs.
+    """How a launch deals query rows to programs; a ``constexpr`` of its kernels.
 
-    ``heads`` query heads of one kv head and ``block_m // heads`` tokens make the tile;
-    queries of up to ``short`` tokens take one block each, longer ones the second launch, if
-    ``long``.
+    ``heads`` of the ``group`` query heads of one kv head and ``block_q`` tokens make a tile of
+    ``block_m`` rows. Queries of up to ``short`` tokens belong to the launch with one block per
+    sequence, longer ones to the one that is ``long``.
     """
 
+    group: int
     heads: int
     block_m: int
     short: int
@@ -147,16 +148,21 @@ class Rows:
     def block_q(self) -> int:
         return self.block_m // self.heads
 
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.group, self.heads)
 
-def rows(group: int, max_query_len: int) -> Rows:
-    """Rows for *group* query heads per kv head and queries of up to *max_query_len* tokens."""
-    chunks = triton.cdiv(group, MAX_ROWS)
-    heads = triton.cdiv(group, chunks)
-    if heads * max_query_len <= MAX_ROWS:
-        block_m = max(16, triton.next_power_of_2(heads * max_query_len))
-        return Rows(heads, block_m, block_m // heads, long=False)
-    block_m = max(16, triton.next_power_of_2(heads))
-    return Rows(heads, block_m, block_m // heads, long=True)
+
+def rows(group: int, max_query_len: int, most: int = MAX_ROWS) -> tuple[Rows, ...]:
+    """Launches for *group* query heads per kv head and queries of up to *max_query_len* tokens, a
+    tile of long ones having *most* rows, or those of one token."""
+    heads = triton.cdiv(group, triton.cdiv(group, MAX_ROWS))
+    fits = heads * max_query_len <= MAX_ROWS
+    block_m = max(16, triton.next_power_of_2(heads * max_query_len if fits else heads))
+    short = Rows(group, heads, block_m, block_m // heads, long=False)
+    if fits:
+        return (short,)
+    return short, replace(short, block_m=max(most, triton.next_power_of_2(heads)), long=True)
 
 
 def workspace_size(head_size: int, device: torch.device) -> int:

@@ -18,7 +18,7 @@ import triton
 
 from kvq_plugin.calls import Attend, statics
 from kvq_plugin.kernels import launch
-from kvq_plugin.kernels.triton_paged import page_constants
+from kvq_plugin.kernels.pages import page_of
 from kvq_plugin.kernels.triton_prefill import combine_kernel, gather_kernel, plan_kernel
 
 #: Query tokens of a sequence from which the detour through the scratch wins. An H100, 32/8 heads,
@@ -112,7 +112,6 @@ def attend(call: Attend, flash=flash_attention) -> None:
     rows = max(tokens, share * batch)
     scratch = scratch[: 4 * kv_heads * d * rows]
     keys, values = scratch.view(query.dtype).view(2, rows, kv_heads, d)
-    constants = page_constants(format, d, cache.shape[2])
     plan = torch.empty(count * (2 * batch + 1), dtype=torch.int32, device=device)
     starts = plan[: count * (batch + 1)].view(count, batch + 1)
     firsts = plan[starts.numel() :].view(count, batch)
@@ -124,9 +123,10 @@ def attend(call: Attend, flash=flash_attention) -> None:
             most = tokens if nth == 0 else share * batch
             gather_kernel[triton.cdiv(most, BLOCK_T), kv_heads, 2](
                 keys, values, cache, table, starts[nth], firsts[nth], *statics(call, "scale"),
-                batch, cache.stride(0), cache.stride(1), table.stride(0), **constants,
-                HEADS=kv_heads, STEPS=batch.bit_length(), BLOCK_T=BLOCK_T,
-                ISA=launch.decoder(device), INTERPRETED=launch.interpreted(), num_warps=4,
+                batch, cache.stride(0), cache.stride(1), table.stride(0),
+                PAGE=page_of(format, d, cache.shape[2]), HEADS=kv_heads, STEPS=batch.bit_length(),
+                BLOCK_T=BLOCK_T, ISA=launch.decoder(device), INTERPRETED=launch.interpreted(),
+                num_warps=4,
             )  # fmt: skip
             part, part_lse = flash(
                 query, keys[:most], values[:most], query_start_loc, starts[nth],

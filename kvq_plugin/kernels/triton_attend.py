@@ -39,6 +39,7 @@ from kvq_plugin.kernels.triton_softmax import (
     locate,
     normal_unit,
     operand,
+    rows_of,
     token_scale,
     total_of,
     weigh,
@@ -59,38 +60,29 @@ def attend_kernel(
     value_zero, alibi, sinks, partial, partial_lse, scale, softcap, window, num_seqs,
     out_stride_t, out_stride_h, query_stride_t, query_stride_h, block_stride, head_stride,
     table_stride,
-    K_CODES: tl.constexpr, K_METADATA: tl.constexpr, K_CODE: tl.constexpr,
-    K_DYNAMIC: tl.constexpr, K_WIDTH: tl.constexpr,
-    V_CODES: tl.constexpr, V_METADATA: tl.constexpr, V_CODE: tl.constexpr,
-    V_DYNAMIC: tl.constexpr, V_WIDTH: tl.constexpr,
-    K_ROTATED: tl.constexpr, V_ROTATED: tl.constexpr, STAGES: tl.constexpr, TURN: tl.constexpr,
-    TURN_BACK: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    LONG: tl.constexpr, SHORT: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ISA: tl.constexpr,
-    EXACT_DOT: tl.constexpr,
+    PAGE: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+    ISA: tl.constexpr, EXACT_DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(blocks of queries, kv heads * ceil(GROUP / HEADS), splits)``.
+    """PAGE is a :class:`~kvq_plugin.kernels.pages.Page`, ROWS a
+    :class:`~kvq_plugin.kernels.launch.Rows`. Grid ``(blocks of queries, kv heads * ROWS.chunks,
+    splits)``.
 
-    With SPLIT, results go to ``partial [blocks, axis 1, splits, BLOCK_M, D]`` and
-    ``partial_lse [blocks, axis 1, splits, BLOCK_M]`` fp32; otherwise to ``out``.
+    With SPLIT, results go to ``partial [blocks, axis 1, splits, ROWS.block_m, PAGE.d]`` and
+    ``partial_lse [blocks, axis 1, splits, ROWS.block_m]`` fp32; otherwise to ``out``.
     """
-    BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
-    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    seq, start, count, first, length = locate(query_start, seq_lens, num_seqs, LONG, SHORT, BLOCK_Q)
+    K: tl.constexpr = PAGE.k
+    V: tl.constexpr = PAGE.v
+    D: tl.constexpr = PAGE.d
+    BLOCK_M: tl.constexpr = ROWS.block_m
+    seq, start, count, first, length = locate(query_start, seq_lens, num_seqs, ROWS)
     if first >= count:
         return
-    kv_head = tl.program_id(1) // CHUNKS
-    row = tl.arange(0, BLOCK_M)
-    token = first + row // HEADS
-    member = (tl.program_id(1) % CHUNKS) * HEADS + row % HEADS
-    real = (row < BLOCK_Q * HEADS) & (token < count) & (member < GROUP)
-    head = kv_head * GROUP + member
+    kv_head, row, token, head, real = rows_of(first, count, ROWS)
     place = length - count + token  # of a query in its sequence
 
     # Context that any row sees, and this program's tiles of it.
-    last = length - count + tl.minimum(first + BLOCK_Q, count) - 1
+    last = length - count + tl.minimum(first + ROWS.block_q, count) - 1
     end = length
     begin = 0
     if CAUSAL:
@@ -107,24 +99,23 @@ def attend_kernel(
         tile_end = tl.minimum(tile_end, tile_begin + share)
 
     # Queries: fp16, each row divided by the power of two of its largest element.
-    K_PACKED: tl.constexpr = K_CODE == INT4
-    k_at = tl.arange(0, K_WIDTH)
-    k_dims = dims_of(k_at, K_CODE)
-    K_ROW: tl.constexpr = D // 2 if K_PACKED else D
-    k_inside = k_at < K_ROW
+    K_PACKED: tl.constexpr = K.code == INT4
+    k_at = tl.arange(0, K.width)
+    k_dims = dims_of(k_at, K.code)
+    k_inside = k_at < K.row
     static_k = key_scale + kv_head * D if key_scale is not None else None
     rows = (start + token).to(tl.int64) * query_stride_t + head.to(tl.int64) * query_stride_h
     if K_PACKED:
-        channel = tl.arange(0, 2 * K_WIDTH)
+        channel = tl.arange(0, 2 * K.width)
         q = load_query(query, rows, static_k, channel, D, real)
-        if K_ROTATED:
-            q = rotate(q, channel, BLOCK_M, 2 * K_WIDTH, STAGES, TURN)
-        q0, q1 = fields_of(q, BLOCK_M, 2 * K_WIDTH)
+        if K.rotated:
+            q = rotate(q, channel, BLOCK_M, 2 * K.width, PAGE)
+        q0, q1 = fields_of(q, BLOCK_M, 2 * K.width)
         amax = tl.maximum(tl.max(tl.abs(q0), 1), tl.max(tl.abs(q1), 1))
     else:
         q0 = load_query(query, rows, static_k, k_dims, D, real)
-        if K_ROTATED:
-            q0 = rotate(q0, k_dims, BLOCK_M, K_WIDTH, STAGES, TURN)
+        if K.rotated:
+            q0 = rotate(q0, k_dims, BLOCK_M, K.width, PAGE)
         q1 = q0
         amax = tl.max(tl.abs(q0), 1)
     unit, shrink = normal_unit(amax)
@@ -140,11 +131,11 @@ def attend_kernel(
     if alibi is not None:
         slope = tl.load(alibi + head, mask=real, other=0.0) * LOG2E
 
-    V_PACKED: tl.constexpr = V_CODE == INT4
-    v_at = tl.arange(0, V_WIDTH)
-    v_dims = dims_of(v_at, V_CODE)
-    V_ROW: tl.constexpr = D // 2 if V_PACKED else D
-    v_inside = v_at < V_ROW
+    V_PACKED: tl.constexpr = V.code == INT4
+    v_at = tl.arange(0, V.width)
+    v_dims = dims_of(v_at, V.code)
+    v_inside = v_at < V.row
+    V_WIDTH: tl.constexpr = V.width
     acc0 = tl.zeros([BLOCK_M, V_WIDTH], tl.float32)
     acc1 = acc0
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -162,26 +153,26 @@ def attend_kernel(
     for tile in range(tile_begin, tile_end):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         seen = (n >= begin) & (n < end)  # outside: stale bytes, or a page given back
-        if PAGE % BLOCK_N == 0:  # one page per tile
-            block = tl.load(table + (tile * BLOCK_N) // PAGE)
-            position = (tile * BLOCK_N) % PAGE + tl.arange(0, BLOCK_N)
+        if PAGE.size % BLOCK_N == 0:  # one page per tile
+            block = tl.load(table + (tile * BLOCK_N) // PAGE.size)
+            position = (tile * BLOCK_N) % PAGE.size + tl.arange(0, BLOCK_N)
         else:
-            block = tl.load(table + n // PAGE, mask=seen, other=0)
-            position = n % PAGE
+            block = tl.load(table + n // PAGE.size, mask=seen, other=0)
+            position = n % PAGE.size
         page = pages + block.to(tl.int64) * block_stride
-        k_rows = page + (K_CODES + position * K_ROW)
-        mask = seen[None, :] if K_WIDTH == K_ROW else seen[None, :] & k_inside[:, None]
+        k_rows = page + (K.codes + position * K.row)
+        mask = seen[None, :] if K.width == K.row else seen[None, :] & k_inside[:, None]
         k = tl.load(k_rows[None, :] + k_at[:, None], mask=mask, other=0)
-        s = tl.dot(operand(q0, EXACT_DOT), operand(decode(k, K_CODE, ISA), EXACT_DOT))
+        s = tl.dot(operand(q0, EXACT_DOT), operand(decode(k, K.code, ISA), EXACT_DOT))
         if K_PACKED:
-            high = operand(decode(k, K_CODE, ISA, HIGH=True), EXACT_DOT)
+            high = operand(decode(k, K.code, ISA, HIGH=True), EXACT_DOT)
             s = tl.dot(operand(q1, EXACT_DOT), high, s)
         else:
             if key_zero is not None:
                 s -= bias[:, None]
-        if K_DYNAMIC:
-            word = words(page, K_METADATA, position, seen)
-            s *= token_scale(word, K_CODE)[None, :]
+        if K.dynamic:
+            word = words(page, K.metadata, position, seen)
+            s *= token_scale(word, K.code)[None, :]
             if K_PACKED:
                 s += bias[:, None] * high_half(word)[None, :]
         s *= factor[:, None]
@@ -197,11 +188,11 @@ def attend_kernel(
         s = tl.where(visible, s, float("-inf"))
 
         v_scale = None
-        if V_DYNAMIC:
-            word = words(page, V_METADATA, position, seen)
-            v_scale = token_scale(word, V_CODE)
+        if V.dynamic:
+            word = words(page, V.metadata, position, seen)
+            v_scale = token_scale(word, V.code)
         p, shrink, top, mass = weigh(s, v_scale, top, mass)
-        if V_DYNAMIC:
+        if V.dynamic:
             # A hidden token's scale may be NaN, and 0 * NaN is NaN.
             if V_PACKED:
                 offset = high_half(word) + INT4_CENTER * v_scale
@@ -209,13 +200,13 @@ def attend_kernel(
                 minima = minima * shrink + tl.sum(lift, 1)
             p = tl.where(visible, p * v_scale[None, :], 0.0)
         p = operand(p.to(tl.float16), EXACT_DOT)
-        v_rows = page + (V_CODES + position * V_ROW)
-        mask = seen[:, None] if V_WIDTH == V_ROW else seen[:, None] & v_inside[None, :]
+        v_rows = page + (V.codes + position * V.row)
+        mask = seen[:, None] if V.width == V.row else seen[:, None] & v_inside[None, :]
         v = tl.load(v_rows[:, None] + v_at[None, :], mask=mask, other=0)
-        low = operand(decode(v, V_CODE, ISA, IN_PLACE=True), EXACT_DOT)
+        low = operand(decode(v, V.code, ISA, IN_PLACE=True), EXACT_DOT)
         acc0 = tl.dot(p, low, acc0 * shrink[:, None])
         if V_PACKED:
-            high = operand(decode(v, V_CODE, ISA, HIGH=True, IN_PLACE=True), EXACT_DOT)
+            high = operand(decode(v, V.code, ISA, HIGH=True, IN_PLACE=True), EXACT_DOT)
             acc1 = tl.dot(p, high, acc1 * shrink[:, None])
 
     origin, total = total_of(top, mass, sink)
@@ -230,12 +221,12 @@ def attend_kernel(
     if value_scale is not None:
         acc0 *= tl.load(value_scale + channel, mask=v_inside, other=0.0)[None, :]
     acc0 *= inverse[:, None]
-    O_WIDTH: tl.constexpr = 2 * V_WIDTH if V_PACKED else V_WIDTH
+    O_WIDTH: tl.constexpr = 2 * V.width if V_PACKED else V.width
     o_dims, result = tl.arange(0, O_WIDTH), acc0
     if V_PACKED:
         result = channels_of(acc0, acc1 * inverse[:, None], BLOCK_M, O_WIDTH)
-    if V_ROTATED:
-        result = unrotate(result, o_dims, BLOCK_M, O_WIDTH, STAGES, TURN_BACK)
+    if V.rotated:
+        result = unrotate(result, o_dims, BLOCK_M, O_WIDTH, PAGE)
     rows = (start + token).to(tl.int64) * out_stride_t + head.to(tl.int64) * out_stride_h
     write(result, origin, total, out, partial, partial_lse, rows, row, real, o_dims, D, BLOCK_M,
           SPLIT, EXACT_DOT)  # fmt: skip
@@ -248,22 +239,21 @@ def attend_kernel(
 def merge_kernel(
     out, query_start, seq_lens, partial, partial_lse, num_seqs, splits,
     out_stride_t, out_stride_h,
-    D: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    LONG: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, INTERPRETED: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of a query row. Grid ``(blocks of queries, query heads)``, blocks as
     in :func:`attend_kernel`; SPLITS is *splits* rounded up to a power of two."""
-    BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
-    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    seq, start, count, first, length = locate(query_start, seq_lens, num_seqs, LONG, SHORT, BLOCK_Q)
+    HEADS: tl.constexpr = ROWS.heads
+    BLOCK_M: tl.constexpr = ROWS.block_m
+    seq, start, count, first, length = locate(query_start, seq_lens, num_seqs, ROWS)
     head = tl.program_id(1)
-    member = head % GROUP
-    axis1 = (head // GROUP) * CHUNKS + member // HEADS
-    programs = tl.num_programs(1) // GROUP * CHUNKS
+    member = head % ROWS.group
+    axis1 = (head // ROWS.group) * ROWS.chunks + member // HEADS
+    programs = tl.num_programs(1) // ROWS.group * ROWS.chunks
     program = tl.program_id(0).to(tl.int64) * programs + axis1
     at = tl.arange(0, WIDTH)
-    for i in range(tl.minimum(count - first, BLOCK_Q)):
+    for i in range(tl.minimum(count - first, ROWS.block_q)):
         slot = program * splits * BLOCK_M + i * HEADS + member % HEADS
         s = tl.arange(0, SPLITS)
         lse = tl.load(partial_lse + slot + s * BLOCK_M, mask=s < splits, other=float("-inf"))

@@ -38,20 +38,20 @@ def plan_kernel(starts, firsts, query_start, seq_lens, num_seqs, share, BLOCK: t
 
 
 @triton.jit
-def _row(page, position, keep, at, mask, channel, scale, zero, CODES: tl.constexpr,
-         METADATA: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr, ISA: tl.constexpr,
-         ROW: tl.constexpr, HIGH: tl.constexpr):  # fmt: skip
+def _row(page, position, keep, at, mask, channel, scale, zero, PART: tl.constexpr,
+         ISA: tl.constexpr, HIGH: tl.constexpr):  # fmt: skip
     """fp32 ``[T, W]`` of codes at bytes *at* of tokens' rows."""
-    c = tl.load((page + (CODES + position * ROW))[:, None] + at[None, :], mask=mask, other=0)
-    x = decode(c, CODE, ISA, HIGH).to(tl.float32)
+    rows = page + (PART.codes + position * PART.row)
+    c = tl.load(rows[:, None] + at[None, :], mask=mask, other=0)
+    x = decode(c, PART.code, ISA, HIGH).to(tl.float32)
     if zero is not None:
         x -= tl.load(zero + channel)[None, :]
     if scale is not None:
         x *= tl.load(scale + channel)[None, :]
-    if DYNAMIC:
-        word = words(page, METADATA, position, keep)
-        x *= token_scale(word, CODE)[:, None]
-        if CODE == INT4:
+    if PART.dynamic:
+        word = words(page, PART.metadata, position, keep)
+        x *= token_scale(word, PART.code)[:, None]
+        if PART.code == INT4:
             x += high_half(word)[:, None]
     return x
 
@@ -63,14 +63,8 @@ def _row(page, position, keep, at, mask, channel, scale, zero, CODES: tl.constex
 def gather_kernel(
     keys, values, cache, block_table, starts, firsts, key_scale, key_zero, value_scale, value_zero,
     num_seqs, block_stride, head_stride, table_stride,
-    K_CODES: tl.constexpr, K_METADATA: tl.constexpr, K_CODE: tl.constexpr,
-    K_DYNAMIC: tl.constexpr, K_WIDTH: tl.constexpr,
-    V_CODES: tl.constexpr, V_METADATA: tl.constexpr, V_CODE: tl.constexpr,
-    V_DYNAMIC: tl.constexpr, V_WIDTH: tl.constexpr,
-    K_ROTATED: tl.constexpr, V_ROTATED: tl.constexpr, STAGES: tl.constexpr, TURN: tl.constexpr,
-    TURN_BACK: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_T: tl.constexpr, ISA: tl.constexpr, INTERPRETED: tl.constexpr,
+    PAGE: tl.constexpr, HEADS: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr,
+    ISA: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Decode the rows that *starts* and *firsts* of one call name, rotated back, into ``keys,
     values [T, HEADS, D]``. Grid ``(ceil(T / BLOCK_T), HEADS, 2)``, the last for K and V."""
@@ -87,44 +81,40 @@ def gather_kernel(
         start = tl.load(starts + probe, mask=there, other=0)
         seq = tl.where(there & (start <= row), probe, seq)
     position = tl.load(firsts + seq) + row - tl.load(starts + seq)
-    entry = block_table + seq.to(tl.int64) * table_stride + position // PAGE
+    entry = block_table + seq.to(tl.int64) * table_stride + position // PAGE.size
     block = tl.load(entry, mask=keep, other=0)
-    position = tl.where(keep, position % PAGE, 0)
+    position = tl.where(keep, position % PAGE.size, 0)
     head = tl.program_id(1)
     page = cache + block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
-    rows = (row.to(tl.int64) * HEADS + head) * D
+    rows = (row.to(tl.int64) * HEADS + head) * PAGE.d
+    K: tl.constexpr = PAGE.k
+    V: tl.constexpr = PAGE.v
     if tl.program_id(2) == 0:
-        _decode_rows(keys, rows, page, position, keep, head, key_scale, key_zero, K_CODES,
-                     K_METADATA, K_CODE, K_DYNAMIC, K_WIDTH, K_ROTATED, STAGES, TURN_BACK, D,
-                     BLOCK_T, ISA, INTERPRETED)  # fmt: skip
+        _decode_rows(keys, rows, page, position, keep, head, key_scale, key_zero, K, PAGE, BLOCK_T,
+                     ISA, INTERPRETED)  # fmt: skip
     else:
-        _decode_rows(values, rows, page, position, keep, head, value_scale, value_zero, V_CODES,
-                     V_METADATA, V_CODE, V_DYNAMIC, V_WIDTH, V_ROTATED, STAGES, TURN_BACK, D,
+        _decode_rows(values, rows, page, position, keep, head, value_scale, value_zero, V, PAGE,
                      BLOCK_T, ISA, INTERPRETED)  # fmt: skip
 
 
 @triton.jit
-def _decode_rows(target, rows, page, position, keep, head, scale, zero, CODES: tl.constexpr,
-                 METADATA: tl.constexpr, CODE: tl.constexpr, DYNAMIC: tl.constexpr,
-                 WIDTH: tl.constexpr, ROTATED: tl.constexpr, STAGES: tl.constexpr,
-                 TURN_BACK: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
-                 ISA: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    PACKED: tl.constexpr = CODE == INT4
-    ROW: tl.constexpr = D // 2 if PACKED else D
-    at = tl.arange(0, WIDTH)
-    inside = at < ROW
+def _decode_rows(target, rows, page, position, keep, head, scale, zero, PART: tl.constexpr,
+                 PAGE: tl.constexpr, BLOCK_T: tl.constexpr, ISA: tl.constexpr,
+                 INTERPRETED: tl.constexpr):  # fmt: skip
+    PACKED: tl.constexpr = PART.code == INT4
+    D: tl.constexpr = PAGE.d
+    at = tl.arange(0, PART.width)
+    inside = at < PART.row
     mask = keep[:, None] & inside[None, :]
     channel = head * D + tl.where(inside, at, 0)  # codes of 4 bits have no static scales
-    x = _row(page, position, keep, at, mask, channel, scale, zero, CODES, METADATA, CODE, DYNAMIC,
-             ISA, ROW, False)  # fmt: skip
-    ALL: tl.constexpr = 2 * WIDTH if PACKED else WIDTH
+    x = _row(page, position, keep, at, mask, channel, scale, zero, PART, ISA, False)
+    ALL: tl.constexpr = 2 * PART.width if PACKED else PART.width
     dims = tl.arange(0, ALL)
     if PACKED:
-        upper = _row(page, position, keep, at, mask, channel, scale, zero, CODES, METADATA, CODE,
-                     DYNAMIC, ISA, ROW, True)  # fmt: skip
+        upper = _row(page, position, keep, at, mask, channel, scale, zero, PART, ISA, True)
         x = channels_of(x, upper, BLOCK_T, ALL)
-    if ROTATED:
-        x = unrotate(x, dims, BLOCK_T, ALL, STAGES, TURN_BACK)
+    if PART.rotated:
+        x = unrotate(x, dims, BLOCK_T, ALL, PAGE)
     to = target + rows[:, None] + dims[None, :]
     x = to_output(x, target.dtype.element_ty, INTERPRETED)
     tl.store(to, x, mask=keep[:, None] & (dims < D)[None, :])

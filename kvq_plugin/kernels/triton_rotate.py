@@ -1,7 +1,7 @@
 """The rotation of :mod:`kvq_plugin.rotation` inside Triton's kernels, on rows held in registers.
 
-Every row of a tile is as wide as the next power of two from the head size D on, zeros behind it;
-STAGES, the logarithm of the channels that are mixed, and FACTOR come from :func:`constants`.
+Every row of a tile is as wide as the next power of two from the head size on, zeros behind it; PAGE
+is a :class:`~kvq_plugin.kernels.pages.Page`.
 """
 
 from __future__ import annotations
@@ -33,23 +33,21 @@ def _mix(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def rotate(x, channel, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-           FACTOR: tl.constexpr):  # fmt: skip
+def rotate(x, channel, ROWS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr):
     """fp32 ``x [ROWS, WIDTH]``, columns *channel*, rotated."""
     x = tl.where(x > _LIMIT, _LIMIT, tl.where(x < -_LIMIT, -_LIMIT, x))  # a NaN stays
-    x *= (_signs(channel) * FACTOR)[None, :]
-    for stage in tl.static_range(STAGES):
+    x *= (_signs(channel) * PAGE.turn)[None, :]
+    for stage in tl.static_range(tl.constexpr(PAGE.stages)):
         x = _mix(x, ROWS, WIDTH, 1 << stage)
     return x
 
 
 @triton.jit
-def unrotate(x, channel, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-             FACTOR: tl.constexpr):  # fmt: skip
+def unrotate(x, channel, ROWS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr):
     """The inverse of :func:`rotate`, up to rounding."""
-    for stage in tl.static_range(STAGES):
+    for stage in tl.static_range(tl.constexpr(PAGE.stages)):
         x = _mix(x, ROWS, WIDTH, 1 << stage)
-    return x * (_signs(channel) * FACTOR)[None, :]
+    return x * (_signs(channel) * PAGE.turn_back)[None, :]
 
 
 @triton.jit
@@ -67,13 +65,3 @@ def channels_of(low, high, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     shape: tl.constexpr = [ROWS, WIDTH // 8, 4]
     words = tl.join(tl.reshape(low, shape), tl.reshape(high, shape))
     return tl.reshape(tl.permute(words, (0, 1, 3, 2)), [ROWS, WIDTH])
-
-
-def constants(head_size: int) -> dict:
-    """``constexpr`` arguments: STAGES, and the FACTOR of both directions."""
-    size = 2.0 ** -rotation.exponent(head_size)
-    return {
-        "STAGES": rotation.width(head_size).bit_length() - 1,
-        "TURN": size,
-        "TURN_BACK": size * rotation.gain(head_size),
-    }

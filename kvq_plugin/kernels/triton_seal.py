@@ -8,8 +8,6 @@ decides a byte is the reference's, and reductions are minima and maxima.
 
 from __future__ import annotations
 
-from functools import cache as memoize
-
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +25,7 @@ from kvq_plugin.kernels.codec import (
     is_nan_bits,
     round_to_int,
 )
-from kvq_plugin.kernels.triton_sealed import places
+from kvq_plugin.kernels.pages import page_of
 
 GROUP = tl.constexpr(formats.GROUP)
 _LITE_STEP = tl.constexpr(codes.LITE_STEP)
@@ -76,13 +74,16 @@ def _save_plane(row, fields, inside, WIDTH: tl.constexpr, BITS: tl.constexpr, LO
 
 @triton.jit
 def _seal(
-    source, codes_at, scales_at, page, within, first_codes, first_scale,
-    CODES: tl.constexpr, METADATA: tl.constexpr, CODE: tl.constexpr, BITS: tl.constexpr,
-    QMAX_INVERSE: tl.constexpr, LITE: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr,
+    source, position, page, within, first_codes, first_scale, NEW: tl.constexpr,
+    PART: tl.constexpr, CHANNELS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """One group of K (CHANNELS: a scale for each) or of V (a scale for each of a token's PARTS);
-    its first row is also copied, where it is a page's."""
+    """One group of K (CHANNELS: a scale for each) or of V (a scale for each of a token's parts),
+    from rows that are NEW to what is PART; its first row is also copied, where it is a page's."""
+    D: tl.constexpr = PAGE.d
+    WIDTH: tl.constexpr = PAGE.width
+    BITS: tl.constexpr = PART.bits
+    LITE: tl.constexpr = PART.lite
+    codes_at, scales_at = NEW.codes + position * D, NEW.metadata + position * 4
     t, c = tl.arange(0, GROUP), tl.arange(0, WIDTH)
     real = c < D
     raw = tl.load(source + codes_at + t[:, None] * D + c[None, :], mask=real[None, :], other=128)
@@ -95,16 +96,17 @@ def _seal(
     x = int_to_float(raw.to(tl.int32) - 128) * bits_float(scale_bits)[:, None]
     bad = is_nan_bits(float_bits(x))
     x = tl.minimum(tl.maximum(tl.where(bad, 0.0, x), -FP16_MAX), FP16_MAX)
-    words = page + METADATA
+    words = page + PART.metadata
     if CHANNELS:
         heard = ((t > 0) | (within > 0))[:, None]  # a page's first row has no say
         low = tl.min(tl.where(heard, x, FP16_MAX), 0)
         high = tl.max(tl.where(heard, x, -FP16_MAX), 0)
         poison = tl.max((bad & heard).to(tl.int32), 0) > 0
-        word, base, inverse = _scales(low, high, poison, QMAX_INVERSE, LITE)
+        word, base, inverse = _scales(low, high, poison, PART.qmax_inverse, LITE)
         base, inverse = base[None, :], inverse[None, :]
         at, mask = within // GROUP * D + c, real
     else:
+        PARTS: tl.constexpr = WIDTH // GROUP if LITE else 1
         shape: tl.constexpr = [GROUP, PARTS, WIDTH // PARTS]
         x, heard = (
             tl.reshape(x, shape),
@@ -113,7 +115,7 @@ def _seal(
         low = tl.min(tl.where(heard, x, FP16_MAX), 2)
         high = tl.max(tl.where(heard, x, -FP16_MAX), 2)
         poison = tl.max(tl.reshape(bad, shape).to(tl.int32), 2) > 0
-        word, base, inverse = _scales(low, high, poison, QMAX_INVERSE, LITE)
+        word, base, inverse = _scales(low, high, poison, PART.qmax_inverse, LITE)
         base, inverse = base[:, :, None], inverse[:, :, None]
         part = tl.arange(0, PARTS)[None, :]
         if PARTS == 1:
@@ -121,14 +123,14 @@ def _seal(
         else:
             at = within // GROUP * D + part * GROUP + t[:, None]
             mask = part < D // GROUP
-    fields = tl.reshape(encode(float_bits((x - base) * inverse), CODE), [GROUP, WIDTH])
+    fields = tl.reshape(encode(float_bits((x - base) * inverse), PART.code), [GROUP, WIDTH])
     tl.store(words.to(tl.pointer_type(word.dtype), bitcast=True) + at, word, mask=mask)
-    rows = page + CODES + (within + t) * (D * BITS // 8)
+    rows = page + PART.codes + (within + t) * PART.row
     if BITS == 3:
         _save_plane(rows, fields, D // 4, WIDTH, 2, 0)
         _save_plane(rows + D // 4, fields, D // 8, WIDTH, 1, 2)
     else:
-        _save_plane(rows, fields, D * BITS // 8, WIDTH, BITS, 0)
+        _save_plane(rows, fields, PART.row, WIDTH, BITS, 0)
 
 
 @triton.jit(
@@ -138,16 +140,15 @@ def _seal(
 def seal_kernel(
     cache, recent, slots, recent_slots, tokens, num_slots, num_recent,
     block_stride, head_stride, recent_block_stride, recent_head_stride,
-    K_CODES: tl.constexpr, K_METADATA: tl.constexpr, K_CODE: tl.constexpr, K_BITS: tl.constexpr,
-    K_QMAX_INVERSE: tl.constexpr, K_LITE: tl.constexpr, K_ROWS: tl.constexpr,
-    K_SCALES: tl.constexpr,
-    V_CODES: tl.constexpr, V_METADATA: tl.constexpr, V_CODE: tl.constexpr, V_BITS: tl.constexpr,
-    V_QMAX_INVERSE: tl.constexpr, V_LITE: tl.constexpr, V_ROWS: tl.constexpr,
-    V_SCALES: tl.constexpr, V_PARTS: tl.constexpr,
-    FIRST: tl.constexpr, PAGE: tl.constexpr, RECENT_PAGE: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
+    PAGE: tl.constexpr, RECENT_PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(ceil(tokens / BLOCK_T), kv heads, 2)``; the last axis is K or V."""
+    K: tl.constexpr = PAGE.k
+    V: tl.constexpr = PAGE.v
+    NEW_K: tl.constexpr = RECENT_PAGE.k
+    NEW_V: tl.constexpr = RECENT_PAGE.v
+    D: tl.constexpr = PAGE.d
+    FIRST: tl.constexpr = PAGE.first
     head = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, BLOCK_T)
     begin = tl.program_id(0) * BLOCK_T
@@ -160,31 +161,16 @@ def seal_kernel(
     while at < BLOCK_T:
         to = tl.load(slots + begin + at)
         source = tl.load(recent_slots + begin + at)
-        page = cache + to // PAGE * block_stride + head * head_stride
-        rows = recent + source // RECENT_PAGE * recent_block_stride + head * recent_head_stride
-        within, position = to % PAGE // GROUP * GROUP, source % RECENT_PAGE // GROUP * GROUP
+        page = cache + to // PAGE.size * block_stride + head * head_stride
+        rows = recent + source // RECENT_PAGE.size * recent_block_stride + head * recent_head_stride
+        within = to % PAGE.size // GROUP * GROUP
+        position = source % RECENT_PAGE.size // GROUP * GROUP
         if tl.program_id(2) == 0:
-            _seal(rows, K_ROWS + position * D, K_SCALES + position * 4, page, within,
-                  FIRST, FIRST + 2 * D, K_CODES, K_METADATA, K_CODE, K_BITS, K_QMAX_INVERSE,
-                  K_LITE, True, 1, D, WIDTH)  # fmt: skip
+            _seal(rows, position, page, within, FIRST, FIRST + 2 * D, NEW_K, K, True, PAGE)
         else:
-            _seal(rows, V_ROWS + position * D, V_SCALES + position * 4, page, within,
-                  FIRST + D, FIRST + 2 * D + 4, V_CODES, V_METADATA, V_CODE, V_BITS,
-                  V_QMAX_INVERSE, V_LITE, False, V_PARTS, D, WIDTH)  # fmt: skip
+            _seal(rows, position, page, within, FIRST + D, FIRST + 2 * D + 4, NEW_V, V, False, PAGE)
         turns = tl.where(i == at, BLOCK_T, turns)
         at = tl.min(turns, 0)
-
-
-@memoize
-def constants(format: formats.KVFormat, head_size: int, block_size: int, recent_size: int) -> dict:
-    """The ``constexpr`` arguments of :func:`seal_kernel`, BLOCK_T excepted."""
-    found = dict(places(format, head_size, block_size, recent_size))
-    found["V_PARTS"] = found["WIDTH"] // formats.GROUP if format.value.lite else 1
-    for prefix, stream in (("K", format.key), ("V", format.value)):
-        # The reference multiplies with 1 / qmax rounded to fp32.
-        inverse = float(torch.tensor(1.0 / stream.code.qmax, dtype=torch.float32))
-        found |= {f"{prefix}_CODE": stream.code.id, f"{prefix}_QMAX_INVERSE": inverse}
-    return found
 
 
 def seal(call: Store) -> None:
@@ -200,7 +186,8 @@ def seal(call: Store) -> None:
             cache, recent, call.slot_mapping, call.recent_slot_mapping, tokens,
             cache.shape[0] * cache.shape[2], recent.shape[0] * recent.shape[2],
             *cache.stride()[:2], *recent.stride()[:2],
-            **constants(call.format, call.key.shape[2], cache.shape[2], recent.shape[2]),
+            PAGE=page_of(call.format, call.key.shape[2], cache.shape[2]),
+            RECENT_PAGE=page_of(call.format.recent, call.key.shape[2], recent.shape[2]),
             BLOCK_T=choice.block_t, num_warps=choice.warps, num_stages=1,
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -12,13 +12,10 @@ ones first, of which splits take shares.
 
 from __future__ import annotations
 
-from functools import cache as memoize
-
 import triton
 import triton.language as tl
 
 from kvq_plugin import formats
-from kvq_plugin.kernels import triton_rotate
 from kvq_plugin.kernels.codec import (
     INT4,
     INT4_CENTER,
@@ -38,12 +35,12 @@ from kvq_plugin.kernels.triton_softmax import (
     low_half,
     normal_unit,
     operand,
+    rows_of,
     total_of,
     weigh,
     words,
     write,
 )
-from kvq_plugin.layout import GPU_V1, PageLayout
 
 #: Of a group.
 TOKENS = tl.constexpr(formats.GROUP)
@@ -149,44 +146,37 @@ def sealed_kernel(
     partial, partial_lse, scale, softcap, window, num_seqs,
     out_stride_t, out_stride_h, query_stride_t, query_stride_h, block_stride, head_stride,
     recent_block_stride, recent_head_stride, table_stride, recent_table_stride,
-    K_CODES: tl.constexpr, K_METADATA: tl.constexpr, K_LITE: tl.constexpr, K_ROWS: tl.constexpr,
-    K_SCALES: tl.constexpr, K_BITS: tl.constexpr,
-    V_CODES: tl.constexpr, V_METADATA: tl.constexpr, V_LITE: tl.constexpr, V_ROWS: tl.constexpr,
-    V_SCALES: tl.constexpr, V_BITS: tl.constexpr,
-    FIRST: tl.constexpr, PAGE: tl.constexpr, RECENT_PAGE: tl.constexpr, RECENT: tl.constexpr,
-    STAGES: tl.constexpr, TURN: tl.constexpr, TURN_BACK: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    LONG: tl.constexpr, SHORT: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, ISA: tl.constexpr, EXACT_DOT: tl.constexpr,
+    PAGE: tl.constexpr, RECENT_PAGE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr, ISA: tl.constexpr,
+    EXACT_DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid and results as of ``triton_attend.attend_kernel``."""
-    BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
-    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    FIELDS: tl.constexpr = 8 // V_BITS
+    K: tl.constexpr = PAGE.k
+    V: tl.constexpr = PAGE.v
+    NEW_K: tl.constexpr = RECENT_PAGE.k
+    NEW_V: tl.constexpr = RECENT_PAGE.v
+    D: tl.constexpr = PAGE.d
+    WIDTH: tl.constexpr = PAGE.width
+    BLOCK_M: tl.constexpr = ROWS.block_m
+    FIELDS: tl.constexpr = 8 // V.bits
     WORD: tl.constexpr = WIDTH // FIELDS
-    seq, start, count, first, length = locate(query_start, seq_lens, num_seqs, LONG, SHORT, BLOCK_Q)
+    seq, start, count, first, length = locate(query_start, seq_lens, num_seqs, ROWS)
     if first >= count:
         return
-    kv_head = tl.program_id(1) // CHUNKS
-    row = tl.arange(0, BLOCK_M)
-    token = first + row // HEADS
-    member = (tl.program_id(1) % CHUNKS) * HEADS + row % HEADS
-    real = (row < BLOCK_Q * HEADS) & (token < count) & (member < GROUP)
-    head = kv_head * GROUP + member
+    kv_head, row, token, head, real = rows_of(first, count, ROWS)
     place = length - count + token
-    bound = _sealed_before(place, RECENT)
+    bound = _sealed_before(place, PAGE.recent)
 
     # Tiles that any row sees: groups from `group` on, the first row, recent ones from `fresh` on.
     lowest = length - count + first
-    highest = length - count + tl.minimum(first + BLOCK_Q, count) - 1
+    highest = length - count + tl.minimum(first + ROWS.block_q, count) - 1
     begin = 0
     if WINDOW:
         begin = tl.maximum(lowest - window + 1, 0)
-    group, last_bound = begin // TOKENS, _sealed_before(highest, RECENT)
+    group, last_bound = begin // TOKENS, _sealed_before(highest, PAGE.recent)
     sealed = tl.maximum(last_bound // TOKENS - group, 0)
     firsts = ((begin == 0) & (last_bound > 0)).to(tl.int32)
-    fresh = tl.maximum(begin, _sealed_before(lowest, RECENT)) // TOKENS
+    fresh = tl.maximum(begin, _sealed_before(lowest, PAGE.recent)) // TOKENS
     tile_begin, tile_end = 0, sealed + firsts + tl.cdiv(highest + 1, TOKENS) - fresh
     if SPLIT:
         share = tl.maximum(tl.cdiv(tile_end, tl.num_programs(2)), MIN_TILES)
@@ -196,7 +186,7 @@ def sealed_kernel(
     channel, at = tl.arange(0, WIDTH), tl.arange(0, WORD)
     rows = (start + token).to(tl.int64) * query_stride_t + head.to(tl.int64) * query_stride_h
     q = load_query(query, rows, None, channel, D, real)
-    q = rotate(q, channel, BLOCK_M, WIDTH, STAGES, TURN)
+    q = rotate(q, channel, BLOCK_M, WIDTH, PAGE)
     unit, inverse = normal_unit(tl.max(tl.abs(q), 1))
     q0, q1 = fields_of((q * inverse[:, None]).to(tl.float16), BLOCK_M, WIDTH)
     q2, q3 = q0, q1
@@ -229,34 +219,33 @@ def sealed_kernel(
     pages = cache + kv_head.to(tl.int64) * head_stride
     fresh_pages = recent + kv_head.to(tl.int64) * recent_head_stride
     t = tl.arange(0, TOKENS)
-    K_ROW: tl.constexpr = D * K_BITS // 8
-    V_ROW: tl.constexpr = D * V_BITS // 8
-    inside = at < V_ROW  # a plane of K is as wide
+    inside = at < V.row  # a plane of K is as wide
 
     for tile in range(tile_begin, tl.minimum(tile_end, sealed)):
         n = (group + tile) * TOKENS + t
-        page = pages + tl.load(table + (group + tile) * TOKENS // PAGE).to(tl.int64) * block_stride
-        position = (group + tile) * TOKENS % PAGE
-        k_rows = page + (K_CODES + (position + t) * K_ROW)
+        block = tl.load(table + (group + tile) * TOKENS // PAGE.size)
+        page = pages + block.to(tl.int64) * block_stride
+        position = (group + tile) * TOKENS % PAGE.size
+        k_rows = page + (K.codes + (position + t) * K.row)
         c = tl.load(k_rows[None, :] + at[:, None], mask=inside[:, None], other=0)
         third = None
-        if K_BITS == 3:  # words of both planes end at a word of eight bytes of the first
+        if K.bits == 3:  # words of both planes end at a word of eight bytes of the first
             high = D // 4 + at // 8 * 4 + at % 4
             third = tl.load(k_rows[None, :] + high[:, None], mask=inside[:, None], other=0)
             third = third >> (at // 4 % 2 * 4).to(tl.uint8)[:, None]
-        scales = page + (K_METADATA + position // TOKENS * (D * (2 if K_LITE else 4)))
-        s = tl.dot(q0, _key(c, third, scales, at, 0, FIELDS, K_LITE, D, ISA, EXACT_DOT))
-        s = tl.dot(q1, _key(c, third, scales, at, 1, FIELDS, K_LITE, D, ISA, EXACT_DOT), s)
+        scales = page + (K.metadata + position // TOKENS * (D * (2 if K.lite else 4)))
+        s = tl.dot(q0, _key(c, third, scales, at, 0, FIELDS, K.lite, D, ISA, EXACT_DOT))
+        s = tl.dot(q1, _key(c, third, scales, at, 1, FIELDS, K.lite, D, ISA, EXACT_DOT), s)
         if FIELDS == 4:
-            s = tl.dot(q2, _key(c, third, scales, at, 2, FIELDS, K_LITE, D, ISA, EXACT_DOT), s)
-            s = tl.dot(q3, _key(c, third, scales, at, 3, FIELDS, K_LITE, D, ISA, EXACT_DOT), s)
+            s = tl.dot(q2, _key(c, third, scales, at, 2, FIELDS, K.lite, D, ISA, EXACT_DOT), s)
+            s = tl.dot(q3, _key(c, third, scales, at, 3, FIELDS, K.lite, D, ISA, EXACT_DOT), s)
         away = place[:, None] - n[None, :]
         s = bent(s * (factor * (1.0 / UNIT))[:, None], away, slope, softcap, SOFTCAP)
         v_scale, v_words, v_minimum = None, None, None
-        if V_LITE:
+        if V.lite:
             # V's words of the first group of channels tell whether a token is NaN.
             part = tl.arange(0, WIDTH // TOKENS)
-            lines = page + (V_METADATA + position // TOKENS * (2 * D))
+            lines = page + (V.metadata + position // TOKENS * (2 * D))
             lines = lines.to(tl.pointer_type(tl.int16), bitcast=True)
             bad = (tl.load(lines + t) & 0xFF) > 0xF7
             word = tl.load(lines + part[None, :] * TOKENS + t[:, None],
@@ -267,18 +256,18 @@ def sealed_kernel(
             v_words = tl.reshape(tl.broadcast_to(v_words[:, :, None], shape), [TOKENS, WORD])
             v_minimum = tl.reshape(tl.broadcast_to(v_minimum[:, :, None], shape), [TOKENS, WORD])
         else:
-            word = words(page, V_METADATA, position + t, t >= 0)
+            word = words(page, V.metadata, position + t, t >= 0)
             v_scale = low_half(word)
         old = real[:, None] & (n >= 1)[None, :] & (n[None, :] < bound[:, None])
         s, visible = _hidden(s, place, n, old, window, WINDOW)
         p, shrink, top, mass = weigh(s, v_scale, top, mass)
-        if not V_LITE:  # a hidden token's scale may be NaN, and 0 * NaN is NaN
+        if not V.lite:  # a hidden token's scale may be NaN, and 0 * NaN is NaN
             offset = high_half(word) + INT4_CENTER * v_scale
             lift = tl.where(visible, p * offset[None, :], 0.0)
             minima = minima * shrink + tl.sum(lift, 1)
             p = tl.where(visible, p * v_scale[None, :], 0.0)
         p = operand(p.to(tl.float16), EXACT_DOT)
-        v_rows = page + (V_CODES + (position + t) * V_ROW)
+        v_rows = page + (V.codes + (position + t) * V.row)
         c = tl.load(v_rows[:, None] + at[None, :], mask=inside[None, :], other=0)
         shrink = shrink[:, None]
         acc0 = tl.dot(p, _value(c, v_words, v_minimum, 0, FIELDS, ISA, EXACT_DOT), acc0 * shrink)
@@ -295,20 +284,20 @@ def sealed_kernel(
         nth = tile - sealed - firsts
         lone = nth < 0  # the first row
         from_token = tl.where(lone, 0, (fresh + nth) * TOKENS)
-        n, position = from_token + t, from_token % RECENT_PAGE
-        block = tl.load(tl.where(lone, table, fresh_table + from_token // RECENT_PAGE))
+        n, position = from_token + t, from_token % RECENT_PAGE.size
+        block = tl.load(tl.where(lone, table, fresh_table + from_token // RECENT_PAGE.size))
         block = block.to(tl.int64)
-        page = tl.where(lone, pages + (block * block_stride + FIRST),
+        page = tl.where(lone, pages + (block * block_stride + PAGE.first),
                         fresh_pages + block * recent_block_stride)  # fmt: skip
         seen = tl.where(lone, n == 0, (n >= begin) & (n <= highest))
-        k_rows = page + tl.where(lone, 0, K_ROWS + position * D) + t * D
+        k_rows = page + tl.where(lone, 0, NEW_K.codes + position * D) + t * D
         s = tl.dot(q0, _int8(k_rows, seen, at, 0, FIELDS, D, True, ISA, EXACT_DOT))
         s = tl.dot(q1, _int8(k_rows, seen, at, 1, FIELDS, D, True, ISA, EXACT_DOT), s)
         if FIELDS == 4:
             s = tl.dot(q2, _int8(k_rows, seen, at, 2, FIELDS, D, True, ISA, EXACT_DOT), s)
             s = tl.dot(q3, _int8(k_rows, seen, at, 3, FIELDS, D, True, ISA, EXACT_DOT), s)
-        k_scales = tl.where(lone, 2 * D, K_SCALES + position * 4)
-        v_scales = tl.where(lone, 2 * D + 4, V_SCALES + position * 4)
+        k_scales = tl.where(lone, 2 * D, NEW_K.metadata + position * 4)
+        v_scales = tl.where(lone, 2 * D + 4, NEW_V.metadata + position * 4)
         s *= bits_float(words(page + k_scales, 0, t, seen))[None, :]
         v_scale = bits_float(words(page + v_scales, 0, t, seen))
         away = place[:, None] - n[None, :]
@@ -319,10 +308,10 @@ def sealed_kernel(
         p, shrink, top, mass = weigh(s, v_scale, top, mass)
         minima *= shrink
         p = tl.where(visible, p * v_scale[None, :], 0.0)
-        if V_LITE:
+        if V.lite:
             p *= UNIT
         p = operand(p.to(tl.float16), EXACT_DOT)
-        v_rows = page + tl.where(lone, D, V_ROWS + position * D) + t * D
+        v_rows = page + tl.where(lone, D, NEW_V.codes + position * D) + t * D
         shrink = shrink[:, None]
         acc0 = tl.dot(
             p, _int8(v_rows, seen, at, 0, FIELDS, D, False, ISA, EXACT_DOT), acc0 * shrink
@@ -344,47 +333,11 @@ def sealed_kernel(
         acc0 = channels_of(acc0, acc2, BLOCK_M, WIDTH // 2)
         acc1 = channels_of(acc1, acc3, BLOCK_M, WIDTH // 2)
     result = channels_of(acc0, acc1, BLOCK_M, WIDTH)
-    if V_LITE:
+    if V.lite:
         result *= 1.0 / UNIT
     else:
         result += minima[:, None]
-    result = unrotate(result * inverse[:, None], channel, BLOCK_M, WIDTH, STAGES, TURN_BACK)
+    result = unrotate(result * inverse[:, None], channel, BLOCK_M, WIDTH, PAGE)
     rows = (start + token).to(tl.int64) * out_stride_t + head.to(tl.int64) * out_stride_h
     write(result, origin, total, out, partial, partial_lse, rows, row, real, channel, D, BLOCK_M,
           SPLIT, EXACT_DOT)  # fmt: skip
-
-
-@memoize
-def places(format: formats.KVFormat, head_size: int, block_size: int, recent_size: int) -> dict:
-    """``constexpr`` arguments that say what lies where in the pages of both caches."""
-    layout = PageLayout(format, head_size, block_size, GPU_V1)
-    rows = PageLayout(format.recent, head_size, recent_size, GPU_V1)
-    found = {
-        "FIRST": layout.first,
-        "PAGE": block_size,
-        "RECENT_PAGE": recent_size,
-        "D": head_size,
-        # Fields of 16 bytes at least, the inner size of a matrix product.
-        "WIDTH": max(64, triton.next_power_of_2(head_size)),
-    }
-    for prefix in ("key", "value"):
-        mine, theirs, name = getattr(layout, prefix), getattr(rows, prefix), prefix[0].upper()
-        found |= {
-            f"{name}_CODES": mine.codes,
-            f"{name}_METADATA": mine.metadata,
-            f"{name}_LITE": mine.stream.lite,
-            f"{name}_BITS": mine.stream.code.bits,
-            f"{name}_ROWS": theirs.codes,
-            f"{name}_SCALES": theirs.metadata,
-        }
-    return found
-
-
-@memoize
-def constants(format: formats.KVFormat, head_size: int, block_size: int, recent_size: int) -> dict:
-    """The ``constexpr`` arguments of :func:`sealed_kernel` that describe pages."""
-    return {
-        **places(format, head_size, block_size, recent_size),
-        **triton_rotate.constants(head_size),
-        "RECENT": format.window,
-    }

@@ -29,15 +29,15 @@ def _find_sequence(query_start, num_seqs, block, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def locate(query_start, seq_lens, num_seqs, LONG: tl.constexpr, SHORT: tl.constexpr,
-            BLOCK_Q: tl.constexpr):  # fmt: skip
+def locate(query_start, seq_lens, num_seqs, ROWS: tl.constexpr):
     """This program's sequence, its first query row, query length, first token in the sequence's
     query, and context length. A first token at or past the query length: nothing to do.
 
-    Queries of up to SHORT tokens belong to the launch with one block per sequence, longer ones
-    to the LONG launch, whose blocks are packed; it runs backwards, longest ranges first.
+    ROWS is a :class:`~kvq_plugin.kernels.launch.Rows`. Blocks of long queries are packed; they run
+    backwards, longest ranges first.
     """
-    if LONG:
+    BLOCK_Q: tl.constexpr = ROWS.block_q
+    if ROWS.long:
         block = tl.num_programs(0) - 1 - tl.program_id(0)
         seq = _find_sequence(query_start, num_seqs, block, BLOCK_Q)
     else:
@@ -46,13 +46,25 @@ def locate(query_start, seq_lens, num_seqs, LONG: tl.constexpr, SHORT: tl.conste
     start = tl.load(query_start + seq)
     count = tl.load(query_start + seq + 1) - start
     first = 0
-    if LONG:
+    if ROWS.long:
         first = (block - (start // BLOCK_Q + seq)) * BLOCK_Q
-        count = tl.where(count <= SHORT, 0, count)
+        count = tl.where(count <= ROWS.short, 0, count)
         first = tl.where(first < 0, count, first)  # rows before the first sequence
     else:
-        count = tl.where(count > SHORT, 0, count)
+        count = tl.where(count > ROWS.short, 0, count)
     return seq, start, count, first, tl.load(seq_lens + seq)
+
+
+@triton.jit
+def rows_of(first, count, ROWS: tl.constexpr):
+    """This program's kv head and rows: their numbers, tokens of the query and heads, and which of
+    them there are."""
+    kv_head, chunk = tl.program_id(1) // ROWS.chunks, tl.program_id(1) % ROWS.chunks
+    row = tl.arange(0, ROWS.block_m)
+    token = first + row // ROWS.heads
+    member = chunk * ROWS.heads + row % ROWS.heads
+    real = (row < ROWS.block_q * ROWS.heads) & (token < count) & (member < ROWS.group)
+    return kv_head, row, token, kv_head * ROWS.group + member, real
 
 
 @triton.jit

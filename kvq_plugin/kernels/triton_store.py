@@ -6,16 +6,13 @@ the reference's, operation by operation; reductions are minima and maxima, whose
 
 from __future__ import annotations
 
-from functools import cache as memoize
-
 import torch
 import triton
 import triton.language as tl
 
 from kvq_plugin.calls import Store, statics
 from kvq_plugin.codes import AMAX_FLOOR, FP16_MAX
-from kvq_plugin.formats import KVFormat
-from kvq_plugin.kernels import launch, triton_rotate
+from kvq_plugin.kernels import launch
 from kvq_plugin.kernels.codec import (
     INT4,
     NAN_BITS,
@@ -26,8 +23,8 @@ from kvq_plugin.kernels.codec import (
     round_to_int,
     widen,
 )
+from kvq_plugin.kernels.pages import page_of
 from kvq_plugin.kernels.triton_rotate import fields_of, rotate
-from kvq_plugin.layout import GPU_V1, PageLayout
 
 _AMAX_FLOOR = tl.constexpr(AMAX_FLOOR)
 _FP16_MAX = tl.constexpr(FP16_MAX)
@@ -58,15 +55,14 @@ def _finite(u):
 def _store_stream(
     x, cache, slots, inverse, zero, tokens, num_slots,
     stride_t, stride_h, block_stride, head_stride,
-    CODES: tl.constexpr, METADATA: tl.constexpr, CODE: tl.constexpr, QMAX: tl.constexpr,
-    QMAX_INVERSE: tl.constexpr, DYNAMIC: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, ROTATED: tl.constexpr, STAGES: tl.constexpr, TURN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    PART: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """WIDTH channels per token, D padded to a power of two; 4-bit codes are two to a byte."""
+    """4-bit codes are two to a byte."""
+    CODE: tl.constexpr = PART.code
     PACKED: tl.constexpr = CODE == INT4
-    tl.static_assert(DYNAMIC or not ROTATED)
-    ROW: tl.constexpr = D // 2 if PACKED else D
+    D: tl.constexpr = PAGE.d
+    WIDTH: tl.constexpr = PAGE.width
+    tl.static_assert(PART.dynamic or not PART.rotated)
     head = tl.program_id(1)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     slot = tl.load(slots + token, mask=token < tokens, other=-1)
@@ -74,13 +70,13 @@ def _store_stream(
     dims = tl.arange(0, WIDTH)
     rows = x + token.to(tl.int64)[:, None] * stride_t + head.to(tl.int64) * stride_h
     low = widen(tl.load(rows + dims[None, :], mask=keep[:, None] & (dims < D)[None, :], other=0.0))
-    if ROTATED:
-        low = float_bits(rotate(bits_float(low), dims, BLOCK_T, WIDTH, STAGES, TURN))
+    if PART.rotated:
+        low = float_bits(rotate(bits_float(low), dims, BLOCK_T, WIDTH, PAGE))
     at = tl.arange(0, WIDTH // 2 if PACKED else WIDTH)
-    inside = at < ROW
-    position = slot % PAGE
-    page = cache + (slot // PAGE) * block_stride + head.to(tl.int64) * head_stride
-    if not DYNAMIC:
+    inside = at < PART.row
+    position = slot % PAGE.size
+    page = cache + (slot // PAGE.size) * block_stride + head.to(tl.int64) * head_stride
+    if not PART.dynamic:
         HAS_ZERO: tl.constexpr = zero is not None
         fields = _fields(
             low, inverse + head * D, zero + head * D if HAS_ZERO else None, dims, inside, HAS_ZERO,
@@ -95,7 +91,7 @@ def _store_stream(
         # Adding 0.0 makes -0 into +0, which the order of a reduction would decide otherwise.
         least = tl.min(tl.where(inside[None, :], tl.minimum(x0, x1), _FP16_MAX), 1) + 0.0
         most = tl.max(tl.where(inside[None, :], tl.maximum(x0, x1), -_FP16_MAX), 1) + 0.0
-        scale = ((most - least) * QMAX_INVERSE).to(tl.float16)
+        scale = ((most - least) * PART.qmax_inverse).to(tl.float16)
         minimum = least.to(tl.float16)
         step = scale.to(tl.float32)
         # The codes use the scale and min as stored.
@@ -111,16 +107,16 @@ def _store_stream(
         poison = tl.max(is_nan_bits(low).to(tl.int32), 1) > 0
         y = _finite(low)
         amax = tl.maximum(tl.max(tl.abs(y), 1), _AMAX_FLOOR)
-        factor = tl.div_rn(tl.full(amax.shape, QMAX, tl.float32), amax)
+        factor = tl.div_rn(tl.full(amax.shape, PART.qmax, tl.float32), amax)
         fields = encode(float_bits(y * factor[:, None]), CODE)
-        word = tl.where(poison, NAN_BITS, float_bits(amax * QMAX_INVERSE))
+        word = tl.where(poison, NAN_BITS, float_bits(amax * PART.qmax_inverse))
     tl.store(
-        page[:, None] + CODES + position[:, None] * ROW + at[None, :],
+        page[:, None] + PART.codes + position[:, None] * PART.row + at[None, :],
         fields.to(tl.uint8),
         mask=keep[:, None] & inside[None, :],
     )
-    if DYNAMIC:
-        words = (page + METADATA + position * 4).to(tl.pointer_type(tl.int32), bitcast=True)
+    if PART.dynamic:
+        words = (page + PART.metadata + position * 4).to(tl.pointer_type(tl.int32), bitcast=True)
         tl.store(words, word, mask=keep)
 
 
@@ -128,58 +124,21 @@ def _store_stream(
 def store_kernel(
     key, value, cache, slots, key_inverse, key_zero, value_inverse, value_zero,
     tokens, num_slots, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
-    block_stride, head_stride,
-    K_CODES: tl.constexpr, K_METADATA: tl.constexpr, K_CODE: tl.constexpr,
-    K_QMAX: tl.constexpr, K_QMAX_INVERSE: tl.constexpr, K_DYNAMIC: tl.constexpr,
-    K_ROTATED: tl.constexpr,
-    V_CODES: tl.constexpr, V_METADATA: tl.constexpr, V_CODE: tl.constexpr,
-    V_QMAX: tl.constexpr, V_QMAX_INVERSE: tl.constexpr, V_DYNAMIC: tl.constexpr,
-    V_ROTATED: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-    TURN: tl.constexpr, BLOCK_T: tl.constexpr,
+    block_stride, head_stride, PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(ceil(tokens / BLOCK_T), kv heads, 2)``; the last axis is K or V."""
+    K: tl.constexpr = PAGE.k
+    V: tl.constexpr = PAGE.v
     if tl.program_id(2) == 0:
         _store_stream(
             key, cache, slots, key_inverse, key_zero, tokens, num_slots,
-            key_stride_t, key_stride_h, block_stride, head_stride,
-            K_CODES, K_METADATA, K_CODE, K_QMAX, K_QMAX_INVERSE, K_DYNAMIC, PAGE, D, WIDTH,
-            K_ROTATED, STAGES, TURN, BLOCK_T,
+            key_stride_t, key_stride_h, block_stride, head_stride, K, PAGE, BLOCK_T,
         )  # fmt: skip
     else:
         _store_stream(
             value, cache, slots, value_inverse, value_zero, tokens, num_slots,
-            value_stride_t, value_stride_h, block_stride, head_stride,
-            V_CODES, V_METADATA, V_CODE, V_QMAX, V_QMAX_INVERSE, V_DYNAMIC, PAGE, D, WIDTH,
-            V_ROTATED, STAGES, TURN, BLOCK_T,
+            value_stride_t, value_stride_h, block_stride, head_stride, V, PAGE, BLOCK_T,
         )  # fmt: skip
-
-
-@memoize
-def constants(format: KVFormat, head_size: int, block_size: int) -> dict:
-    """The ``constexpr`` arguments of :func:`store_kernel`, BLOCK_T excepted."""
-    layout = PageLayout(format, head_size, block_size, GPU_V1)
-    found = {
-        "PAGE": block_size,
-        "D": head_size,
-        "WIDTH": triton.next_power_of_2(head_size),
-        **triton_rotate.constants(head_size),
-    }
-    del found["TURN_BACK"]
-    for prefix, which in (("K", layout.key), ("V", layout.value)):
-        code = which.stream.code
-        # The reference multiplies with 1 / qmax rounded to fp32.
-        inverse = float(torch.tensor(1.0 / code.qmax, dtype=torch.float32))
-        found |= {
-            f"{prefix}_CODES": which.codes,
-            f"{prefix}_METADATA": which.metadata,
-            f"{prefix}_CODE": code.id,
-            f"{prefix}_QMAX": code.qmax,
-            f"{prefix}_QMAX_INVERSE": inverse,
-            f"{prefix}_DYNAMIC": which.stream.is_dynamic,
-            f"{prefix}_ROTATED": which.stream.rotated,
-        }
-    return found
 
 
 def store(call: Store) -> None:
@@ -201,7 +160,7 @@ def store(call: Store) -> None:
             tokens, cache.shape[0] * cache.shape[2],
             key.stride(0), key.stride(1), value.stride(0), value.stride(1),
             cache.stride(0), cache.stride(1),
-            **constants(call.format, head_size, cache.shape[2]),
+            PAGE=page_of(call.format, head_size, cache.shape[2]),
             BLOCK_T=choice.block_t, num_warps=choice.warps, num_stages=1,
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -7,21 +7,20 @@ import triton.language as tl
 from cases import ACTIVATIONS, name_of
 
 from kvq_plugin import rotation
-from kvq_plugin.kernels import triton_rotate
+from kvq_plugin.formats import get_format
+from kvq_plugin.kernels.pages import page_of
 from kvq_plugin.kernels.triton_rotate import channels_of, fields_of, rotate, unrotate
 
 
 @triton.jit
-def turn(source, target, D: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-         TURN: tl.constexpr, TURN_BACK: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
-    """Eight rows of D, by way of the order of 4-bit codes."""
+def turn(source, target, PAGE: tl.constexpr, BACK: tl.constexpr):
+    """Eight rows, by way of the order of 4-bit codes."""
+    D: tl.constexpr = PAGE.d
+    WIDTH: tl.constexpr = PAGE.width
     row, channel = tl.arange(0, 8)[:, None], tl.arange(0, WIDTH)
     inside = (channel < D)[None, :]
     x = tl.load(source + row * D + channel[None, :], mask=inside, other=0.0)
-    if BACK:
-        x = unrotate(x, channel, 8, WIDTH, STAGES, TURN_BACK)
-    else:
-        x = rotate(x, channel, 8, WIDTH, STAGES, TURN)
+    x = unrotate(x, channel, 8, WIDTH, PAGE) if BACK else rotate(x, channel, 8, WIDTH, PAGE)
     low, high = fields_of(x, 8, WIDTH)
     x = channels_of(low, high, 8, WIDTH)
     tl.store(target + row * D + channel[None, :], x, mask=inside)
@@ -29,9 +28,8 @@ def turn(source, target, D: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.conste
 
 def turned(x: torch.Tensor, back: bool = False) -> torch.Tensor:
     """Rows ``[8, D]`` of fp32."""
-    d, out = x.shape[1], torch.empty_like(x)
-    width = triton.next_power_of_2(d)
-    turn[1,](x, out, D=d, WIDTH=width, **triton_rotate.constants(d), BACK=back)
+    out = torch.empty_like(x)
+    turn[1,](x, out, page_of(get_format("int8_per_token_head"), x.shape[1], 16), back)
     return out
 
 
