@@ -143,38 +143,28 @@ SM89 = tl.constexpr(89)  # with conversions of float8
 #: with codes 0 to 15, which all push one way.
 INT4_CENTER = tl.constexpr(8)
 
-_INT8_PTX = tl.constexpr("""{
-    .reg .b32 bias, magic;
-    mov.b32 magic, 0x64646464;
-    mov.b32 bias, 0x64806480;
-    prmt.b32 $0, $2, magic, 0x4140;
-    prmt.b32 $1, $2, magic, 0x4342;
-    sub.f16x2 $0, $0, bias;
-    sub.f16x2 $1, $1, bias;
-}""")
 
-
-def _int4_ptx(fetch: str, offset: int) -> tl.constexpr:
-    """*fetch* puts bytes with a code in the low half of each in ``t``; gives code - *offset*."""
-    return tl.constexpr(
-        f"""{{
-    .reg .b32 bias, magic, t;
+@triton.constexpr_function
+def _integers_ptx(fetch: str, offset: int) -> str:
+    """*fetch* puts integers into the bytes of ``t``; gives them less *offset*."""
+    return f"""{{
+    .reg .b32 bias, magic, t, h;
     mov.b32 magic, 0x64646464;
     mov.b32 bias, 0x{0x64006400 + 0x00010001 * offset:08x};
     {fetch}
-    and.b32 t, t, 0x0F0F0F0F;
     prmt.b32 $0, t, magic, 0x4140;
     prmt.b32 $1, t, magic, 0x4342;
     sub.f16x2 $0, $0, bias;
     sub.f16x2 $1, $1, bias;
 }}"""
-    )
 
 
-_INT4_LOW_PTX = _int4_ptx("mov.b32 t, $2;", 0)
-_INT4_HIGH_PTX = _int4_ptx("shr.b32 t, $2, 4;", 0)
-_INT4_LOW_CENTERED_PTX = _int4_ptx("mov.b32 t, $2;", INT4_CENTER.value)
-_INT4_HIGH_CENTERED_PTX = _int4_ptx("shr.b32 t, $2, 4;", INT4_CENTER.value)
+_LOW, _HIGH = (f"shr.b32 t, $2, {shift}; and.b32 t, t, 0x0F0F0F0F;" for shift in (0, 4))
+_INT8_PTX = tl.constexpr(_integers_ptx("mov.b32 t, $2;", 128))
+_INT4_LOW_PTX = tl.constexpr(_integers_ptx(_LOW, 0))
+_INT4_HIGH_PTX = tl.constexpr(_integers_ptx(_HIGH, 0))
+_INT4_LOW_CENTERED_PTX = tl.constexpr(_integers_ptx(_LOW, INT4_CENTER.value))
+_INT4_HIGH_CENTERED_PTX = tl.constexpr(_integers_ptx(_HIGH, INT4_CENTER.value))
 _E5M2_PTX = tl.constexpr("""{
     .reg .b32 zero;
     mov.b32 zero, 0;
@@ -295,24 +285,11 @@ def decode(c, CODE: tl.constexpr, ISA: tl.constexpr, HIGH: tl.constexpr = False,
 def field_ptx(field: int, planes: int) -> str:
     """Field *field* of bytes with four codes of 2 bits in ``$2``; with two *planes*, ``$3`` has
     their third bits, that of field 0 lowest."""
-    source, third = f"shr.b32 t, $2, {2 * field};", ""
+    fetch = f"shr.b32 t, $2, {2 * field}; and.b32 t, t, 0x03030303;"
     if planes == 2:
-        third = f"""shr.b32 h, $3, {field};
-    and.b32 h, h, 0x01010101;
-    shl.b32 h, h, 2;
-    or.b32 t, t, h;"""
-    return f"""{{
-    .reg .b32 bias, magic, t, h;
-    mov.b32 magic, 0x64646464;
-    mov.b32 bias, 0x64006400;
-    {source}
-    and.b32 t, t, 0x03030303;
-    {third}
-    prmt.b32 $0, t, magic, 0x4140;
-    prmt.b32 $1, t, magic, 0x4342;
-    sub.f16x2 $0, $0, bias;
-    sub.f16x2 $1, $1, bias;
-}}"""
+        fetch += f"shr.b32 h, $3, {field}; and.b32 h, h, 0x01010101;"
+        fetch += "shl.b32 h, h, 2; or.b32 t, t, h;"
+    return _integers_ptx(fetch, 0)
 
 
 @triton.jit
