@@ -42,6 +42,11 @@ class StaticScale:
             zero = None
         return cls(full, full.reciprocal(), zero)
 
+    def to(self, device: torch.device | str) -> StaticScale:
+        """The same on *device*."""
+        zero = None if self.zero_point is None else self.zero_point.to(device)
+        return StaticScale(self.scale.to(device), self.inverse.to(device), zero)
+
 
 def _per_channel(t, heads: int, head_size: int) -> torch.Tensor:
     t = torch.as_tensor(t, dtype=torch.float32)

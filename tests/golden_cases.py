@@ -155,8 +155,6 @@ def stored(case: Case, store: Callable, kind: str, device: str = "cpu") -> torch
     size]``; of formats with recent rows those of both caches, one after the other."""
 
     def moved(x):
-        if isinstance(x, StaticScale):
-            return StaticScale(*(moved(y) for y in (x.scale, x.inverse, x.zero_point)))
         return None if x is None else x.to(device)
 
     formats = [f for f in (case.format, case.format.recent) if f is not None]

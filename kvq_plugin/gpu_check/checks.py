@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as memoize
@@ -14,7 +14,7 @@ import torch
 
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.gpu_check.candidates import ROWS, Candidate
-from kvq_plugin.gpu_check.context import Case, Context
+from kvq_plugin.gpu_check.context import Case, Context, captured
 from kvq_plugin.gpu_check.problems import (
     Batch,
     Pool,
@@ -41,14 +41,22 @@ SERVED = {
 }
 
 
-def _step(candidate, context, pool, requests, parts, longest, options, group, dtype, seed) -> None:
+def _pool(candidate, context, format, requests, d=128, page=16, heads=2, seed=0) -> Pool:
+    """Room for *requests*, in pages of *page* tokens or the next number that *format* allows."""
+    page = page_of(format, page)
+    blocks = sum(-(-length // page) for length, _ in requests) + 1
+    return fill(candidate, format, d, page, blocks, heads, context.device, seed)
+
+
+def _step(candidate, context, pool, requests, group=4, dtype=torch.bfloat16, seed=0, **options):
     """One eager step, checked."""
     batch = Batch.make(pool, requests, group, dtype, seed)
     before, out = pool.copies(), torch.full_like(batch.query, float("nan"))
     options = {
         k: v.to(context.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()
     }
-    batch.run(pool, candidate, out, context.scratch(), parts, longest, options)
+    longest = max(1, max(length for length, _ in requests))
+    batch.run(pool, candidate, out, context.scratch(), _parts(requests), longest, options)
     context.synchronize()
     batch.check(pool, before, out, options, rounded=max(n for _, n in requests) >= LONG)
 
@@ -66,15 +74,8 @@ def _short(requests, length: int) -> list[tuple[int, int]]:
     return [(min(n, length), min(new, 20)) for n, new in requests]
 
 
-def _blocks(requests, page: int) -> int:
-    return sum(-(-length // page) for length, _ in requests) + 1
-
-
-def _served(candidate: Candidate, context: Context, format: KVFormat, requests, group=4) -> None:
-    page = page_of(format, 16)
-    pool = fill(candidate, format, 128, page, _blocks(requests, page), 2, context.device)
-    parts, longest = _parts(requests), max(length for length, _ in requests)
-    _step(candidate, context, pool, requests, parts, longest, {}, group, torch.bfloat16, 0)
+def _served(candidate: Candidate, context: Context, format: KVFormat, requests) -> None:
+    _step(candidate, context, _pool(candidate, context, format, requests), requests)
 
 
 def _random(candidate: Candidate, context: Context, format: KVFormat, seed: int) -> None:
@@ -98,10 +99,8 @@ def _random(candidate: Candidate, context: Context, format: KVFormat, seed: int)
         options["alibi_slopes"] = torch.rand(heads * group, generator=g) / 8
     if rng.random() < 0.3:
         options["sinks"] = torch.randn(heads * group, generator=g)
-    pool = fill(candidate, format, d, page, _blocks(requests, page), heads, context.device, seed)
-    longest = max(1, max(length for length, _ in requests))
-    parts = _parts(requests)
-    _step(candidate, context, pool, requests, parts, longest, options, group, dtype, seed)
+    pool = _pool(candidate, context, format, requests, d, page, heads, seed)
+    _step(candidate, context, pool, requests, group, dtype, seed, **options)
 
 
 def batches(candidate: Candidate, context: Context) -> Iterator[Case]:
@@ -142,21 +141,6 @@ PREFILLS = (
 )
 
 
-def _capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A replay of *step*; on a CPU, *step*."""
-    if device.type == "cpu":
-        return step
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        step()  # compiles and loads, where that is still to do
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def _replays(candidate: Candidate, context: Context, format: KVFormat, kind, rows: int) -> None:
     """A step captured once, with bounds that hold for all replays, and replayed over new rows,
     lengths, pages and numbers of requests."""
@@ -167,7 +151,7 @@ def _replays(candidate: Candidate, context: Context, format: KVFormat, kind, row
     out, scratch = torch.empty_like(live.query), context.scratch()
     most = 1 if rows == 4 else rows
     parts, longest = [(0, 4, most)], 79 * page
-    replay = _capture(
+    replay = captured(
         lambda: live.run(pool, candidate, out, scratch, parts, longest, {}), context.device
     )
     for seed, requests in enumerate(kind, 1):
@@ -299,12 +283,10 @@ def dispatch(candidate: Candidate, context: Context) -> Iterator[Case]:
 
     def case(format: KVFormat, d: int, name: str) -> None:
         requests = SERVED["decodes"]
-        page = page_of(format, 16)
-        pool = fill(candidate, format, d, page, _blocks(requests, page), 2, context.device)
+        pool = _pool(candidate, context, format, requests, d)
         with _watched(name) as called:
-            _step(candidate, context, pool, requests, [(0, len(requests), 1)], 700, {}, 4,
-                  torch.bfloat16, 0)  # fmt: skip
-        expected = "triton" if cuda.shape_refusal(format, d, page) else "cuda"
+            _step(candidate, context, pool, requests)
+        expected = "triton" if cuda.shape_refusal(format, d, pool.block_size) else "cuda"
         assert called == [expected], f"called {called}, expected [{expected!r}]"
 
     for format, d, name in itertools.product(context.formats, (128, 80), ("store", "attend")):

@@ -47,3 +47,18 @@ class Context:
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A replay of *step*; on a CPU, *step*."""
+    if device.type == "cpu":
+        return step
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        step()  # compiles and loads, where that is still to do
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -8,6 +8,7 @@ is there.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import time
@@ -187,15 +188,13 @@ class Summary:
         """summary.txt, and gpu.csv if anything was timed; each complete or not there at all."""
         put(folder / "summary.txt", self.text() + "\n")
         if self.rows:
-            path = folder / "gpu.csv"
-            temporary = path.with_suffix(f".{os.getpid()}")
-            with temporary.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                for row in self.rows:
-                    rounded = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-                    writer.writerow(rounded)
-            temporary.replace(path)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, COLUMNS)
+            writer.writeheader()
+            for row in self.rows:
+                rounded = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+                writer.writerow(rounded)
+            put(folder / "gpu.csv", text.getvalue())
 
 
 def _short(text: str) -> str:

@@ -145,11 +145,8 @@ def fill(
 def _layout(format: KVFormat, head_size: int, block_size: int, device) -> PageLayout:
     """A layout that reads pages on *device*."""
     layout = PageLayout(format, head_size, block_size, GPU_V1)
-    for name in ("key", "value"):
-        which = getattr(layout, name)
-        tensors = {f.name: getattr(which, f.name) for f in fields(which)}
-        moved = {k: x.to(device) for k, x in tensors.items() if isinstance(x, torch.Tensor)}
-        layout.__dict__[name] = replace(which, **moved)  # what cached_property looks at
+    with torch.device(device):
+        _ = layout.key, layout.value  # which are made when first asked for
     return layout
 
 
@@ -259,14 +256,6 @@ def decode(
     )
 
 
-def _moved(static: StaticScale | None, device) -> StaticScale | None:
-    if static is None:
-        return None
-    zero = static.zero_point
-    zero = None if zero is None else zero.to(device)
-    return StaticScale(static.scale.to(device), static.inverse.to(device), zero)
-
-
 @dataclass(frozen=True)
 class Batch:
     """A step of a server: new rows of K and V to store, then attention of their queries.
@@ -358,7 +347,7 @@ class Batch:
         step), then *out*, full of NaN before, against float64 over those pages; rows past the last
         query must still be NaN. Raises AssertionError."""
         here = Batch(*(getattr(self, f.name).cpu() for f in fields(self)))
-        statics = [_moved(s, "cpu") for s in pool.statics]
+        statics = [None if s is None else s.to("cpu") for s in pool.statics]
         options = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
         stored = (here.key, here.value, before[0], here.slots, pool.format, *statics)
         reference.store(*stored, **pool.storing(here.recent_slots, before[-1]), layout=GPU_V1)

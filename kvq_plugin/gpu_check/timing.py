@@ -19,7 +19,7 @@ from kvq_plugin.calls import Attend
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.gpu_check import stock
 from kvq_plugin.gpu_check.candidates import Candidate
-from kvq_plugin.gpu_check.context import Case, Context, Refused
+from kvq_plugin.gpu_check.context import Case, Context, Refused, captured
 from kvq_plugin.gpu_check.evidence import COLUMNS
 from kvq_plugin.gpu_check.problems import Pool, decode, fill
 
@@ -43,22 +43,18 @@ def microseconds(call: Callable[[], None], device, calls: int = 5, repeats: int 
         begin = time.perf_counter()
         call()
         return (time.perf_counter() - begin) * 1e6
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def some() -> None:
         for _ in range(calls):
             call()
-    graph.replay()
+
+    replay = captured(some, device)
+    replay()
     times = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / calls)

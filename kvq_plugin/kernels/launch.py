@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache as memoize
+from itertools import product
 
 import torch
 import triton
@@ -64,16 +65,11 @@ ATTEND = {
 }
 #: The same of formats with recent rows, whose tiles are groups.
 SEALED = {
-    (False, 4, 64): AttendChoice(GROUP, warps=4, stages=5),
-    (False, 4, 128): AttendChoice(GROUP, warps=4, stages=5),
-    (False, 4, 256): AttendChoice(GROUP, warps=4, stages=5),
-    (False, 3, 64): AttendChoice(GROUP, warps=4, stages=5),
-    (False, 3, 128): AttendChoice(GROUP, warps=4, stages=5),
-    (False, 3, 256): AttendChoice(GROUP, warps=4, stages=5),
-    (True, 4, 64): AttendChoice(GROUP, warps=4, stages=5),
+    **dict.fromkeys(
+        product((False, True), (4, 3), (64, 128, 256)), AttendChoice(GROUP, warps=4, stages=5)
+    ),
     (True, 4, 128): AttendChoice(GROUP, warps=8, stages=5, rows=32),
     (True, 4, 256): AttendChoice(GROUP, warps=8, stages=5, rows=16),
-    (True, 3, 64): AttendChoice(GROUP, warps=4, stages=5),
     (True, 3, 128): AttendChoice(GROUP, warps=8, stages=5, rows=16),
     (True, 3, 256): AttendChoice(GROUP, warps=8, stages=5, rows=16),
 }
