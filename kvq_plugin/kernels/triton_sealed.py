@@ -188,23 +188,18 @@ def sealed_kernel(
     q = load_query(query, rows, None, channel, D, real)
     q = rotate(q, channel, BLOCK_M, WIDTH, PAGE)
     unit, inverse = normal_unit(tl.max(tl.abs(q), 1))
-    q0, q1 = fields_of((q * inverse[:, None]).to(tl.float16), BLOCK_M, WIDTH)
-    q2, q3 = q0, q1
+    queries = fields_of((q * inverse[:, None]).to(tl.float16), BLOCK_M, WIDTH)
     if FIELDS == 4:
-        q0, q2 = fields_of(q0, BLOCK_M, WIDTH // 2)
-        q1, q3 = fields_of(q1, BLOCK_M, WIDTH // 2)
-    q0, q1, q2, q3 = (
-        operand(q0, EXACT_DOT),
-        operand(q1, EXACT_DOT),
-        operand(q2, EXACT_DOT),
-        operand(q3, EXACT_DOT),
-    )
+        q0, q2 = fields_of(queries[0], BLOCK_M, WIDTH // 2)
+        q1, q3 = fields_of(queries[1], BLOCK_M, WIDTH // 2)
+        queries = (q0, q1, q2, q3)
+    queries = [operand(x, EXACT_DOT) for x in queries]
     factor = unit * (scale if SOFTCAP else scale * LOG2E)
     slope = None
     if alibi is not None:
         slope = tl.load(alibi + head, mask=real, other=0.0) * LOG2E
-    acc0 = tl.zeros([BLOCK_M, WORD], tl.float32)
-    acc1, acc2, acc3 = acc0, acc0, acc0
+    nothing = tl.zeros([BLOCK_M, WORD], tl.float32)
+    sums = (nothing,) * FIELDS
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sink = None
     if sinks is not None:
@@ -234,11 +229,10 @@ def sealed_kernel(
             third = tl.load(k_rows[None, :] + high[:, None], mask=inside[:, None], other=0)
             third = third >> (at // 4 % 2 * 4).to(tl.uint8)[:, None]
         scales = page + (K.metadata + position // TOKENS * (D * (2 if K.lite else 4)))
-        s = tl.dot(q0, _key(c, third, scales, at, 0, FIELDS, K.lite, D, ISA, EXACT_DOT))
-        s = tl.dot(q1, _key(c, third, scales, at, 1, FIELDS, K.lite, D, ISA, EXACT_DOT), s)
-        if FIELDS == 4:
-            s = tl.dot(q2, _key(c, third, scales, at, 2, FIELDS, K.lite, D, ISA, EXACT_DOT), s)
-            s = tl.dot(q3, _key(c, third, scales, at, 3, FIELDS, K.lite, D, ISA, EXACT_DOT), s)
+        s = tl.zeros([BLOCK_M, TOKENS], tl.float32)
+        for f in tl.static_range(FIELDS):
+            k = _key(c, third, scales, at, f, FIELDS, K.lite, D, ISA, EXACT_DOT)
+            s = tl.dot(queries[f], k, s)
         away = place[:, None] - n[None, :]
         s = bent(s * (factor * (1.0 / UNIT))[:, None], away, slope, softcap, SOFTCAP)
         v_scale, v_words, v_minimum = None, None, None
@@ -269,16 +263,10 @@ def sealed_kernel(
         p = operand(p.to(tl.float16), EXACT_DOT)
         v_rows = page + (V.codes + (position + t) * V.row)
         c = tl.load(v_rows[:, None] + at[None, :], mask=inside[None, :], other=0)
-        shrink = shrink[:, None]
-        acc0 = tl.dot(p, _value(c, v_words, v_minimum, 0, FIELDS, ISA, EXACT_DOT), acc0 * shrink)
-        acc1 = tl.dot(p, _value(c, v_words, v_minimum, 1, FIELDS, ISA, EXACT_DOT), acc1 * shrink)
-        if FIELDS == 4:
-            acc2 = tl.dot(
-                p, _value(c, v_words, v_minimum, 2, FIELDS, ISA, EXACT_DOT), acc2 * shrink
-            )
-            acc3 = tl.dot(
-                p, _value(c, v_words, v_minimum, 3, FIELDS, ISA, EXACT_DOT), acc3 * shrink
-            )
+        for f in tl.static_range(FIELDS):
+            v = _value(c, v_words, v_minimum, f, FIELDS, ISA, EXACT_DOT)
+            # The field at hand leaves at the front, and comes in at the end.
+            sums = sums[1:] + (tl.dot(p, v, sums[0] * shrink[:, None]),)
 
     for tile in range(tl.maximum(tile_begin, sealed), tile_end):
         nth = tile - sealed - firsts
@@ -291,11 +279,10 @@ def sealed_kernel(
                         fresh_pages + block * recent_block_stride)  # fmt: skip
         seen = tl.where(lone, n == 0, (n >= begin) & (n <= highest))
         k_rows = page + tl.where(lone, 0, NEW_K.codes + position * D) + t * D
-        s = tl.dot(q0, _int8(k_rows, seen, at, 0, FIELDS, D, True, ISA, EXACT_DOT))
-        s = tl.dot(q1, _int8(k_rows, seen, at, 1, FIELDS, D, True, ISA, EXACT_DOT), s)
-        if FIELDS == 4:
-            s = tl.dot(q2, _int8(k_rows, seen, at, 2, FIELDS, D, True, ISA, EXACT_DOT), s)
-            s = tl.dot(q3, _int8(k_rows, seen, at, 3, FIELDS, D, True, ISA, EXACT_DOT), s)
+        s = tl.zeros([BLOCK_M, TOKENS], tl.float32)
+        for f in tl.static_range(FIELDS):
+            k = _int8(k_rows, seen, at, f, FIELDS, D, True, ISA, EXACT_DOT)
+            s = tl.dot(queries[f], k, s)
         k_scales = tl.where(lone, 2 * D, NEW_K.metadata + position * 4)
         v_scales = tl.where(lone, 2 * D + 4, NEW_V.metadata + position * 4)
         s *= bits_float(words(page + k_scales, 0, t, seen))[None, :]
@@ -312,27 +299,17 @@ def sealed_kernel(
             p *= UNIT
         p = operand(p.to(tl.float16), EXACT_DOT)
         v_rows = page + tl.where(lone, D, NEW_V.codes + position * D) + t * D
-        shrink = shrink[:, None]
-        acc0 = tl.dot(
-            p, _int8(v_rows, seen, at, 0, FIELDS, D, False, ISA, EXACT_DOT), acc0 * shrink
-        )
-        acc1 = tl.dot(
-            p, _int8(v_rows, seen, at, 1, FIELDS, D, False, ISA, EXACT_DOT), acc1 * shrink
-        )
-        if FIELDS == 4:
-            acc2 = tl.dot(
-                p, _int8(v_rows, seen, at, 2, FIELDS, D, False, ISA, EXACT_DOT), acc2 * shrink
-            )
-            acc3 = tl.dot(
-                p, _int8(v_rows, seen, at, 3, FIELDS, D, False, ISA, EXACT_DOT), acc3 * shrink
-            )
+        for f in tl.static_range(FIELDS):
+            v = _int8(v_rows, seen, at, f, FIELDS, D, False, ISA, EXACT_DOT)
+            sums = sums[1:] + (tl.dot(p, v, sums[0] * shrink[:, None]),)
 
     origin, total = total_of(top, mass, sink)
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+    low, high = sums[0], sums[1]
     if FIELDS == 4:
-        acc0 = channels_of(acc0, acc2, BLOCK_M, WIDTH // 2)
-        acc1 = channels_of(acc1, acc3, BLOCK_M, WIDTH // 2)
-    result = channels_of(acc0, acc1, BLOCK_M, WIDTH)
+        low = channels_of(low, sums[2], BLOCK_M, WIDTH // 2)
+        high = channels_of(high, sums[3], BLOCK_M, WIDTH // 2)
+    result = channels_of(low, high, BLOCK_M, WIDTH)
     if V.lite:
         result *= 1.0 / UNIT
     else:
