@@ -243,12 +243,6 @@ def _decode_portable(c, CODE: tl.constexpr, HIGH: tl.constexpr, CENTER: tl.const
 
 
 @triton.jit
-def dims_of(at, CODE: tl.constexpr):
-    """The dim of byte *at* of a row of codes; the upper code of a byte is 4 further."""
-    return (at // 4) * 8 + at % 4 if CODE == INT4 else at
-
-
-@triton.jit
 def decode(c, CODE: tl.constexpr, ISA: tl.constexpr, HIGH: tl.constexpr = False,
            IN_PLACE: tl.constexpr = False):  # fmt: skip
     """Bytes of a page (uint8) -> fp16, exactly: every code of every format is an fp16. 4-bit

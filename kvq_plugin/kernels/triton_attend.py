@@ -22,13 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvq_plugin.kernels.codec import (
-    INT4,
-    INT4_CENTER,
-    decode,
-    dims_of,
-    to_output,
-)
+from kvq_plugin.kernels.codec import INT4_CENTER, decode, to_output
 from kvq_plugin.kernels.triton_rotate import channels_of, fields_of, rotate, unrotate
 from kvq_plugin.kernels.triton_softmax import (
     HEADROOM,
@@ -99,45 +93,34 @@ def attend_kernel(
         tile_end = tl.minimum(tile_end, tile_begin + share)
 
     # Queries: fp16, each row divided by the power of two of its largest element.
-    K_PACKED: tl.constexpr = K.code == INT4
-    k_at = tl.arange(0, K.width)
-    k_dims = dims_of(k_at, K.code)
-    k_inside = k_at < K.row
+    K_FIELDS: tl.constexpr = 8 // K.bits  # of a byte, in dims 4 apart
+    channel = tl.arange(0, K_FIELDS * K.width)
     static_k = key_scale + kv_head * D if key_scale is not None else None
     rows = (start + token).to(tl.int64) * query_stride_t + head.to(tl.int64) * query_stride_h
-    if K_PACKED:
-        channel = tl.arange(0, 2 * K.width)
-        q = load_query(query, rows, static_k, channel, D, real)
-        if K.rotated:
-            q = rotate(q, channel, BLOCK_M, 2 * K.width, PAGE)
-        q0, q1 = fields_of(q, BLOCK_M, 2 * K.width)
-        amax = tl.maximum(tl.max(tl.abs(q0), 1), tl.max(tl.abs(q1), 1))
-    else:
-        q0 = load_query(query, rows, static_k, k_dims, D, real)
-        if K.rotated:
-            q0 = rotate(q0, k_dims, BLOCK_M, K.width, PAGE)
-        q1 = q0
-        amax = tl.max(tl.abs(q0), 1)
+    q = load_query(query, rows, static_k, channel, D, real)
+    if K.rotated:
+        q = rotate(q, channel, BLOCK_M, K_FIELDS * K.width, PAGE)
+    queries, amax = (q,), tl.max(tl.abs(q), 1)
+    if K_FIELDS == 2:  # before all else: sm_80 spills registers if rows are taken apart later
+        queries = fields_of(q, BLOCK_M, 2 * K.width)
+        amax = tl.maximum(tl.max(tl.abs(queries[0]), 1), tl.max(tl.abs(queries[1]), 1))
     unit, shrink = normal_unit(amax)
-    q0 = (q0 * shrink[:, None]).to(tl.float16)
-    q1 = (q1 * shrink[:, None]).to(tl.float16)
+    queries = [(x * shrink[:, None]).to(tl.float16) for x in queries]
     bias = tl.zeros([BLOCK_M], tl.float32)
-    if K_PACKED:
-        bias = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
+    if K_FIELDS == 2:
+        bias = tl.sum(queries[0].to(tl.float32), 1) + tl.sum(queries[1].to(tl.float32), 1)
     elif key_zero is not None:
-        bias = zero_dot(q0.to(tl.float32), key_zero + kv_head * D, k_dims, D)
+        bias = zero_dot(queries[0].to(tl.float32), key_zero + kv_head * D, channel, D)
     factor = unit * (scale if SOFTCAP else scale * LOG2E)
     slope = None
     if alibi is not None:
         slope = tl.load(alibi + head, mask=real, other=0.0) * LOG2E
 
-    V_PACKED: tl.constexpr = V.code == INT4
-    v_at = tl.arange(0, V.width)
-    v_dims = dims_of(v_at, V.code)
-    v_inside = v_at < V.row
+    k_at, v_at = tl.arange(0, K.width), tl.arange(0, V.width)
+    V_FIELDS: tl.constexpr = 8 // V.bits
     V_WIDTH: tl.constexpr = V.width
-    acc0 = tl.zeros([BLOCK_M, V_WIDTH], tl.float32)
-    acc1 = acc0
+    nothing = tl.zeros([BLOCK_M, V_WIDTH], tl.float32)
+    sums = (nothing,) * V_FIELDS
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sink = None
     if sinks is not None:
@@ -161,19 +144,18 @@ def attend_kernel(
             position = n % PAGE.size
         page = pages + block.to(tl.int64) * block_stride
         k_rows = page + (K.codes + position * K.row)
-        mask = seen[None, :] if K.width == K.row else seen[None, :] & k_inside[:, None]
+        mask = seen[None, :] if K.width == K.row else seen[None, :] & (k_at < K.row)[:, None]
         k = tl.load(k_rows[None, :] + k_at[:, None], mask=mask, other=0)
-        s = tl.dot(operand(q0, EXACT_DOT), operand(decode(k, K.code, ISA), EXACT_DOT))
-        if K_PACKED:
-            high = operand(decode(k, K.code, ISA, HIGH=True), EXACT_DOT)
-            s = tl.dot(operand(q1, EXACT_DOT), high, s)
-        else:
-            if key_zero is not None:
-                s -= bias[:, None]
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for f in tl.static_range(K_FIELDS):
+            part = operand(decode(k, K.code, ISA, f == 1), EXACT_DOT)
+            s = tl.dot(operand(queries[f], EXACT_DOT), part, s)
+        if key_zero is not None:
+            s -= bias[:, None]
         if K.dynamic:
             word = words(page, K.metadata, position, seen)
             s *= token_scale(word, K.code)[None, :]
-            if K_PACKED:
+            if K_FIELDS == 2:
                 s += bias[:, None] * high_half(word)[None, :]
         s *= factor[:, None]
         away = place[:, None] - n[None, :]
@@ -194,37 +176,35 @@ def attend_kernel(
         p, shrink, top, mass = weigh(s, v_scale, top, mass)
         if V.dynamic:
             # A hidden token's scale may be NaN, and 0 * NaN is NaN.
-            if V_PACKED:
+            if V_FIELDS == 2:
                 offset = high_half(word) + INT4_CENTER * v_scale
                 lift = tl.where(visible, p * offset[None, :], 0.0)
                 minima = minima * shrink + tl.sum(lift, 1)
             p = tl.where(visible, p * v_scale[None, :], 0.0)
         p = operand(p.to(tl.float16), EXACT_DOT)
         v_rows = page + (V.codes + position * V.row)
-        mask = seen[:, None] if V.width == V.row else seen[:, None] & v_inside[None, :]
+        mask = seen[:, None] if V.width == V.row else seen[:, None] & (v_at < V.row)[None, :]
         v = tl.load(v_rows[:, None] + v_at[None, :], mask=mask, other=0)
-        low = operand(decode(v, V.code, ISA, IN_PLACE=True), EXACT_DOT)
-        acc0 = tl.dot(p, low, acc0 * shrink[:, None])
-        if V_PACKED:
-            high = operand(decode(v, V.code, ISA, HIGH=True, IN_PLACE=True), EXACT_DOT)
-            acc1 = tl.dot(p, high, acc1 * shrink[:, None])
+        for f in tl.static_range(V_FIELDS):
+            part = operand(decode(v, V.code, ISA, f == 1, IN_PLACE=True), EXACT_DOT)
+            # The field at hand leaves at the front, and comes in at the end.
+            sums = sums[1:] + (tl.dot(p, part, sums[0] * shrink[:, None]),)
 
     origin, total = total_of(top, mass, sink)
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
-    if V_PACKED:
-        acc0 += minima[:, None]
-        acc1 += minima[:, None]
-    channel = kv_head * D + v_dims
+    O_WIDTH: tl.constexpr = V_FIELDS * V.width
+    o_dims, result = tl.arange(0, O_WIDTH), sums[0]
+    if V_FIELDS == 2:
+        sums = [(x + minima[:, None]) * inverse[:, None] for x in sums]
+        result = channels_of(sums[0], sums[1], BLOCK_M, O_WIDTH)
+    channel, inside = kv_head * D + o_dims, o_dims < D
     if value_zero is not None:
-        zero = tl.load(value_zero + channel, mask=v_inside, other=0.0)
-        acc0 -= mass[:, None] * zero[None, :]
+        zero = tl.load(value_zero + channel, mask=inside, other=0.0)
+        result -= mass[:, None] * zero[None, :]
     if value_scale is not None:
-        acc0 *= tl.load(value_scale + channel, mask=v_inside, other=0.0)[None, :]
-    acc0 *= inverse[:, None]
-    O_WIDTH: tl.constexpr = 2 * V.width if V_PACKED else V.width
-    o_dims, result = tl.arange(0, O_WIDTH), acc0
-    if V_PACKED:
-        result = channels_of(acc0, acc1 * inverse[:, None], BLOCK_M, O_WIDTH)
+        result *= tl.load(value_scale + channel, mask=inside, other=0.0)[None, :]
+    if V_FIELDS == 1:
+        result *= inverse[:, None]
     if V.rotated:
         result = unrotate(result, o_dims, BLOCK_M, O_WIDTH, PAGE)
     rows = (start + token).to(tl.int64) * out_stride_t + head.to(tl.int64) * out_stride_h
