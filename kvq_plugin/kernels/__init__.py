@@ -53,6 +53,18 @@ def page_refusal(format: KVFormat, head_size: int, block_size: int) -> str | Non
     return None
 
 
+def misaligned(cache: torch.Tensor, name: str) -> str | None:
+    """Why no kernel reads the pages of *cache*, the *name*; None if they can."""
+    strides = cache.stride()[:2]
+    if not any(n % 16 for n in (cache.data_ptr(), *strides)):
+        return None
+    return (
+        f"pages must start on multiples of 16 bytes: the {name}'s address is "
+        f"{cache.data_ptr():#x}, its block and head strides are {list(strides)}; "
+        f"allocate it aligned, as torch.empty does"
+    )
+
+
 def _triton(module: str) -> ModuleType:
     """A module of this package that imports Triton."""
     if find_spec("triton") is None:

@@ -18,7 +18,7 @@ import torch
 
 from kvq_plugin.calls import Attend, Store, Workspace
 from kvq_plugin.formats import KVFormat
-from kvq_plugin.kernels import page_refusal
+from kvq_plugin.kernels import misaligned, page_refusal
 from kvq_plugin.kernels.structs import (
     AttendParams,
     StoreParams,
@@ -115,16 +115,9 @@ def refusal(
                 f"the {name} has {x.shape[0] * x.shape[2]:,} slots, and CUDA C++ kernels count to "
                 f"{SLOTS:,}"
             )
-        if reason is None and x is not None and not _aligned(x):
-            reason = (
-                f"pages must start at multiples of 16 bytes; the {name} starts at "
-                f"{x.data_ptr() % 16} past one and has strides {list(x.stride()[:2])}"
-            )
+        if reason is None and x is not None:
+            reason = misaligned(x, name)
     return reason
-
-
-def _aligned(cache: torch.Tensor) -> bool:
-    return cache.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in cache.stride()[:2])
 
 
 def _refusal(call: Store | Attend) -> str | None:

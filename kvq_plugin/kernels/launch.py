@@ -15,6 +15,7 @@ import triton
 
 from kvq_plugin.calls import Attend, Store
 from kvq_plugin.formats import GROUP, KVFormat
+from kvq_plugin.kernels import misaligned
 from kvq_plugin.kernels.codec import PORTABLE, SM80, SM89
 
 #: Query rows of one program at most; more query heads per kv head are dealt out in chunks.
@@ -174,13 +175,9 @@ def check(call: Store | Attend) -> None:
     Raises ValueError for pages that are not 16-byte aligned, and for CPU tensors outside of the
     interpreter.
     """
-    for name, x in (("", call.cache), ("recent ", call.recent_cache)):
-        if x is not None and any(n % 16 for n in (x.data_ptr(), *x.stride()[:2])):
-            raise ValueError(
-                f"pages must start on multiples of 16 bytes: the {name}cache's address is "
-                f"{x.data_ptr():#x}, its block and head strides are {list(x.stride()[:2])}; "
-                f"allocate it aligned, as torch.empty does"
-            )
+    for name, x in (("cache", call.cache), ("recent cache", call.recent_cache)):
+        if x is not None and (reason := misaligned(x, name)) is not None:
+            raise ValueError(reason)
     if call.cache.device.type != "cuda" and not interpreted():
         raise ValueError(
             f"Triton kernels need a CUDA or ROCm device, the cache is on {call.cache.device}; "
