@@ -161,3 +161,8 @@ def attend(
                 v = torch.cat([v, torch.zeros(1, d, dtype=torch.float64)])
             out[i, h] = torch.softmax(logits, -1) @ v
     return out
+
+
+def canonical(word: int, stream) -> int:
+    """A scale (and min) as pages hold it: NaN has one pattern."""
+    return word if stream.lite or word & 0x7C00 != 0x7C00 else 0x7E007E00

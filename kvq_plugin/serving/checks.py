@@ -5,14 +5,12 @@ Every message names what was asked, what is supported and what to use instead.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from kvq_plugin import hugepages
 from kvq_plugin.formats import SERVED, KVFormat
@@ -21,7 +19,7 @@ from kvq_plugin.serving import compat
 from kvq_plugin.serving.mapped import run_formats
 from kvq_plugin.serving.pages import min_block_size
 from kvq_plugin.serving.scales import keys
-from kvq_plugin.serving.scales.declared import declared_scheme
+from kvq_plugin.serving.scales.declared import declared_scheme, tensor_names
 from kvq_plugin.serving.selection import platform_backend, platform_backends, serves
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
@@ -382,7 +380,7 @@ def _check_static_scales(asked: str, format: KVFormat, vllm_config: Any) -> None
     folder = Path(vllm_config.model_config.model)
     if declared_scheme(vllm_config.model_config.hf_config, folder):
         return
-    tensors = _tensor_names(folder)
+    tensors = tensor_names(folder)
     if tensors is None or any(_is_scale(name) for name in tensors):
         return
     raise ValueError(
@@ -398,17 +396,3 @@ def _is_scale(name: str) -> bool:
     """Whether the loader will take tensor *name* for a scale of K or V."""
     found = keys.parse(name)
     return found is not None and not {"k_scale", "v_scale"}.isdisjoint(found.parameters)
-
-
-def _tensor_names(folder: Path) -> set[str] | None:
-    """Names of the tensors in *folder*'s safetensors files; None when it has no such file."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return set(json.loads(index.read_text())["weight_map"])
-    files = sorted(folder.glob("*.safetensors"))
-    return {name for file in files for name in _header(file)} if files else None
-
-
-def _header(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())

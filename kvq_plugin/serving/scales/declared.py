@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from kvq_plugin.formats import SERVED, Code, Kind, KVFormat
 from kvq_plugin.mapping import declared_mapping
 
@@ -161,3 +163,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _get(holder: Any, key: str) -> Any:
     return holder.get(key) if isinstance(holder, Mapping) else getattr(holder, key, None)
+
+
+def tensor_names(folder: Path) -> set[str] | None:
+    """Names of the tensors in *folder*'s safetensors files; None when it has no such file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return set(json.loads(index.read_text())["weight_map"])
+    files = sorted(folder.glob("*.safetensors"))
+    return {name for file in files for name in _header(file)} if files else None
+
+
+def _header(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
