@@ -36,6 +36,7 @@ KVQ_HD void fit_output(AmxBf16Weights& s, Activation type, bool scaled) {
 
 template <Code C>
 struct AmxBf16Dot {
+  static constexpr bool kPairs = false;
   static constexpr int kWord = 4, kLineBytes = 2 * 64;  // a decoded line of codes
   static constexpr int kStepLines = kBf16Step / kWord, kSteps = kMaxHead / kBf16Step;
 

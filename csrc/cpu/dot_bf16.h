@@ -97,6 +97,7 @@ KVQ_HD void dpbf16(__m512& acc, __m512bh a, __m512bh b) {
 
 template <Code C>
 struct Bf16Dot {
+  static constexpr bool kPairs = false;
   static constexpr int kWord = 4;
 
   struct Query {

@@ -176,6 +176,7 @@ struct KeyScales {
 template <Code C, Grouping G>
 struct FoldedKey {
   using Base = VnniDot<C>;
+  static constexpr bool kPairs = Base::kPairs;
   using Step = KeyStep<C>;
   // Numbers of a row: a line more than there are, so that rows' lines differ in their sets of L1.
   static constexpr int kRow = kMaxHead + kLanes;
@@ -259,7 +260,7 @@ struct FoldedKey {
   }
 
   // R rows of scores from folded ones, of groups of tokens [g, g + kSealedGroups).
-  template <int R, bool kFetch>
+  template <int R, Fetch kFetch>
   static KVQ_APART void score_rows(const Fold& fold, const Tile& tile, int row, int group, long d,
                                    float* scores) {
     constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
@@ -273,7 +274,9 @@ struct FoldedKey {
         unroll<Step::kLines>([&](auto i) KVQ_UNROLLED {
           const long at = Step::line(i, step, d);
           unroll<kVectors>([&](auto v) KVQ_UNROLLED {
-            if (kFetch && v % kPerLine == 0) prefetch(tile.next.key[g + v / kPerLine] + at);
+            if (kFetch != Fetch::kNone && v % kPerLine == 0) {
+              prefetch_beside_key<kFetch>(tile.next, g, v / kPerLine, at);
+            }
             line[v][i] = load<Ints>(tile.now.key[g + v / kPerLine] + at + v % kPerLine * kVector);
           });
         });
@@ -315,14 +318,13 @@ struct FoldedKey {
       for (int part = 0; part < kParts; part += kFoldParts) {
         fold<R>(s, tiles.part + part, row, 0, d);
       }
-      for (int part = 0; part < kParts; ++part) {
-        const int g = part * kSealedGroups;
-        if (row == 0) {
-          score_rows<R, true>(tiles.part[part], tile, row, g, d, scores);
-        } else {
-          score_rows<R, false>(tiles.part[part], tile, row, g, d, scores);
+      with_fetch<kPairs>(tile.fetch, row, [&](auto fetch) {
+        const int past = tile.past_group();
+        for (int g = tile.first_group(kSealedGroups); g < past; g += kSealedGroups) {
+          const Fold& part = tiles.part[g / kSealedGroups];
+          score_rows<R, decltype(fetch)::value>(part, tile, row, g, d, scores);
         }
-      }
+      });
     });
   }
 };
@@ -331,6 +333,7 @@ struct FoldedKey {
 template <Code C>
 struct FoldedValue {
   using Base = VnniDot<C>;
+  static constexpr bool kPairs = Base::kPairs;
   using Fold = Folded<kTile, kMaxRows>;
   static constexpr int kWord = Base::kWord;
 
@@ -363,7 +366,7 @@ struct FoldedValue {
   }
 
   // kSealed channels from `dim` on.
-  template <int R, bool kFetch>
+  template <int R, Fetch kFetch>
   static KVQ_APART void accumulate_rows(const Fold& fold, const Tile& tile, int row, long d,
                                         long dim, const float* alpha, const float* gamma,
                                         float* acc) {
@@ -376,8 +379,9 @@ struct FoldedValue {
         const long from = (n % kLanes / kWord * d + at) * 4;
         Ints line[kVectors];
         unroll<kVectors>([&](auto v) KVQ_UNROLLED {
-          if (kFetch && v % kPerLine == 0) {
-            prefetch(tile.next.value[g] + from + v / kPerLine * 64);
+          if (kFetch != Fetch::kNone && v % kPerLine == 0) {
+            prefetch_beside_value<kFetch, code_bits(C)>(tile.next, g, n % kLanes / kWord, d, at,
+                                                        v / kPerLine);
           }
           line[v] = load<Ints>(tile.now.value[g] + from + v * kVector);
         });
@@ -406,10 +410,10 @@ struct FoldedValue {
       for_each_pass<kVnniRows>(rows, [&](auto n, int row) {
         constexpr int R = decltype(n)::value;
         tiles.fold.template fold<R>(row, s.p + row * kTile, kTile, tiles.scales, kTile);
-        if (row == 0) {
-          return accumulate_rows<R, true>(tiles.fold, tile, row, d, dim, alpha, gamma, acc);
-        }
-        accumulate_rows<R, false>(tiles.fold, tile, row, d, dim, alpha, gamma, acc);
+        with_fetch<kPairs>(tile.fetch, row, [&](auto fetch) {
+          accumulate_rows<R, decltype(fetch)::value>(tiles.fold, tile, row, d, dim, alpha, gamma,
+                                                     acc);
+        });
       });
     }
   }

@@ -50,6 +50,7 @@ KVQ_HD F16 decode_field(U16 words, int field) {
 
 template <Code C>
 struct Fp32Dot {
+  static constexpr bool kPairs = false;
   static constexpr int kWord = 32 / code_bits(C);
 
   struct Query {

@@ -37,6 +37,7 @@ struct VnniLimbs {
 
 template <Code C>
 struct VnniDot : VnniLimbs {
+  static constexpr bool kPairs = kVnniPairs;
   static constexpr int kWord = 32 / code_bits(C);
   static constexpr int kOperands = kWord / 4;  // byte operands in one line
   static constexpr int kOffset = C == Code::kInt8 ? 128 : 0;
@@ -131,11 +132,12 @@ struct VnniDot : VnniLimbs {
     });
   }
 
-  template <int R, bool kFetch>
+  template <int R, Fetch kFetch>
   static void score_rows(const Query& s, const Tile& tile, int row, long d, float* scores) {
     constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
     const auto next = [](int r) KVQ_UNROLLED { return r * 8; };
-    for (int g = 0; g < kGroups; g += kStep) {
+    const int past = tile.past_group();
+    for (int g = tile.first_group(kStep); g < past; g += kStep) {
       Sums<R> sums;
       unroll<R>([&](auto r) KVQ_UNROLLED {
         unroll<kVectors>([&](auto v) KVQ_UNROLLED {
@@ -143,15 +145,13 @@ struct VnniDot : VnniLimbs {
           sums.low[r][v] = Ints{} + offset(s, row + r);
         });
       });
-      const uint8_t *now[kStep], *later[kStep];
-      unroll<kStep>([&](auto i) KVQ_UNROLLED {
-        now[i] = tile.now.key[g + i];
-        later[i] = tile.next.key[g + i];
-      });
+      const uint8_t* now[kStep];
+      unroll<kStep>([&](auto i) KVQ_UNROLLED { now[i] = tile.now.key[g + i]; });
       const int8_t* q = s.limbs + query_at(row, 0);
       for (long at = 0; at < d / kWord * 64; at += 64) {
-        if constexpr (kFetch) {
-          unroll<kStep>([&](auto i) KVQ_UNROLLED { prefetch(later[i] + at); });
+        if constexpr (kFetch != Fetch::kNone) {
+          unroll<kStep>([&](auto i)
+                            KVQ_UNROLLED { prefetch_beside_key<kFetch>(tile.next, g, i, at); });
         }
         Ints line[kVectors];
         unroll<kVectors>([&](auto v) KVQ_UNROLLED {
@@ -175,8 +175,9 @@ struct VnniDot : VnniLimbs {
   static void score(const Query& s, Tiles&, const Tile& tile, int rows, long d, float* scores) {
     for_each_pass<kVnniRows>(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value;
-      if (row == 0) return score_rows<R, true>(s, tile, row, d, scores);
-      score_rows<R, false>(s, tile, row, d, scores);
+      with_fetch<kPairs>(tile.fetch, row, [&](auto fetch) {
+        score_rows<R, decltype(fetch)::value>(s, tile, row, d, scores);
+      });
     });
   }
 
@@ -215,7 +216,7 @@ struct VnniDot : VnniLimbs {
   }
 
   // Channels from `dim` on: those of one line, or of two, the last line twice where d ends.
-  template <int R, bool kFetch>
+  template <int R, Fetch kFetch>
   static void accumulate_rows(const Weights& s, const Tile& tile, int row, long d, long dim,
                               const float* alpha, const float* gamma, float* acc) {
     constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
@@ -226,9 +227,10 @@ struct VnniDot : VnniLimbs {
     for (int g = 0; g < kGroups; ++g) {
       unroll<kLanes / kWord>([&](auto w) KVQ_UNROLLED {
         const long at = (w * d + dim) * 4;
-        if constexpr (kFetch) {
-          unroll<kStep>([&](auto i)
-                            KVQ_UNROLLED { prefetch(tile.next.value[g] + at + i * second); });
+        if constexpr (kFetch != Fetch::kNone) {
+          unroll<kStep>([&](auto i) KVQ_UNROLLED {
+            prefetch_beside_value<kFetch, code_bits(C)>(tile.next, g, w, d, dim, i);
+          });
         }
         Ints line[kVectors];
         unroll<kVectors>([&](auto v) KVQ_UNROLLED {
@@ -253,7 +255,7 @@ struct VnniDot : VnniLimbs {
     });
   }
 
-  template <int R, bool kFetch>
+  template <int R, Fetch kFetch>
   static void accumulate_dims(const Weights& s, const Tile& tile, int row, long d,
                               const float* alpha, const float* gamma, float* acc) {
     for (long i = 0; i < d; i += vectors(R) * kVectorLanes) {
@@ -265,8 +267,9 @@ struct VnniDot : VnniLimbs {
                          const float* alpha, const float* gamma, float* acc) {
     for_each_pass<kVnniRows>(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value;
-      if (row == 0) return accumulate_dims<R, true>(s, tile, row, d, alpha, gamma, acc);
-      accumulate_dims<R, false>(s, tile, row, d, alpha, gamma, acc);
+      with_fetch<kPairs>(tile.fetch, row, [&](auto fetch) {
+        accumulate_dims<R, decltype(fetch)::value>(s, tile, row, d, alpha, gamma, acc);
+      });
     });
   }
 };

@@ -133,11 +133,6 @@ struct Range {
     return places;
   }
 
-  struct Step {
-    const Places& at;
-    int head;
-  };
-
   // Of the token or group of tokens at `within` of a page.
   static KVQ_HD long key_metadata_at(long within, long d) {
     if constexpr (kF.key.grouping == Grouping::kNone) return within * 4;
@@ -148,29 +143,24 @@ struct Range {
     return within / kSealed * kSealed * kF.value.metadata_bytes(d) + within % kSealed * 2;
   }
 
-  Tile locate(long t0, Step here, Step next) const {
-    Tile tile;
-    tile.begin = begin > t0 ? static_cast<int>(begin - t0) : 0;
-    tile.end = end - t0 < kTile ? static_cast<int>(end - t0) : kTile;
-    const auto fill = [&](const Step& step, Lines& lines) {
-      for (int g = 0; g < kGroups; ++g) {
-        const uint8_t* page = step.at.page[g] + step.head * cache.head_stride;
-        const long within = step.at.within[g];
-        lines.key[g] = page + layout.key_codes + within * d * code_bits(kF.key.code) / 8;
-        lines.value[g] = page + layout.value_codes + within * d * code_bits(kF.value.code) / 8;
-        lines.key_metadata[g] = page + layout.key_metadata + key_metadata_at(within, d);
-        lines.value_metadata[g] = page + layout.value_metadata + value_metadata_at(within, d);
-      }
-    };
-    fill(here, tile.now);
-    fill(next, tile.next);
-    return tile;
+  // Of a head of the item.
+  void locate(const Places& at, int head, Lines& lines) const {
+    const uint8_t* const* pages = at.page;
+    const long skip = head * cache.head_stride;
+    for (int g = 0; g < kGroups; ++g) {
+      const uint8_t* page = pages[g] + skip;
+      const long within = at.within[g];
+      lines.key[g] = page + layout.key_codes + within * d * code_bits(kF.key.code) / 8;
+      lines.value[g] = page + layout.value_codes + within * d * code_bits(kF.value.code) / 8;
+      lines.key_metadata[g] = page + layout.key_metadata + key_metadata_at(within, d);
+      lines.value_metadata[g] = page + layout.value_metadata + value_metadata_at(within, d);
+    }
   }
 
   void attend_tile(Head& head, State state, long t0, const Tile& tile) const {
     KeyDot::score(head.query, s.key_tiles, tile, item.rows, d, s.scores);
-    TileSoftmax<kFormat, KeyDot, ValueDot> softmax{
-        head.query, s.weights, head.facts, s.scores, s.alpha, s.gamma, {}, {}, {}};
+    TileSoftmax<kFormat, KeyDot, ValueDot> softmax(head.query, s.weights, head.facts, s.scores,
+                                                   s.alpha, s.gamma);
     softmax.load(tile, d);
     softmax.run(state, item.rows, t0);
     if constexpr (has_nan(kF.value.code)) {
@@ -202,7 +192,7 @@ struct Range {
   // out, and added to the rows that see their tokens.
   __attribute__((noinline, cold)) void accumulate_apart(const Head& head, State state, long t0,
                                                         const Tile& tile) const {
-    Tile finite = tile;
+    Lines numbers = tile.now;
     const auto for_each_nan = [&](const auto& visit) {
       for (int g = 0; g < kGroups; ++g) {
         for (long i = 0; i < kLanes * d; ++i) {
@@ -214,10 +204,10 @@ struct Range {
     for (int g = 0; g < kGroups; ++g) {
       uint8_t* to = s.numbers + g * kLanes * d;
       memcpy(to, tile.now.value[g], static_cast<size_t>(kLanes * d));
-      finite.now.value[g] = to;
+      numbers.value[g] = to;
     }
     for_each_nan([&](int g, long i, uint8_t) { s.numbers[g * kLanes * d + i] = 0; });
-    accumulate(state, finite);
+    accumulate(state, {numbers, tile.next, tile.fetch, tile.begin, tile.end});
     for_each_nan([&](int g, long i, uint8_t code) {
       const long token = t0 + g * kLanes + i / (4 * d) * 4 + i % 4, channel = i % (4 * d) / 4;
       for (int r = 0; r < item.rows; ++r) {
@@ -244,6 +234,15 @@ struct Range {
     }
   }
 
+  // Halves are runs of lines where blocks hold them whole.
+  Fetch fetch_order() const {
+    constexpr int kKeyBits = code_bits(kF.key.code), kValueBits = code_bits(kF.value.code);
+    if (!KeyDot::kPairs || !ValueDot::kPairs || cache.block_size % (kTile / 2)) return Fetch::kOwn;
+    return kKeyBits == kValueBits       ? Fetch::kSide
+           : kKeyBits == 2 * kValueBits ? Fetch::kWide
+                                        : Fetch::kOwn;
+  }
+
   // What a chunk has of these rows, for every head into its state. Blocks outside, heads inside:
   // in the order of memory.
   template <class HeadOf, class StateOf>
@@ -256,7 +255,11 @@ struct Range {
     // A window may begin past the sealed rows.
     if (begin >= end || start >= stop) return;
     Places places[kChunk / kTile + 1];
+    Lines lines[2];
+    const Fetch fetch = fetch_order();
     places[0] = find(start);
+    locate(places[0], 0, lines[0]);
+    int now = 0;
     for (long t0 = start; t0 < stop; t0 += run * kTile) {
       int n = 0;
       while (n < run && t0 + n * kTile < stop) {
@@ -266,11 +269,17 @@ struct Range {
       for (int h = 0; h < item.heads; ++h) {
         for (int i = 0; i < n; ++i) {
           const bool last_tile = i + 1 == n, last_head = h + 1 == item.heads;
-          const Step next = !last_tile  ? Step{places[i + 1], h}
-                            : last_head ? Step{places[n], 0}
-                                        : Step{places[0], h + 1};
+          if (!last_tile) {
+            locate(places[i + 1], h, lines[now ^ 1]);
+          } else {
+            locate(places[last_head ? n : 0], last_head ? 0 : h + 1, lines[now ^ 1]);
+          }
           const long t = t0 + i * kTile;
-          attend_tile(head_of(h), state_of(h), t, locate(t, {places[i], h}, next));
+          const Tile tile{lines[now], lines[now ^ 1], fetch,
+                          begin > t ? static_cast<int>(begin - t) : 0,
+                          end - t < kTile ? static_cast<int>(end - t) : kTile};
+          attend_tile(head_of(h), state_of(h), t, tile);
+          now ^= 1;
         }
       }
       places[0] = places[n];

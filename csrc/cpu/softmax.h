@@ -67,6 +67,11 @@ struct TileSoftmax {
   TokenScales key, value;
   F16 none[kGroups];  // lite V: NaN where a token's is
 
+  // As an aggregate's, the 2.5 KB of the last three would be zeroed for every tile (2 % of int4).
+  TileSoftmax(const typename KeyDot::Query& query, typename ValueDot::Weights& weights,
+              const RowFacts& facts, float* scores, float* alpha, float* gamma)
+      : query(query), weights(weights), facts(facts), scores(scores), alpha(alpha), gamma(gamma) {}
+
   KVQ_HD void load(const Tile& tile, long d) {
     if constexpr (kKey.per_token) {
       key.load<kKey.code>(tile.now.key_metadata, tile.next.key_metadata);

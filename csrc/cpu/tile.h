@@ -24,11 +24,23 @@ struct Lines {
   const uint8_t* value_metadata[kGroups];
 };
 
+// Which lines of the next tile the first rows' products ask for while they read this one's.
+// Hardware prefetchers follow each 4 KiB on their own, so two streams come faster than one: K's
+// first half beside V's first half while K is read, the second halves while V is. `kWide`: K's
+// codes are twice as wide, so all of V comes beside K's first half, and K's third quarter beside
+// its last.
+enum class Fetch { kNone, kOwn, kSide, kWide };
+
 // Groups past the context repeat the last valid one. `next` is what comes after this tile, for the
 // prefetcher, which neither crosses pages nor follows block tables.
 struct Tile {
-  Lines now, next;
+  const Lines &now, &next;
+  Fetch fetch;
   int begin, end;  // tokens of the tile that any row may see, within [0, kTile]
+
+  // Groups that hold them. Scores of the others are not asked for.
+  KVQ_HD int first_group(int step) const { return begin / kLanes / step * step; }
+  KVQ_HD int past_group() const { return (end + kLanes - 1) / kLanes; }
 };
 
 constexpr int kPassRows = 4;  // rows that share each load of a line
@@ -62,6 +74,21 @@ KVQ_HD void for_each_pass(int rows, const Visit& visit) {
   });
 }
 
+// visit(FetchOf<>) for rows from `row` on. Without pairs of lines there is one stream.
+template <Fetch F>
+struct FetchOf {
+  static constexpr Fetch value = F;
+};
+template <bool kPairs, class Visit>
+KVQ_HD void with_fetch(Fetch fetch, int row, const Visit& visit) {
+  if (row != 0) return visit(FetchOf<Fetch::kNone>{});
+  if constexpr (kPairs) {
+    if (fetch == Fetch::kSide) return visit(FetchOf<Fetch::kSide>{});
+    if (fetch == Fetch::kWide) return visit(FetchOf<Fetch::kWide>{});
+  }
+  visit(FetchOf<Fetch::kOwn>{});
+}
+
 // Largest integer whose two 8-bit limbs, 256 * high + low with both in [-128, 127], stay in range.
 constexpr float kLimbMax = 32639.0f;
 
@@ -73,6 +100,25 @@ KVQ_HD void fit_output(Weights&, Activation /*type*/, bool /*scaled*/) {}
 // Into L2: a tile's K and V, and those of the next, are more than L1 holds. There already, int8
 // took 1.07 times as long.
 KVQ_HD void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// While line `at` of K's groups g and, for `second`, g + 1 is read.
+template <Fetch kFetch>
+KVQ_HD void prefetch_beside_key(const Lines& next, int g, bool second, long at) {
+  if (kFetch == Fetch::kOwn) return prefetch(next.key[g + second] + at);
+  if (!second) return prefetch(next.key[g / 2] + at);
+  prefetch(next.value[kFetch == Fetch::kSide ? g / 2 : g] + at);
+}
+
+// While V's group g is read, of `bits` a code: of its word w the line of channels from `dim` on or,
+// for `second`, the one behind.
+template <Fetch kFetch, int kBits>
+KVQ_HD void prefetch_beside_value(const Lines& next, int g, int w, long d, long dim, bool second) {
+  if (kFetch == Fetch::kOwn) return prefetch(next.value[g] + (w * d + dim) * 4 + second * 64);
+  const long at = dim * (8 * kBits) + (g * (kBits / 2) + w) * 64;
+  constexpr int kHalf = kGroups / 2;
+  const uint8_t* beside = kFetch == Fetch::kSide ? next.value[kHalf] : next.key[kHalf * 3 / 2];
+  prefetch((second ? beside : next.key[kHalf]) + at);
+}
 
 }  // namespace
 }  // namespace kvq

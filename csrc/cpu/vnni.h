@@ -26,6 +26,8 @@ constexpr int vectors(int rows) { return rows == 1 ? 4 : 2; }
 constexpr int kVector = sizeof(Native);
 constexpr int kPerLine = 64 / kVector;
 constexpr int kVectorLanes = kVector / 4;
+// Whether passes of any number of rows take two lines at a time.
+constexpr bool kVnniPairs = vectors(kVnniRows) == 2 * kPerLine;
 
 typedef int32_t Ints __attribute__((vector_size(kVector)));
 typedef uint32_t Words __attribute__((vector_size(kVector)));

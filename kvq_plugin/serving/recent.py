@@ -48,6 +48,8 @@ class RecentRows(compat.AttentionLayerBase):
         self.format = layer.impl.kernel_format
         self.run = run
         self._backend = layer.attn_backend
+        # Looked up once: compat imports a name's module each time, and steps ask twice a layer.
+        self._context = compat.get_attention_context
 
     def get_attn_backend(self) -> type[base.KVQBackend]:
         return self._backend  # which tells recent rows from sealed ones by the spec's window
@@ -68,7 +70,7 @@ class RecentRows(compat.AttentionLayerBase):
     def caches(self) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
         """This step's metadata, the cache and the slots; the first and last None while vLLM
         measures memory."""
-        metadata, _, cache, slots = compat.get_attention_context(self.name)
+        metadata, _, cache, slots = self._context(self.name)
         return metadata, cache, slots
 
 
