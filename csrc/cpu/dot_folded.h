@@ -154,11 +154,13 @@ struct KeyScales {
   static constexpr float kOne = 32767.0f;
 
   template <Grouping G>
-  KVQ_HD void load(const uint8_t* metadata, long d) {
+  KVQ_HD void load(const uint8_t* metadata, const uint8_t* next, long d) {
     alignas(64) float factor[kMaxHead];
     F16 peak{};
     for (long i = 0; i < d; i += kLanes) {
-      const GroupScale s = group_scale<G>(metadata, i);
+      GroupScale s = group_scale<G>(metadata, i);
+      // As early as can be, and evenly.
+      prefetch_behind(s.scale, next + i * (G == Grouping::kChannel ? 4 : 2));
       save16(factor + i, s.scale);
       save16(minimum + i, s.minimum);
       peak = max16(peak, s.scale);
@@ -274,9 +276,6 @@ struct FoldedKey {
         unroll<Step::kLines>([&](auto i) KVQ_UNROLLED {
           const long at = Step::line(i, step, d);
           unroll<kVectors>([&](auto v) KVQ_UNROLLED {
-            if (kFetch != Fetch::kNone && v % kPerLine == 0) {
-              prefetch_beside_key<kFetch>(tile.next, g, v / kPerLine, at);
-            }
             line[v][i] = load<Ints>(tile.now.key[g + v / kPerLine] + at + v % kPerLine * kVector);
           });
         });
@@ -287,6 +286,14 @@ struct FoldedKey {
           });
           Base::multiply_codes(sums, codes, q, next, n);
           q += 4;
+          if constexpr (kFetch != Fetch::kNone) {
+            constexpr int kOperands = Step::kChannels / 4, kAsked = Step::kLines * kStep;
+            Base::template ask<decltype(i)::value, kOperands, kAsked>(
+                sums, [&](int j) KVQ_UNROLLED {
+                  const long at = Step::line(j / kStep, step, d);
+                  return beside_key<kFetch>(tile.next, g, j % kStep, at);
+                });
+          }
         });
       }
       unroll<R>([&](auto r) KVQ_UNROLLED {
@@ -301,11 +308,10 @@ struct FoldedKey {
   }
 
   static KVQ_HD void load_scales(Tiles& tiles, const Tile& tile, long d) {
-    const long bytes = d * (G == Grouping::kChannel ? 4 : 2);
     for (int part = 0; part < kParts; ++part) {
       const int g = part * kSealedGroups;
-      for (long at = 0; at < bytes; at += 64) prefetch(tile.next.key_metadata[g] + at);
-      tiles.part[part].scales.template load<G>(tile.now.key_metadata[g], d);
+      tiles.part[part].scales.template load<G>(tile.now.key_metadata[g], tile.next.key_metadata[g],
+                                               d);
     }
   }
 
@@ -379,15 +385,16 @@ struct FoldedValue {
         const long from = (n % kLanes / kWord * d + at) * 4;
         Ints line[kVectors];
         unroll<kVectors>([&](auto v) KVQ_UNROLLED {
-          if (kFetch != Fetch::kNone && v % kPerLine == 0) {
-            prefetch_beside_value<kFetch, code_bits(C)>(tile.next, g, n % kLanes / kWord, d, at,
-                                                        v / kPerLine);
-          }
           line[v] = load<Ints>(tile.now.value[g] + from + v * kVector);
         });
         unroll<kWord / 4>([&](auto i) KVQ_UNROLLED {
           Base::template multiply<i>(sums, line, p, Fold::next);
           p += 16;
+          if constexpr (kFetch != Fetch::kNone) {
+            Base::template ask<i, kWord / 4, kStep>(sums, [&](int j) KVQ_UNROLLED {
+              return beside_value<kFetch, code_bits(C)>(tile.next, g, n % kLanes / kWord, d, at, j);
+            });
+          }
         });
       }
       unroll<R>([&](auto r) KVQ_UNROLLED {

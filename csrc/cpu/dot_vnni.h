@@ -132,6 +132,17 @@ struct VnniDot : VnniLimbs {
     });
   }
 
+  // Line i of n that a step's operands ask for, evenly: behind operand P's products.
+  template <int P, int kOperands, int kAsked, int R, class Line>
+  static KVQ_HD void ask(Sums<R>& sums, const Line& line) {
+    unroll<kAsked>([&](auto i) KVQ_UNROLLED {
+      constexpr int kBehind = decltype(i)::value * kOperands / kAsked;
+      // The first row's sums; of two lines behind one operand, the second one's are the last row's.
+      constexpr int kRow = kAsked > kOperands && decltype(i)::value % 2 ? R - 1 : 0;
+      if constexpr (kBehind == P) prefetch_behind(sums.high[kRow][0], line(i));
+    });
+  }
+
   template <int R, Fetch kFetch>
   static void score_rows(const Query& s, const Tile& tile, int row, long d, float* scores) {
     constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
@@ -149,10 +160,6 @@ struct VnniDot : VnniLimbs {
       unroll<kStep>([&](auto i) KVQ_UNROLLED { now[i] = tile.now.key[g + i]; });
       const int8_t* q = s.limbs + query_at(row, 0);
       for (long at = 0; at < d / kWord * 64; at += 64) {
-        if constexpr (kFetch != Fetch::kNone) {
-          unroll<kStep>([&](auto i)
-                            KVQ_UNROLLED { prefetch_beside_key<kFetch>(tile.next, g, i, at); });
-        }
         Ints line[kVectors];
         unroll<kVectors>([&](auto v) KVQ_UNROLLED {
           line[v] = load<Ints>(now[v / kPerLine] + at + v % kPerLine * kVector);
@@ -160,6 +167,10 @@ struct VnniDot : VnniLimbs {
         unroll<kOperands>([&](auto i) KVQ_UNROLLED {
           multiply<i>(sums, line, q, next);
           q += kPassRows * 8;
+          if constexpr (kFetch != Fetch::kNone) {
+            ask<i, kOperands, kStep>(
+                sums, [&](int j) KVQ_UNROLLED { return beside_key<kFetch>(tile.next, g, j, at); });
+          }
         });
       }
       unroll<R>([&](auto r) KVQ_UNROLLED {
@@ -227,11 +238,6 @@ struct VnniDot : VnniLimbs {
     for (int g = 0; g < kGroups; ++g) {
       unroll<kLanes / kWord>([&](auto w) KVQ_UNROLLED {
         const long at = (w * d + dim) * 4;
-        if constexpr (kFetch != Fetch::kNone) {
-          unroll<kStep>([&](auto i) KVQ_UNROLLED {
-            prefetch_beside_value<kFetch, code_bits(C)>(tile.next, g, w, d, dim, i);
-          });
-        }
         Ints line[kVectors];
         unroll<kVectors>([&](auto v) KVQ_UNROLLED {
           line[v] =
@@ -240,6 +246,11 @@ struct VnniDot : VnniLimbs {
         unroll<kOperands>([&](auto i) KVQ_UNROLLED {
           multiply<i>(sums, line, p, next);
           p += 16;
+          if constexpr (kFetch != Fetch::kNone) {
+            ask<i, kOperands, kStep>(sums, [&](int j) KVQ_UNROLLED {
+              return beside_value<kFetch, code_bits(C)>(tile.next, g, w, d, dim, j);
+            });
+          }
         });
       });
     }

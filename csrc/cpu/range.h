@@ -110,29 +110,6 @@ struct Range {
   Scratch& s;
   const long d;
 
-  // Where a tile's four groups lie: pages of the item's first kv head, and tokens within them.
-  struct Places {
-    const uint8_t* page[kGroups];
-    long within[kGroups];
-  };
-
-  // Groups outside the item's context repeat the nearest one inside it: block tables hold nothing
-  // there.
-  Places find(long t0) const {
-    Places places;
-    const long size = cache.block_size;
-    const long first = begin / kLanes * kLanes, last = (end - 1) / kLanes * kLanes;
-    for (int g = 0; g < kGroups; ++g) {
-      long t = t0 + g * kLanes;
-      t = t < first ? first : t > last ? last : t;
-      const uint32_t block = static_cast<uint32_t>(t) / static_cast<uint32_t>(size);
-      places.page[g] =
-          cache.data + blocks[block] * cache.block_stride + item.head * cache.head_stride;
-      places.within[g] = t - block * size;
-    }
-    return places;
-  }
-
   // Of the token or group of tokens at `within` of a page.
   static KVQ_HD long key_metadata_at(long within, long d) {
     if constexpr (kF.key.grouping == Grouping::kNone) return within * 4;
@@ -143,18 +120,35 @@ struct Range {
     return within / kSealed * kSealed * kF.value.metadata_bytes(d) + within % kSealed * 2;
   }
 
-  // Of a head of the item.
-  void locate(const Places& at, int head, Lines& lines) const {
-    const uint8_t* const* pages = at.page;
-    const long skip = head * cache.head_stride;
+  // Where a tile's groups lie, of the item's first kv head. Groups outside the item's context
+  // repeat the nearest one inside it: block tables hold nothing there.
+  void find(long t0, Lines& lines) const {
+    const long size = cache.block_size;
+    const long first = begin / kLanes * kLanes, last = (end - 1) / kLanes * kLanes;
+    long block = -1;
+    const uint8_t* page = nullptr;
     for (int g = 0; g < kGroups; ++g) {
-      const uint8_t* page = pages[g] + skip;
-      const long within = at.within[g];
+      long t = t0 + g * kLanes;
+      t = t < first ? first : t > last ? last : t;
+      if (block < 0 || t - block * size >= size) {  // a division takes longer
+        block = static_cast<uint32_t>(t) / static_cast<uint32_t>(size);
+        page = cache.data + blocks[block] * cache.block_stride + item.head * cache.head_stride;
+      }
+      const long within = t - block * size;
       lines.key[g] = page + layout.key_codes + within * d * code_bits(kF.key.code) / 8;
       lines.value[g] = page + layout.value_codes + within * d * code_bits(kF.value.code) / 8;
       lines.key_metadata[g] = page + layout.key_metadata + key_metadata_at(within, d);
       lines.value_metadata[g] = page + layout.value_metadata + value_metadata_at(within, d);
     }
+  }
+
+  // The same of a head of the item.
+  void locate(const Lines& first, int head, Lines& lines) const {
+    const long skip = head * cache.head_stride;
+    for (int g = 0; g < kGroups; ++g) lines.key[g] = first.key[g] + skip;
+    for (int g = 0; g < kGroups; ++g) lines.value[g] = first.value[g] + skip;
+    for (int g = 0; g < kGroups; ++g) lines.key_metadata[g] = first.key_metadata[g] + skip;
+    for (int g = 0; g < kGroups; ++g) lines.value_metadata[g] = first.value_metadata[g] + skip;
   }
 
   void attend_tile(Head& head, State state, long t0, const Tile& tile) const {
@@ -254,17 +248,17 @@ struct Range {
     const int run = size % kTile == 0 && size < kChunk ? static_cast<int>(size / kTile) : 1;
     // A window may begin past the sealed rows.
     if (begin >= end || start >= stop) return;
-    Places places[kChunk / kTile + 1];
+    Lines places[kChunk / kTile + 1];
     Lines lines[2];
     const Fetch fetch = fetch_order();
-    places[0] = find(start);
+    find(start, places[0]);
     locate(places[0], 0, lines[0]);
     int now = 0;
     for (long t0 = start; t0 < stop; t0 += run * kTile) {
       int n = 0;
       while (n < run && t0 + n * kTile < stop) {
         ++n;
-        places[n] = find(t0 + n * kTile);
+        find(t0 + n * kTile, places[n]);
       }
       for (int h = 0; h < item.heads; ++h) {
         for (int i = 0; i < n; ++i) {
