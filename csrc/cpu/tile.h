@@ -101,8 +101,8 @@ KVQ_HD void fit_output(Weights&, Activation /*type*/, bool /*scaled*/) {}
 // took 1.07 times as long.
 KVQ_HD void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// The same, right behind what makes `x`. A compiler gathers prefetches at the start of a loop; int4
-// took 1.05 times as long from DRAM so on Zen 4, whose hardware fetches none of these lines ahead.
+// The same, right behind what makes `x`. gcc 12 gathers prefetches at the start of a loop: int4
+// took 1.05 times as long from DRAM so (on Zen 4; why was not found).
 template <class V>
 KVQ_HD void prefetch_behind(V& x, const void* p) {
 #if defined(__AVX512F__)
