@@ -56,7 +56,8 @@ struct Kernel {
     return p.seq_lens[item.seq] - count + (item.first + row) / plan.heads_per_kv;
   }
 
-  void prepare(int h) {
+  // `recent`: whether the unit reaches recent rows.
+  void prepare(int h, bool recent) {
     Head& at = heads[h];
     const int length = p.seq_lens[item.seq];
     const long channels = (item.head + h) * d;
@@ -86,7 +87,9 @@ struct Kernel {
         for (long i = 0; i < d; ++i) q[i] *= scale[i];
       }
       Main::KeyDot::set_query(at.main.query, r, d, q, factor);
-      if constexpr (kF.recent) Recent::KeyDot::set_query(at.recent.query, r, d, q, factor);
+      if constexpr (kF.recent) {
+        if (recent) Recent::KeyDot::set_query(at.recent.query, r, d, q, factor);
+      }
       facts.key_bias[r] = bias * unit;
       facts.position[r] = position(r);
       const Span seen = visible(p, facts.position[r], length);
@@ -96,7 +99,7 @@ struct Kernel {
       facts.slope[r] = p.alibi_slopes ? p.alibi_slopes[query_head(h, r)] * kLog2e : 0.0f;
     }
     if constexpr (kF.recent) {
-      at.recent.facts = facts;
+      if (recent) at.recent.facts = facts;
       for (int r = 0; r < item.rows; ++r) {
         const Span seen = facts.span[r];
         const int bound = sealed(r);
@@ -187,6 +190,7 @@ struct Kernel {
              heads,
              reinterpret_cast<float*>(heads + item.heads),
              plan.params->cache.head_size};
+    [[maybe_unused]] const FlushSubnormals flush;
     fit_output(k.s.main.weights, plan.params->query.type, kF.value.per_token);
 #if defined(KVQ_AMX)
     using Key = typename Main::KeyDot;
@@ -194,7 +198,8 @@ struct Kernel {
     const bool tiles = item.rows >= kFewestTileRows<Key> || item.rows >= kFewestTileRows<Value>;
     const TileSession session(tiles, item.rows);
 #endif
-    for (int h = 0; h < item.heads; ++h) k.prepare(h);
+    const bool recent_rows = unit.end * kChunk > k.sealed(0);
+    for (int h = 0; h < item.heads; ++h) k.prepare(h, recent_rows);
     const long size = plan.state_floats(item), mine = index - item.first_unit;
     const bool split = plan.is_split(item);
     const auto partial = [&](long unit, int h) {

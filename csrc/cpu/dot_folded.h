@@ -6,15 +6,12 @@
 #pragma once
 
 #include "dot_vnni.h"
-#include "sealed.h"
+#include "key_scales.h"
 
 #if defined(KVQ_VNNI)
 
 namespace kvq {
 namespace {
-
-// Inlined into its callers, gcc 12 kept a loop's accumulators on the stack (1.3x of the time).
-#define KVQ_APART __attribute__((noinline))
 
 KVQ_HD F16 peak_magnitude(F16 peak, F16 x) {
 #if defined(__AVX512F__)
@@ -97,80 +94,6 @@ KVQ_HD F4 reduce_rows(const F16 (&x)[kPassRows]) {
 }
 #endif
 
-// n numbers times `factor`, rounded to 16 bits: of every kVector of them those at even places, then
-// those at odd ones.
-#if defined(__AVX512F__)
-struct WordOrder {
-  alignas(64) int16_t even[32], odd[32];  // in two vectors of words: channels 0, 16, 1, 17, ...
-  constexpr WordOrder() : even(), odd() {
-    for (int i = 0; i < 32; ++i) {
-      even[i] = at(2 * i);
-      odd[i] = at(2 * i + 1);
-    }
-  }
-  static constexpr int16_t at(int channel) {
-    const int vector = channel / 16;
-    return static_cast<int16_t>(channel % 16 * 2 + vector % 2 + vector / 2 * 32);
-  }
-};
-
-KVQ_HD void to_words(const float* x, float factor, long n, int16_t* to) {
-  static constexpr WordOrder kOrder;
-  for (long i = 0; i < n; i += 64) {
-    Ints w[4];
-    unroll<4>([&](auto v) KVQ_UNROLLED {
-      // 1.5 * 2^23 rounds to an integer in the mantissa.
-      w[v] = reinterpret_cast<Ints>(load<Floats>(x + i + v * kLanes) * factor + 12582912.0f);
-    });
-    const Native low = reinterpret_cast<Native>(low_halves(w[0], w[1]));
-    const Native high = reinterpret_cast<Native>(low_halves(w[2], w[3]));
-    const Native even = _mm512_load_si512(kOrder.even), odd = _mm512_load_si512(kOrder.odd);
-    _mm512_store_si512(to + i, _mm512_permutex2var_epi16(low, even, high));
-    _mm512_store_si512(to + i + 32, _mm512_permutex2var_epi16(low, odd, high));
-  }
-}
-#else
-KVQ_HD void to_words(const float* x, float factor, long n, int16_t* to) {
-  constexpr int kHalf = kVector / 2;
-  for (long i = 0; i < n; i += kVector) {
-    alignas(64) uint32_t bits[kVector];
-    for (int v = 0; v < kVector; v += kVectorLanes) {
-      // 1.5 * 2^23 rounds to an integer in the mantissa.
-      save(bits + v, load<Floats>(x + i + v) * factor + 12582912.0f);
-    }
-    for (int j = 0; j < kHalf; ++j) {
-      to[i + j] = static_cast<int16_t>(bits[2 * j]);
-      to[i + kHalf + j] = static_cast<int16_t>(bits[2 * j + 1]);
-    }
-  }
-}
-#endif
-
-// A group's scales of K: the largest, and all as fractions of it, in words; and its mins.
-struct KeyScales {
-  float most;
-  alignas(64) int16_t scale[kMaxHead];
-  alignas(64) float minimum[kMaxHead];
-  static constexpr float kOne = 32767.0f;
-
-  template <Grouping G>
-  KVQ_HD void load(const uint8_t* metadata, const uint8_t* next, long d) {
-    alignas(64) float factor[kMaxHead];
-    F16 peak{};
-    for (long i = 0; i < d; i += kLanes) {
-      GroupScale s = group_scale<G>(metadata, i);
-      // As early as can be, and evenly.
-      prefetch_behind(s.scale, next + i * (G == Grouping::kChannel ? 4 : 2));
-      save16(factor + i, s.scale);
-      save16(minimum + i, s.minimum);
-      peak = max16(peak, s.scale);
-    }
-    for (long i = d; i % 64 != 0; i += kLanes) save16(factor + i, F16{});
-    most = peak16(peak)[0];
-    to_words(factor, most > 0.0f ? kOne / most : 0.0f, (d + 63) / 64 * 64, scale);
-  }
-};
-
 // K with a scale and a min per channel and kSealed tokens. Rows are words of 16 bits such that
 // their largest number is kLimbMax, scales such that their largest is almost 1: limbs are their
 // rounded products, one instruction for a vector of them. Each of the three roundings is as far off
@@ -194,7 +117,7 @@ struct FoldedKey {
   // One group's: [row][limb][d], up to a whole tile of AMX, zeros there; a unit of the products,
   // what mins add.
   struct Fold {
-    KeyScales scales;
+    KeyScales<G> scales;
     alignas(64) int8_t limbs[kFoldRows * kMaxHead * 2];
     alignas(64) float unit[kFoldRows + kPassRows], bias[kFoldRows + kPassRows];
   };
@@ -211,7 +134,8 @@ struct FoldedKey {
     float* to = s.q + row * kRow;
     for (long i = 0; i < d; i += kLanes) save16(to + i, load16(q + i) * inverse);
     for (long i = d; i < whole(d); i += kLanes) save16(to + i, F16{});
-    to_words(to, 1.0f, whole(d), s.words + row * kMaxHead);
+    save_words(whole(d), s.words + row * kMaxHead,
+               [&](long i) KVQ_UNROLLED { return load<Floats>(to + i) + kRounds; });
     s.step[row] = most * (1.0f / kLimbMax) * uniform;
   }
 
@@ -231,7 +155,7 @@ struct FoldedKey {
       F16 x[R];
       unroll<R>([&](auto r) KVQ_UNROLLED { x[r] = load16(q + r * kRow + i); });
       unroll<kFoldParts>([&](auto part) KVQ_UNROLLED {
-        const F16 minimum = load16(parts[part].scales.minimum + i);
+        const F16 minimum = parts[part].scales.minimum(i);
         unroll<R>([&](auto r) KVQ_UNROLLED { sum[part][r] = fma(x[r], minimum, sum[part][r]); });
       });
     }
@@ -256,7 +180,7 @@ struct FoldedKey {
     }
     unroll<kFoldParts>([&](auto part) KVQ_UNROLLED {
       Fold& to = parts[part];
-      save4(to.unit + at, step * (to.scales.most * (32768.0f / KeyScales::kOne)));
+      save4(to.unit + at, step * (to.scales.most * (32768.0f / KeyScales<G>::kOne)));
       save4(to.bias + at, step * reduce_rows(sum[part]));
     });
   }
@@ -310,8 +234,7 @@ struct FoldedKey {
   static KVQ_HD void load_scales(Tiles& tiles, const Tile& tile, long d) {
     for (int part = 0; part < kParts; ++part) {
       const int g = part * kSealedGroups;
-      tiles.part[part].scales.template load<G>(tile.now.key_metadata[g], tile.next.key_metadata[g],
-                                               d);
+      tiles.part[part].scales.load(tile.now.key_metadata[g], tile.next.key_metadata[g], d);
     }
   }
 
@@ -372,15 +295,18 @@ struct FoldedValue {
   }
 
   // kSealed channels from `dim` on.
-  template <int R, Fetch kFetch>
+  template <int R, Fetch kFetch, bool kWhole>
   static KVQ_APART void accumulate_rows(const Fold& fold, const Tile& tile, int row, long d,
                                         long dim, const float* alpha, const float* gamma,
                                         float* acc) {
     constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
     for (long at = dim; at < dim + kSealed; at += kStep * kLanes) {
       typename Base::template Sums<R> sums = {};
-      const int8_t* p = fold.at(row);
-      for (int n = 0; n < kTile; n += kWord) {
+      // The other groups' weights are 0.
+      const int past = kWhole ? kTile : tile.past_group() * kLanes;
+      int n = kWhole ? 0 : tile.first_group(1) * kLanes;
+      const int8_t* p = fold.at(row) + n * 4;
+      for (; n < past; n += kWord) {
         const int g = n / kLanes;
         const long from = (n % kLanes / kWord * d + at) * 4;
         Ints line[kVectors];
@@ -418,8 +344,10 @@ struct FoldedValue {
         constexpr int R = decltype(n)::value;
         tiles.fold.template fold<R>(row, s.p + row * kTile, kTile, tiles.scales, kTile);
         with_fetch<kPairs>(tile.fetch, row, [&](auto fetch) {
-          accumulate_rows<R, decltype(fetch)::value>(tiles.fold, tile, row, d, dim, alpha, gamma,
-                                                     acc);
+          constexpr Fetch kFetch = decltype(fetch)::value;
+          tile.whole()
+              ? accumulate_rows<R, kFetch, true>(tiles.fold, tile, row, d, dim, alpha, gamma, acc)
+              : accumulate_rows<R, kFetch, false>(tiles.fold, tile, row, d, dim, alpha, gamma, acc);
         });
       });
     }

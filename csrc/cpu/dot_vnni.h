@@ -144,7 +144,8 @@ struct VnniDot : VnniLimbs {
   }
 
   template <int R, Fetch kFetch>
-  static void score_rows(const Query& s, const Tile& tile, int row, long d, float* scores) {
+  static KVQ_APART void score_rows(const Query& s, const Tile& tile, int row, long d,
+                                   float* scores) {
     constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
     const auto next = [](int r) KVQ_UNROLLED { return r * 8; };
     const int past = tile.past_group();
@@ -201,15 +202,17 @@ struct VnniDot : VnniLimbs {
                                  F16* bias) {
     Floats factor[2] = {};
     Words total[2] = {};
+    F16 most[2] = {splat(1.0f), splat(1.0f)};
+    if constexpr (kScaled) {
+      unroll<N>([&](auto r) KVQ_UNROLLED {
+        most[r] = F16{};
+        unroll<kGroups>([&](auto g) KVQ_UNROLLED { most[r] = max16(most[r], w[r][g]); });
+      });
+      peak_two(most);
+    }
     unroll<N>([&](auto r) KVQ_UNROLLED {
-      F16 most = splat(1.0f);
-      if constexpr (kScaled) {
-        most = F16{};
-        unroll<kGroups>([&](auto g) KVQ_UNROLLED { most = max16(most, w[r][g]); });
-        most = peak16(most);
-      }
-      factor[r] = vector_of(select(most > 0.0f, kLimbMax / most, F16{}), 0);
-      unit[r] = most * (1.0f / kLimbMax);
+      factor[r] = vector_of(select(most[r] > 0.0f, kLimbMax / most[r], F16{}), 0);
+      unit[r] = most[r] * (1.0f / kLimbMax);
     });
     int8_t* out = s.limbs + row / 2 * (kTile * 4);
     unroll<kGroups>([&](auto g) KVQ_UNROLLED {
@@ -227,15 +230,18 @@ struct VnniDot : VnniLimbs {
   }
 
   // Channels from `dim` on: those of one line, or of two, the last line twice where d ends.
-  template <int R, Fetch kFetch>
-  static void accumulate_rows(const Weights& s, const Tile& tile, int row, long d, long dim,
-                              const float* alpha, const float* gamma, float* acc) {
+  template <int R, Fetch kFetch, bool kWhole>
+  static KVQ_HD void accumulate_rows(const Weights& s, const Tile& tile, int row, long d, long dim,
+                                     const float* alpha, const float* gamma, float* acc) {
     constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
     const auto next = [](int r) KVQ_UNROLLED { return r / 2 * (kTile * 4) + r % 2 * 8; };
     const long second = kStep == 2 && dim + kLanes < d ? 64 : 0;
     Sums<R> sums = {};
-    const int8_t* p = weights_at(s, row, 0);
-    for (int g = 0; g < kGroups; ++g) {
+    // The other groups' weights are 0.
+    const int past = kWhole ? kGroups : tile.past_group();
+    int g = kWhole ? 0 : tile.first_group(1);
+    const int8_t* p = weights_at(s, row, g * kLanes);
+    for (; g < past; ++g) {
       unroll<kLanes / kWord>([&](auto w) KVQ_UNROLLED {
         const long at = (w * d + dim) * 4;
         Ints line[kVectors];
@@ -266,11 +272,11 @@ struct VnniDot : VnniLimbs {
     });
   }
 
-  template <int R, Fetch kFetch>
-  static void accumulate_dims(const Weights& s, const Tile& tile, int row, long d,
-                              const float* alpha, const float* gamma, float* acc) {
+  template <int R, Fetch kFetch, bool kWhole>
+  static KVQ_APART void accumulate_dims(const Weights& s, const Tile& tile, int row, long d,
+                                        const float* alpha, const float* gamma, float* acc) {
     for (long i = 0; i < d; i += vectors(R) * kVectorLanes) {
-      accumulate_rows<R, kFetch>(s, tile, row, d, i, alpha, gamma, acc);
+      accumulate_rows<R, kFetch, kWhole>(s, tile, row, d, i, alpha, gamma, acc);
     }
   }
 
@@ -279,7 +285,9 @@ struct VnniDot : VnniLimbs {
     for_each_pass<kVnniRows>(rows, [&](auto n, int row) {
       constexpr int R = decltype(n)::value;
       with_fetch<kPairs>(tile.fetch, row, [&](auto fetch) {
-        accumulate_dims<R, decltype(fetch)::value>(s, tile, row, d, alpha, gamma, acc);
+        constexpr Fetch kFetch = decltype(fetch)::value;
+        tile.whole() ? accumulate_dims<R, kFetch, true>(s, tile, row, d, alpha, gamma, acc)
+                     : accumulate_dims<R, kFetch, false>(s, tile, row, d, alpha, gamma, acc);
       });
     });
   }

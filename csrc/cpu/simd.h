@@ -1,5 +1,4 @@
-// Sixteen fp32 lanes: one zmm, two ymm or four xmm registers; and the base-2 exponential the
-// softmax needs.
+// Sixteen fp32 lanes: one zmm, two ymm or four xmm registers.
 #pragma once
 
 #if defined(__AVX2__)
@@ -313,6 +312,40 @@ KVQ_HD float reduce_add(F16 v) {
 }
 #endif
 
+// The largest lane of each of two, in all its lanes.
+KVQ_HD void peak_two(F16 (&x)[2]) {
+#if defined(__AVX512F__)
+  const __m512 a = reinterpret_cast<__m512>(x[0]), b = reinterpret_cast<__m512>(x[1]);
+  __m512 v = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  v = _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0x4E));
+  v = _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
+  v = _mm512_max_ps(v, _mm512_permute_ps(v, 0x4E));
+  x[0] = reinterpret_cast<F16>(_mm512_moveldup_ps(v));
+  x[1] = reinterpret_cast<F16>(_mm512_movehdup_ps(v));
+#else
+  x[0] = peak16(x[0]);
+  x[1] = peak16(x[1]);
+#endif
+}
+
+// The largest lane of each of four.
+KVQ_HD F4 peak_rows(const F16 (&x)[4]) {
+#if defined(__AVX512F__)
+  const auto pairs = [](F16 low, F16 high) {
+    const __m512 a = reinterpret_cast<__m512>(low), b = reinterpret_cast<__m512>(high);
+    return _mm512_castps_pd(_mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+  };
+  const __m512d ab = pairs(x[0], x[1]), cd = pairs(x[2], x[3]);
+  const __m512 v = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  return reinterpret_cast<F4>(
+      _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+  return F4{peak16(x[0])[0], peak16(x[1])[0], peak16(x[2])[0], peak16(x[3])[0]};
+#endif
+}
+
 // Whether a lane is NaN; the others are finite.
 KVQ_HD bool any_nan(F16 x) {
 #if defined(__AVX512F__)
@@ -343,6 +376,44 @@ KVQ_HD F16 halves(U16 words) {
 #endif
 }
 
+// Thirty-two words of two fp16 each, the low ones apart from the high ones. With AVX-512 they stay
+// fp16 until they are asked for, and the largest low one, none below 0, is a maximum of integers:
+// NaN above all.
+#if defined(__AVX512F__)
+struct HalfPlaces {
+  alignas(64) int16_t low[32], high[32];
+  constexpr HalfPlaces() : low(), high() {
+    for (int i = 0; i < 32; ++i) {
+      low[i] = static_cast<int16_t>(2 * i);
+      high[i] = static_cast<int16_t>(2 * i + 1);
+    }
+  }
+};
+
+struct WordHalves {
+  __m512i low, high;
+
+  static KVQ_HD WordHalves split(__m512i first, __m512i second) {
+    static constexpr HalfPlaces kPlaces;
+    return {_mm512_permutex2var_epi16(first, _mm512_load_si512(kPlaces.low), second),
+            _mm512_permutex2var_epi16(first, _mm512_load_si512(kPlaces.high), second)};
+  }
+  static KVQ_HD F16 widen(__m256i halves) { return reinterpret_cast<F16>(_mm512_cvtph_ps(halves)); }
+  // Sixteen of them, the first or the last.
+  template <int I>
+  static KVQ_HD F16 widen(__m512i halves) {
+    return widen(I == 0 ? _mm512_castsi512_si256(halves) : _mm512_extracti64x4_epi64(halves, 1));
+  }
+  static KVQ_HD float largest(__m512i x) {
+    const __m256i a = _mm256_max_epu16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    const __m128i b = _mm_max_epu16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i ones = _mm_set1_epi32(-1);
+    const __m128i most = _mm_xor_si128(_mm_minpos_epu16(_mm_xor_si128(b, ones)), ones);
+    return _mm_cvtss_f32(_mm_cvtph_ps(most));
+  }
+};
+#endif
+
 // The reverse, rounded to nearest even.
 KVQ_HD U16 half_bits(F16 x) {
 #if defined(__AVX512F__)
@@ -353,46 +424,6 @@ KVQ_HD U16 half_bits(F16 x) {
   for (int i = 0; i < 16; ++i) words[i] = float_to_half(x[i]);
   return load<U16>(words);
 #endif
-}
-
-// p * 2^n for integers n of [-125, 0] and p near 1, exact; NaN where p is. (Adding n to p's
-// exponent made numbers of NaNs: n is garbage then.)
-template <class F, class U>
-KVQ_HD F times_power(F p, F n) {
-  const U bits = cast<U>(n + 12582912.0f);  // 1.5 * 2^23: the integer sits in the low bits
-  return p * cast<F>((bits << 23) + 0x3F800000u);
-}
-#if defined(__AVX512F__)
-template <>
-KVQ_HD F16 times_power<F16, U16>(F16 p, F16 n) {
-  return reinterpret_cast<F16>(
-      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
-}
-#endif
-
-// 2^x for x <= 0 with a relative error below 3e-7. Below -125 it stays at 2^-125; NaN stays NaN.
-template <class F, class U>
-KVQ_HD F exp2_bounded(F bounded) {
-  const F nearest = (bounded + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 rounds to an integer
-  const F f = bounded - nearest;
-  // Minimax on [-0.5, 0.5].
-  F p = fma(f, F{} + 1.3398874e-3f, F{} + 9.6184373e-3f);
-  p = fma(p, f, F{} + 5.5503324e-2f);
-  p = fma(p, f, F{} + 2.4022651e-1f);
-  p = fma(p, f, F{} + 6.9314718e-1f);
-  p = fma(p, f, F{} + 1.0f);
-  return times_power<F, U>(p, nearest);
-}
-
-KVQ_HD F16 exp2(F16 x) { return exp2_bounded<F16, U16>(max16(splat(-125.0f), x)); }
-KVQ_HD F4 exp2(F4 x) { return exp2_bounded<F4, U4>(x < -125.0f ? F4{} - 125.0f : x); }
-
-// Cephes-style tanh through exp2 of a non-positive argument.
-KVQ_HD F16 tanh16(F16 x) {
-  const F16 magnitude = abs16(x);
-  const F16 e = exp2(magnitude * -2.885390082f);  // exp(-2|x|)
-  const F16 t = (1.0f - e) / (1.0f + e);
-  return select(x < 0.0f, -t, t);
 }
 
 }  // namespace

@@ -18,15 +18,27 @@ struct TokenScales {
 
   template <Code C>
   KVQ_HD void load(const uint8_t* const* words, const uint8_t* const* next) {
-    for (int g = 0; g < kGroups; ++g) {
-      prefetch(next[g]);
-      if constexpr (is_affine(C)) {
+    for (int g = 0; g < kGroups; ++g) prefetch(next[g]);
+    if constexpr (is_affine(C)) {
+#if defined(__AVX512F__)
+      unroll<kGroups / 2>([&](auto pair) KVQ_UNROLLED {
+        const int g = 2 * pair;
+        const WordHalves both =
+            WordHalves::split(_mm512_loadu_si512(words[g]), _mm512_loadu_si512(words[g + 1]));
+        unroll<2>([&](auto i) KVQ_UNROLLED {
+          scale[g + i] = WordHalves::widen<decltype(i)::value>(both.low);
+          minimum[g + i] = WordHalves::widen<decltype(i)::value>(both.high);
+        });
+      });
+#else
+      for (int g = 0; g < kGroups; ++g) {
         const U16 w = kvq::load<U16>(words[g]);
         scale[g] = halves(w);
         minimum[g] = halves(w >> 16);
-      } else {
-        scale[g] = load16(words[g]);
       }
+#endif
+    } else {
+      for (int g = 0; g < kGroups; ++g) scale[g] = load16(words[g]);
     }
   }
 };
@@ -57,6 +69,7 @@ struct TileSoftmax {
   static constexpr bool kValueAffine = kValue.per_token && is_affine(kValue.code);
   // Scales of the codes belong to the dot products; what is no number belongs here.
   static constexpr bool kValueLite = kValue.grouping == Grouping::kTokenLite;
+  static constexpr bool kScalesMayBeNan = kValue.per_token || kValueLite;
 
   const typename KeyDot::Query& query;
   typename ValueDot::Weights& weights;
@@ -66,8 +79,9 @@ struct TileSoftmax {
   float* gamma;   // [rows] out: what one unit of the tile's products is worth
   TokenScales key, value;
   F16 none[kGroups];  // lite V: NaN where a token's is
+  F16 poison;         // NaN where V's scale of a token is no number, else 0
 
-  // As an aggregate's, the 2.5 KB of the last three would be zeroed for every tile (2 % of int4).
+  // As an aggregate's, the arrays above would be zeroed for every tile (2 % of int4).
   TileSoftmax(const typename KeyDot::Query& query, typename ValueDot::Weights& weights,
               const RowFacts& facts, float* scores, float* alpha, float* gamma)
       : query(query), weights(weights), facts(facts), scores(scores), alpha(alpha), gamma(gamma) {}
@@ -89,6 +103,16 @@ struct TileSoftmax {
         none[g] = select(cast<I16>(found) == 0, F16{}, splat(__builtin_nanf("")));
       }
     }
+    if constexpr (kScalesMayBeNan) {
+      poison = F16{};
+      unroll<kGroups>([&](auto g) KVQ_UNROLLED { poison += nan(g); });
+    }
+  }
+
+  // NaN where V's scale of a token of a group is no number, else 0.
+  KVQ_HD F16 nan(int g) const {
+    if constexpr (kValueLite) return none[g];
+    return value.scale[g] * 0.0f;
   }
 
   KVQ_HD F16 scaled(F16 x, int row, int g) const {
@@ -112,69 +136,63 @@ struct TileSoftmax {
     }
   }
 
-  // One row's scores, scaled and masked, and the largest of them in all lanes.
+  // One row's scores of a group, scaled and masked.
   template <bool kMasked, bool kShaped>
-  KVQ_HD F16 prepare(int row, long t0, F16 (&x)[kGroups]) const {
-    F16 peak = splat(kNothing);
-    unroll<kGroups>([&](auto g) KVQ_UNROLLED {
-      x[g] = load16(scores + row * kTile + g * kLanes);
-      if constexpr (!kShaped) x[g] = scaled(x[g], row, g);
-      if constexpr (kMasked) {
-        const Span s = facts.span[row];
-        const I16 t = tokens(t0, g);
-        x[g] = select((t >= s.begin) & (t < s.end), x[g], splat(kMinusInf));
-      }
-      peak = max16(peak, x[g]);
-    });
-    return peak16(peak);
+  KVQ_HD F16 prepared(int row, long t0, int g) const {
+    F16 x = load16(scores + row * kTile + g * kLanes);
+    if constexpr (!kShaped) x = scaled(x, row, g);
+    if constexpr (kMasked) {
+      const Span s = facts.span[row];
+      const I16 t = tokens(t0, g);
+      x = select((t >= s.begin) & (t < s.end), x, splat(kMinusInf));
+    }
+    return x;
   }
 
   // Scores to weights, in place. Returns their sum; `bias` is what the mins add.
   template <bool kMasked>
   KVQ_HD F16 weigh(F16 peak, F16 (&x)[kGroups], F16& bias) const {
-    F16 sum{}, poison{};
+    F16 sum{};
     bias = F16{};
     unroll<kGroups>([&](auto g) KVQ_UNROLLED {
-      F16 p = exp2(x[g] - peak);
-      if constexpr (kMasked) p = select(x[g] == kMinusInf, F16{}, p);
-      sum += p;
       // A token that some row must not see may hold stale metadata, NaN even.
-      if constexpr (kValueAffine) {
-        const F16 m = value.minimum[g];
-        bias = fma(p, kMasked ? select(p == 0.0f, F16{}, m) : m, bias);
-      }
-      if constexpr (kValue.per_token) {
-        const F16 w = p * value.scale[g];
-        p = kMasked ? select(p == 0.0f, F16{}, w) : w;
-        poison += p;
-      }
-      if constexpr (kValueLite) {
-        poison += kMasked ? select(p == 0.0f, F16{}, none[g]) : none[g];
-      }
+      const auto shown = [&, hidden = x[g] == kMinusInf](F16 y)
+                             KVQ_UNROLLED { return kMasked ? select(hidden, F16{}, y) : y; };
+      F16 p = shown(exp2(x[g] - peak));
+      sum += p;
+      if constexpr (kValueAffine) bias = fma(p, shown(value.minimum[g]), bias);
+      if constexpr (kMasked && kScalesMayBeNan) sum += shown(nan(g));
+      if constexpr (kValue.per_token) p *= shown(value.scale[g]);
       x[g] = p;
     });
-    // Weights become integers, which drop a NaN scale; the sum keeps it.
-    if constexpr (kValue.per_token || kValueLite) sum = fma(poison, F16{}, sum);
+    if constexpr (!kMasked && kScalesMayBeNan) sum += poison;
     return sum;
   }
 
-  // Up to four rows, two at a time (what fits the registers), then their running state together.
+  // Up to four rows: their largest scores together, then two at a time (what fits the registers),
+  // then their running state together.
   template <int R, bool kMasked, bool kShaped>
   void pass(State state, int row, long t0) {
-    F4 peaks{}, units{};
+    F16 most[kPassRows] = {};
+    unroll<R>([&](auto r) KVQ_UNROLLED {
+      most[r] = splat(kNothing);
+      unroll<kGroups>([&](auto g) KVQ_UNROLLED {
+        most[r] = max16(most[r], prepared<kMasked, kShaped>(row + r, t0, g));
+      });
+    });
+    const F4 peaks = peak_rows(most);
+    F4 units{};
     F16 sum[R], bias[R];
     unroll<(R + 1) / 2>([&](auto pair) KVQ_UNROLLED {
       constexpr int r = 2 * decltype(pair)::value, n = r + 1 < R ? 2 : 1;
-      F16 x[n][kGroups], peak[n], unit[n];
-      unroll<n>([&](auto i)
-                    KVQ_UNROLLED { peak[i] = prepare<kMasked, kShaped>(row + r + i, t0, x[i]); });
-      unroll<n>([&](auto i)
-                    KVQ_UNROLLED { sum[r + i] = weigh<kMasked>(peak[i], x[i], bias[r + i]); });
-      ValueDot::template set_weights<n, kValue.per_token>(weights, row + r, x, unit, &bias[r]);
+      F16 x[n][kGroups], unit[n];
       unroll<n>([&](auto i) KVQ_UNROLLED {
-        peaks[r + i.value] = peak[i][0];
-        units[r + i.value] = unit[i][0];
+        unroll<kGroups>(
+            [&](auto g) KVQ_UNROLLED { x[i][g] = prepared<kMasked, kShaped>(row + r + i, t0, g); });
+        sum[r + i] = weigh<kMasked>(splat(peaks[r + i.value]), x[i], bias[r + i]);
       });
+      ValueDot::template set_weights<n, kValue.per_token>(weights, row + r, x, unit, &bias[r]);
+      unroll<n>([&](auto i) KVQ_UNROLLED { units[r + i.value] = unit[i][0]; });
     });
     const Shares<F4> s = shares(load4(state.max + row), peaks);
     save4(state.max + row, s.max);

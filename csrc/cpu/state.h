@@ -1,6 +1,7 @@
 // The running result of some context for the rows of an item, and how two of them merge.
 #pragma once
 
+#include "exponential.h"
 #include "tile.h"
 
 namespace kvq {
@@ -49,14 +50,16 @@ KVQ_HD void merge_lanes(float* into, F16 from, F16 a, F16 b) {
 }
 
 inline void merge(State into, State from, int rows, long d) {
-  for (int r = 0; r < rows; ++r) {
-    const long at = r * kLanes;
-    const Shares<F16> s = shares(splat(into.max[r]), splat(from.max[r]));
-    into.max[r] = s.max[0];
-    merge_lanes(into.sum + at, load16(from.sum + at), s.a, s.b);
-    merge_lanes(into.bias + at, load16(from.bias + at), s.a, s.b);
-    for (long i = r * d; i < (r + 1) * d; i += kLanes) {
-      merge_lanes(into.acc + i, load16(from.acc + i), s.a, s.b);
+  for (int first = 0; first < rows; first += 4) {
+    const Shares<F4> s = shares(load4(into.max + first), load4(from.max + first));
+    save4(into.max + first, s.max);
+    for (int r = first; r < rows && r < first + 4; ++r) {
+      const F16 a = splat(s.a[r - first]), b = splat(s.b[r - first]);
+      const auto add = [&](float* to, const float* more)
+                           KVQ_UNROLLED { merge_lanes(to, load16(more), a, b); };
+      add(into.sum + r * kLanes, from.sum + r * kLanes);
+      add(into.bias + r * kLanes, from.bias + r * kLanes);
+      for (long i = r * d; i < (r + 1) * d; i += kLanes) add(into.acc + i, from.acc + i);
     }
   }
 }

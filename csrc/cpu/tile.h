@@ -41,6 +41,7 @@ struct Tile {
   // Groups that hold them. Scores of the others are not asked for.
   KVQ_HD int first_group(int step) const { return begin / kLanes / step * step; }
   KVQ_HD int past_group() const { return (end + kLanes - 1) / kLanes; }
+  KVQ_HD bool whole() const { return first_group(1) == 0 && past_group() == kGroups; }
 };
 
 constexpr int kPassRows = 4;  // rows that share each load of a line
