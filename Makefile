@@ -35,10 +35,13 @@ demo: install  ## serve the built-in model with each KV cache and compare; ARGS=
 	$(VENV)/bin/kvq demo $(ARGS)
 
 # Two at a time, a file's tests in one process: an engine that starts leaves a core idle. Threads that
-# wait by spinning would take it from the other.
+# wait by spinning would take it from the other. tests/startup: garbage is looked for less often.
 WORKERS ?= 2
-test: install $(STAMPS)/llmcompressor $(STAMPS)/triton $(STAMPS)/transformers $(STAMPS)/longbench $(STAMPS)/lm-eval $(STAMPS)/vllm-versions $(STAMPS)/tools  ## run all tests, or ARGS="-k name"
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+EXTRAS := $(addprefix $(STAMPS)/,vllm-versions llmcompressor lm-eval tools transformers triton longbench)
+test:  ## run all tests, or ARGS="-k name"
+	@$(MAKE) --no-print-directory --jobs 2 install $(EXTRAS)
+	OMP_WAIT_POLICY=passive PYTHONPATH="$(CURDIR)/tests/startup$${PYTHONPATH:+:$$PYTHONPATH}" \
+	  $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
 	scripts/sanitize.sh $(VENV)/bin/python $(or $(ARGS),10000)
@@ -108,11 +111,14 @@ $(STAMPS)/plugin: $(STAMPS)/vllm pyproject.toml setup.py CMakeLists.txt $(CPP)
 	  $(PIP) install --quiet --no-build-isolation --editable '.[demo,bench,test,dev]'
 	@touch $@
 
+# What tests need beside the plugin is downloaded while that compiles, so nothing of it may wait for
+# it without need.
+#
 # llm-compressor pins versions of transformers and compressed-tensors that vLLM does not, so it
 # lives in a folder of its own, for the tests that load what it writes; they skip without it.
-$(STAMPS)/llmcompressor: $(STAMPS)/plugin
+$(STAMPS)/llmcompressor: $(STAMPS)/python
 	-$(PIP) install --quiet --no-deps --target $(VENV)/llmcompressor --upgrade $(LLM_COMPRESSOR)
-	@touch $@
+	@mkdir -p $(STAMPS) && touch $@
 
 # For the tests of both Tritons; they skip without it.
 $(STAMPS)/triton: $(STAMPS)/python
@@ -125,15 +131,16 @@ $(STAMPS)/transformers: $(STAMPS)/python
 	  $(OTHER_TRANSFORMERS)
 	@mkdir -p $(STAMPS) && touch $@
 
-# For the tests of LongBench's metrics; they skip without. jieba is built from its sources.
+# For the tests of LongBench's metrics; they skip without. jieba is built from its sources. Into the
+# environment itself, so after the plugin.
 $(STAMPS)/longbench: $(STAMPS)/plugin
 	-$(PIP) install --quiet --no-build-isolation $(LONGBENCH)
 	@touch $@
 
 # For the test that runs lm-evaluation-harness, 0.4 GB; it skips without it.
-$(STAMPS)/lm-eval: $(STAMPS)/plugin
+$(STAMPS)/lm-eval: $(STAMPS)/python
 	-$(PIP) install --quiet --no-deps --target $(VENV)/lm-eval --upgrade $(LM_EVAL)
-	@touch $@
+	@mkdir -p $(STAMPS) && touch $@
 
 # For make wheel, make docs and their tests, which skip without it.
 $(STAMPS)/tools: $(STAMPS)/python
@@ -143,8 +150,8 @@ $(STAMPS)/tools: $(STAMPS)/python
 
 # The vLLM versions beside the installed one, 2 GB, for tests/test_versions.py. One that cannot be
 # had skips there with the reason, and is tried again by the next run: then there is no stamp.
-$(STAMPS)/vllm-versions: $(STAMPS)/plugin scripts/vllm_versions.py \
+$(STAMPS)/vllm-versions: $(STAMPS)/vllm scripts/vllm_versions.py \
   kvq_plugin/serving/compat/__init__.py
-	-$(VENV)/bin/python scripts/vllm_versions.py $(VENV)/vllm-versions && touch $@
+	-PYTHONPATH=. $(VENV)/bin/python scripts/vllm_versions.py $(VENV)/vllm-versions && touch $@
 
 .PHONY: help install demo test sanitize soak bench wheel docs cuda gpu-check gpu-bundle lint format clean

@@ -224,6 +224,14 @@ def test_padding_rows_and_empty_sequences_are_left_alone(format, isa):
     assert (out[tokens:] == 7.0).all()
 
 
+@every_isa
+def test_subnormal_numbers_come_back(isa):
+    """Kernels have the processor flush them, on the threads that other operators use too."""
+    run(oracle.build(get_format("int8_per_token_head"), ((3000, 1),)), isa)
+    tiny = torch.full((1 << 20,), 2.0**-140)  # enough for every thread
+    assert torch.equal(tiny * 0.5, torch.full_like(tiny, 2.0**-141))
+
+
 @pytest.mark.parametrize("kernels", [*ISAS, "reference"])
 def test_part_of_a_batch(kernels, monkeypatch):
     """As the GPU backend launches it: the last sequences' tables, all rows of the query."""
