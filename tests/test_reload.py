@@ -63,7 +63,9 @@ class Pool:
     that came into being since *before*."""
 
     def __init__(self, before: set[int]) -> None:
-        self.tensors = [t for t in tensors() if id(t) not in before and t.device.type == "cpu"]
+        # Without AMX vLLM's linear layers keep the address of an object of oneDNN's in a tensor.
+        kept = before | {id(x.handler_tensor) for x in objects("CPUDNNLGEMMHandler")}
+        self.tensors = [t for t in tensors() if id(t) not in kept and t.device.type == "cpu"]
 
     def suspend(self, level: int) -> None:
         for tensor in self.tensors:
@@ -71,6 +73,10 @@ class Pool:
 
     def resume(self, tags) -> None:
         pass
+
+
+def objects(kind: str) -> list:
+    return [x for x in gc.get_objects() if type(x).__name__ == kind]
 
 
 def tensors() -> list[torch.Tensor]:
