@@ -60,7 +60,7 @@ KVQ_HD void save_words(long n, int16_t* to, const Rounded& rounded) {
 
 // A group's scales of K: the largest, and all as fractions of it, in words; and its mins. With
 // AVX-512 what is fp16 stays fp16 until it is multiplied: half the stores, and the largest is a
-// maximum of integers (0.55 of the time).
+// maximum of integers (0.66 of the time).
 #if defined(__AVX512F__)
 template <Grouping G>
 struct KeyScales {
