@@ -209,18 +209,13 @@ class Soak:
             found = asyncio.run(_ask_all(server, asked[part], self.rng, abuse=True))
             settle(server)
             sizes.append(footprint(server))
-            for i, (answer, right) in enumerate(zip(found, expected[part], strict=True)):
-                self.totals["requests"] += 1
-                if answer is None:
-                    self.totals["cancelled"] += 1
-                elif isinstance(answer, BaseException):
-                    self.faults.append(f"{who}: {answer!r}")
-                else:
-                    self.totals["answered"] += 1
-                    self.totals["tokens"] += len(answer)
-                    if answer != right:
-                        self.totals["wrong answers"] += 1
-                        self.faults.append(f"{who}: request {i} of {part}: {answer} for {right}")
+            self._compare(f"{who}: {part}", found, expected[part])
+        # Whether so small a pool still has a prefix when it is asked for again is chance: once
+        # again the longest prompt, twice and alone.
+        longest = max(range(len(asked)), key=lambda i: len(asked[i][0]))
+        for _ in range(2):
+            found = asyncio.run(_ask_all(server, [asked[longest]], self.rng, abuse=False))
+            self._compare(f"{who}: {longest} again", found, [expected[longest]])
         for name, metric in COUNTERS.items():
             self.totals[name] += int(server.metric(metric))
         limits = {"MiB": MORE_MEMORY, "descriptors": MORE_DESCRIPTORS}
@@ -229,6 +224,20 @@ class Soak:
             self.growth[what] = max(self.growth[what], more)
             if more > limit:
                 self.faults.append(f"{who}: {more} more {what} after the second half")
+
+    def _compare(self, who: str, found, expected) -> None:
+        for i, (answer, right) in enumerate(zip(found, expected, strict=True)):
+            self.totals["requests"] += 1
+            if answer is None:
+                self.totals["cancelled"] += 1
+            elif isinstance(answer, BaseException):
+                self.faults.append(f"{who}: {answer!r}")
+            else:
+                self.totals["answered"] += 1
+                self.totals["tokens"] += len(answer)
+                if answer != right:
+                    self.totals["wrong answers"] += 1
+                    self.faults.append(f"{who}: request {i}: {answer} for {right}")
 
     def _end(self, server: Server, who: str) -> None:
         server.process.send_signal(signal.SIGTERM)
