@@ -21,6 +21,7 @@ extern const KernelTable kAvx512Kernels __attribute__((weak));
 extern const KernelTable kAvx512Bf16Kernels __attribute__((weak));
 extern const KernelTable kAmxKernels __attribute__((weak));
 extern const KernelTable kAmxEmulatedKernels __attribute__((weak));
+extern const KernelTable kGenericKernels __attribute__((weak));
 
 namespace {
 
