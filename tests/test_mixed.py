@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CORES = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}"}
 random.seed(3)
 PROMPTS = [[random.randrange(3, 500) for _ in range(n)] for n in (300, 127, 121, 64, 5)]
-ASKED = {"max_tokens": 24}
+ASKED = {"max_tokens": 80}
 LAYERS = 6
 #: No window, sealed beside blocks of 64 and of 32 recent rows, static scales. `k8v4` twice: with a
 #: layer of each, vLLM would split the recent rows in two groups.
@@ -51,7 +51,7 @@ def schedules(request, model):
     (own / "config.json").write_text(json.dumps(config))
     both = [Batch(PROMPTS, ASKED), Batch(PROMPTS, ASKED)]
     base |= _mixed(request.param)
-    few = {"num_gpu_blocks_override": 14 if request.param is KINDS else 6}
+    few = {"num_gpu_blocks_override": 12 if request.param is KINDS else 6}
     jobs = {
         "plain": Job(base, [*both, Batch([], {"max_tokens": 8})]),
         "chunks": Job({**base, "max_num_batched_tokens": 48, "max_num_seqs": 8}, both[:1]),
@@ -88,6 +88,8 @@ def test_what_was_asked_happened(schedules):
     plain, skipped = (schedules[n].batches[0] for n in ("plain", "skipped"))
     assert _answers(plain) != _answers(skipped)  # layer 0 is unquantized there
     assert all(abs(x) < 100 for o in skipped for x in o.logprobs)  # and nothing is NaN
+    preempted = {name: r.counters["vllm:num_preemptions"] for name, r in schedules.items()}
+    assert preempted.pop("few blocks") > 0 and not any(preempted.values())
 
 
 def test_a_mapping_to_one_format_is_that_format(model):
