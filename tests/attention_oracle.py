@@ -136,11 +136,12 @@ def operand(problem: Problem, s: int, head: int, value: bool) -> Operand:
 def attention_bound(problem: Problem) -> torch.Tensor:
     """Worst case of ``|kernel - exact|`` per output element, ``[T, heads, D]`` float64.
 
-    * A query element is off by ``LIMB`` of its row's largest (channel scales folded in), so the
-      score of key t by ``ds_t = LIMB * scale * max|q| * (token_t * sum|codes_t| + D * min_t)``,
+    * A query element is off by ``limb`` (:func:`cases.limb`) of its row's largest (channel scales
+      folded in), so the score of key t by
+      ``ds_t = limb * scale * max|q| * (token_t * sum|codes_t| + D * min_t)``,
       and to first order the output by ``sum_t p_t ds_t |v_t - o| <= sum_t p_t ds_t (|v_t| + |o|)``
       (``expm1`` makes it hold for large ``ds`` too). Softcap only contracts scores.
-    * A probability (value token scale folded in) is off by ``LIMB`` of the largest one, for
+    * A probability (value token scale folded in) is off by ``limb`` of the largest one, for
       every visible token; tiles only make this smaller.
     * Where :func:`cases.weight_rounding` allows, a probability is also off by that much of itself.
     * ``FP32_SLACK`` of the absolute sum, and rounding of the output to the activation dtype.
@@ -148,6 +149,7 @@ def attention_bound(problem: Problem) -> torch.Tensor:
     Sums over V are of rotated rows where the stream is; rotating them back adds their errors up.
     """
     dtype = problem.query.dtype
+    key_limb, value_limb = (cases.limb(x) for x in (problem.format.key, problem.format.value))
     bound = torch.zeros(problem.query.shape, dtype=torch.float64)
     for s in range(problem.seq_lens.numel()):
         begin, end = problem.query_start_loc[s : s + 2].tolist()
@@ -160,15 +162,15 @@ def attention_bound(problem: Problem) -> torch.Tensor:
             k, v = (operand(problem, s, kv, value) for value in (False, True))
             q = k.query(problem.query[begin:end, head].double())
             mass = k.token * k.codes.sum(-1) + k.codes.shape[1] * k.minimum
-            ds = cases.LIMB * problem.scale * q.amax(-1)[:, None] * mass
+            ds = key_limb * problem.scale * q.amax(-1)[:, None] * mass
             moved = p[head] * torch.expm1((2 * ds).clamp(max=40)) / 2
             values = problem.values[s][:, kv].double()
             out, held = (p[head] @ values).abs(), v.held(values)
             error = moved @ values.abs() + moved.sum(-1, keepdim=True) * out
             loudest = (p[head] * v.token).amax(-1, keepdim=True)
-            sums = cases.LIMB * loudest * (mask.double() @ v.codes) * v.channel
+            sums = value_limb * loudest * (mask.double() @ v.codes) * v.channel
             loudest = p[head].amax(-1, keepdim=True)
-            sums += cases.LIMB * loudest * (mask.double() @ v.minimum)[:, None]
+            sums += value_limb * loudest * (mask.double() @ v.minimum)[:, None]
             rounding = cases.FP32_SLACK + cases.weight_rounding(problem.format, dtype)
             sums += rounding * (p[head] @ held.abs()) + cases.FP32_SLACK * (p[head] @ held).abs()
             error += v.spread(sums)

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 
 import torch
 
-from kvq_plugin.formats import FORMATS, LOWBIT, Granularity, Kind, KVFormat
+from kvq_plugin.formats import FORMATS, LOWBIT, Granularity, Kind, KVFormat, Stream
 
 #: One entry per row of the table, aliases dropped.
 ROWS = tuple({f.id: f for f in FORMATS.values()}.values())
@@ -63,6 +63,19 @@ LONG_CONTEXT = 20_000
 # 2**-15.99 of the maximum; a bf16 pair keeps 16 bits, 2**-17 of the element. 2**-15.5 covers
 # both with the scale and the log2(e) factor rounded to fp32 on top.
 LIMB = 2.0**-15.5
+# Against 4-bit codes they may be integers up to 1,919 (csrc/cpu/nibbles.h): 2**-11.9. Errors
+# multiply the code's distance from 7.5 then, half of what this bound takes: the code itself.
+NIBBLE = 2.0**-11.75
+
+
+def limb(stream: Stream) -> float:
+    """Rounding of what multiplies a stream's codes, relative to its largest element."""
+    return NIBBLE if is_nibble(stream) else LIMB
+
+
+def is_nibble(stream: Stream) -> bool:
+    return stream.code.kind is Kind.AFFINE and stream.code.bits == 4
+
 
 #: Relative error of everything in fp32 that is not a limb: a degree-4 exp2 (4e-6 = 2**-18 at
 #: most), sums over up to 20,000 tokens held in at least 16 lanes (1,250 * 2**-24 = 2**-13.7 in
@@ -84,6 +97,9 @@ LIMB_NRMSE = 1e-4
 # sqrt(7.5**2 + (1 / 0.35)**2) * 0.35 = 2.8 times that of the N(0, 1) row it stands for (range
 # 5.3 = 15 steps of 0.35), and the limb errors grow with it.
 OPERAND_GAIN = {Kind.FLOAT: 1.0, Kind.SIGNED: 1.0, Kind.AFFINE: 2.8}
+# As integers up to 1,919, taken at the middle of the codes (gain 1): q 2**-11.9 * 3 / sqrt(3) =
+# 4.5e-4, p at most 2**-11.9 * sqrt(128 / 3) = 1.7e-3, for the same reason half of that here.
+NIBBLE_NRMSE = 1.5e-3
 
 
 # Signed codes are stored as code + 128, and a kernel may add 128 * scale * sum(p) to the output and
@@ -106,9 +122,12 @@ def nrmse_bound(format: KVFormat, dtype: torch.dtype) -> float:
     Rounded weights move the output by their rounding times ``sqrt(sum (p v)^2)``, which for V of
     zero mean is the output's own root mean square.
     """
-    gain = max(OPERAND_GAIN[s.code.kind] for s in (format.key, format.value))
+    streams = format.key, format.value
+    limbs = LIMB_NRMSE * max(OPERAND_GAIN[s.code.kind] for s in streams)
+    if any(map(is_nibble, streams)):
+        limbs = NIBBLE_NRMSE
     rounding = OUTPUT_ROUNDING[dtype] + weight_rounding(format, dtype)
-    return LIMB_NRMSE * gain + rounding / 3**0.5
+    return limbs + rounding / 3**0.5
 
 
 #: The float64 reference against an independent dense float64 implementation: both read codes

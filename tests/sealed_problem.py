@@ -204,15 +204,16 @@ def bound(problem: Problem) -> torch.Tensor:
     """Worst case of ``|kernel - exact|`` per output element, as in ``attention_oracle.py``.
 
     Where K has a scale per channel and group of tokens, q times the scales is what kernels hold:
-    off by ``LIMB`` of the largest of q times the largest scale, so a score by that times the sum of
+    off by ``limb`` of the largest of q times the largest scale, so a score by that times the sum of
     the codes; and so are q and the scales that are multiplied. The mins are a sum of their own, in
     fp32, as is everything where a kernel multiplies decoded rows.
-    Weights times the scales of V are off by ``LIMB`` of the largest of a channel's.
+    Weights times the scales of V are off by ``limb`` of the largest of a channel's.
     """
     p = problem
     head_size, options = p.query.shape[2], p.options
     basis = oracle.rotation_matrix(head_size)
     gain = oracle.gain_of(basis)
+    key_limb, value_limb = cases.limb(p.format.key), cases.limb(p.format.value)
     fp32 = head_size * 2.0**-24  # a sum over channels, one after the other
     error = torch.zeros(p.query.shape, dtype=torch.float64)
     for s in range(p.seq_lens.numel()):
@@ -238,7 +239,8 @@ def bound(problem: Problem) -> torch.Tensor:
                 factors = (q.abs().max() * ks.scale * codes).sum(-1)
                 factors += ks.scale.amax(-1) * (q.abs() * codes).sum(-1)
                 rounded = loud * codes.sum(-1) + factors * is_sealed
-                ds = p.scale * (cases.LIMB * rounded + fp32 * mass)
+                limb = torch.where(is_sealed, key_limb, cases.LIMB)
+                ds = p.scale * (limb * rounded + fp32 * mass)
                 x = ks.value() @ q * p.scale
                 if options.get("softcap"):
                     x = (x / options["softcap"]).tanh() * options["softcap"]
@@ -255,10 +257,10 @@ def bound(problem: Problem) -> torch.Tensor:
                 out = (w @ values).abs()
                 moved = w * torch.expm1((2 * ds).clamp(max=40)) / 2
                 loudest = (w[:, None] * vs.scale).amax(0)
-                sums = cases.LIMB * loudest * vs.codes.abs().sum(0)
+                sums = value_limb * loudest * vs.codes.abs().sum(0)
                 # Mins join the weights before they are rounded or after; and int8 codes are stored
                 # plus 128.
-                sums += cases.LIMB * w.max() * vs.minimum.abs().sum(0)
+                sums += value_limb * w.max() * vs.minimum.abs().sum(0)
                 sums += cases.FP32_SLACK * (w @ (vs.codes.abs() * vs.scale + vs.minimum.abs()))
                 sums += 128 * 2.0**-22 * (w[:, None] * vs.scale).sum(0)
                 e = moved @ values.abs() + moved.sum() * out + sums @ (gain * basis.abs())

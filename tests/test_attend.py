@@ -24,6 +24,7 @@ from cases import (
     PLAIN_ROWS,
     SIGNED_STATIC_ROWS,
     STATIC_ROWS,
+    is_nibble,
     name_of,
 )
 
@@ -288,13 +289,37 @@ def by_kind(floats: bool):
     return pytest.mark.parametrize("format", formats, ids=name_of)
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ATTEND_ISAS if isa.startswith("amx")])
+on_tiles = pytest.mark.parametrize("isa", [x for x in ATTEND_ISAS if x.startswith("amx")])
+
+
+@on_tiles
 @pytest.mark.parametrize("head_size", (16, 48, 64, 112, 128, 512))
 @by_kind(floats=False)
 def test_tiles_give_the_bits_of_avx512(format, head_size, isa):
-    """Sums of integers are exact in any order."""
+    """Sums of integers are exact in any order; but with 4-bit codes AVX-512 multiplies others."""
+    if is_nibble(format.value):
+        pytest.skip("compared with AMX's own few rows")
     for p in tiled(format, head_size):
         assert torch.equal(run(p, isa), run(p, "avx512_bf16"))
+
+
+@on_tiles
+@pytest.mark.parametrize("head_size", (16, 48, 64, 112, 128, 512))
+@by_kind(floats=False)
+def test_tiles_give_the_bits_of_few_rows(format, head_size, isa):
+    """Up to four query heads a kv head are multiplied without tiles."""
+    kv_heads, group = 2, 16
+    p = oracle.build(format, ((150, 1), (64, 1), (200, 1)), group=group, kv_heads=kv_heads,
+                     head_size=head_size)  # fmt: skip
+
+    def by_kv_head(x):
+        return x.unflatten(1, (kv_heads, group))
+
+    whole = by_kv_head(run(p, isa))
+    for first in range(0, group, 4):
+        few = by_kv_head(p.query)[:, :, first : first + 4].flatten(1, 2).contiguous()
+        got = run(replace(p, query=few), isa).unflatten(1, (kv_heads, 4))
+        assert torch.equal(got, whole[:, :, first : first + 4])
 
 
 @pytest.mark.skipif("amx" not in ATTEND_ISAS, reason="needs a processor with AMX")

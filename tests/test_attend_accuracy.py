@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import ISAS, ROWS, name_of, use_isa
+from cases import ISAS, ROWS, is_nibble, name_of, use_isa
 from oracle import single_threaded
 
 from kvq_plugin import reference
@@ -24,6 +24,9 @@ from kvq_plugin.formats import KVFormat
 #: Our bf16 error over vLLM's. Measured on four instruction sets: 0.91 to 1.19, the spread being
 #: which outputs happen to lie close to a bf16 number; with q in one 8-bit limb, 3.8.
 RATIO = 1.5
+#: Where 12 bits are multiplied with 4-bit codes (csrc/cpu/nibbles.h): measured up to 1.8, with
+#: outliers and peaked queries.
+NIBBLE_RATIO = 2.0
 
 # RMS error over RMS output with fp32 output, where the limbs of q and of the weights show: up to
 # 2**-16 of the largest element, 2**-16.8 RMS. Weights: the largest of a tile of 128 may be nearly
@@ -36,6 +39,10 @@ RATIO = 1.5
 # Measured: 2**-12.8; with outliers 2**-11.6 for int8, 2**-10.5 for int4. Rounding to bf16 is
 # 2**-9.3, one limb of q 2**-7.3.
 FLOAT32_RMS, FLOAT32_RMS_OUTLIERS = 2.0**-12, 2.0**-10.25
+# Integers up to 1,919 in place of 32,639 are 2**4.1 times as far off, and multiply codes less their
+# middle, half as large: from 2**-12.8 to 2**-9.7 (measured 2**-9.8), eight times q's share of it on
+# peaked queries (2**-8.8). Eight bits would be off by 2**-6.
+FLOAT32_RMS_NIBBLES = 2.0**-8.5
 
 SHAPES = (
     Shape(3, 100, 2, 2, 64),
@@ -134,6 +141,10 @@ class Stored:
         )
         return cls(inputs, ours, exact(batch, inputs.query, keys, values))
 
+    @property
+    def has_nibbles(self) -> bool:
+        return any(map(is_nibble, (self.ours.format.key, self.ours.format.value)))
+
     @single_threaded
     def error(self, dtype: torch.dtype) -> Error:
         return Error.of(output(self.ours, self.inputs.query.to(dtype)), self.exact)
@@ -169,12 +180,13 @@ def exact(batch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) 
 
 def check_ratio(stored: Stored, isa: str) -> None:
     ours, stock = stored.error(torch.bfloat16), stored.inputs.stock
-    assert ours.rms <= RATIO * stock.rms, f"{describe(stored, isa)}: {ours}; vLLM's: {stock}"
+    ratio = NIBBLE_RATIO if stored.has_nibbles else RATIO
+    assert ours.rms <= ratio * stock.rms, f"{describe(stored, isa)}: {ours}; vLLM's: {stock}"
 
 
 def check_float32(stored: Stored, isa: str) -> None:
     ours, stock = stored.error(torch.float32), stored.inputs.stock
-    bound = stored.inputs.distribution.float32_rms
+    bound = FLOAT32_RMS_NIBBLES if stored.has_nibbles else stored.inputs.distribution.float32_rms
     assert ours.rms <= bound, (
         f"{describe(stored, isa)}, fp32: {ours}, allowed {bound:.3g}; vLLM's in bf16: {stock}"
     )

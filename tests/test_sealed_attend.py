@@ -10,7 +10,7 @@ import pytest
 import sealed_problem
 import torch
 from attending import every_dtype, every_isa
-from cases import ATTEND_ISAS, WINDOW_ROWS, name_of, nrmse_bound
+from cases import ATTEND_ISAS, WINDOW_ROWS, is_nibble, name_of, nrmse_bound
 from sealed_problem import NAN, build
 
 every_format = pytest.mark.parametrize("format", WINDOW_ROWS, ids=name_of)
@@ -150,6 +150,10 @@ def test_threads_change_no_bit(format, isa):
 @pytest.mark.parametrize("head_size", (32, 64, 80, 128, 512))
 @every_format
 def test_tiles_give_the_bits_of_avx512(format, head_size, isa):
+    """But for 4-bit codes, with which AVX-512 multiplies other integers: there the test of chunks
+    compares tiles with few rows."""
+    if is_nibble(format.key):
+        pytest.skip("compared with AMX's own few rows")
     for group in (5, 16, 17, 32) if head_size % format.head_size_step == 0 else ():
         p = build(format, ((150, 1), (64, 1), (200, 3)), group=group, head_size=head_size)
         assert torch.equal(p.run(isa), p.run("avx512_bf16"))

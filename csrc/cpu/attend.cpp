@@ -201,7 +201,7 @@ struct Kernel {
     const bool recent_rows = unit.end * kChunk > k.sealed(0);
     for (int h = 0; h < item.heads; ++h) k.prepare(h, recent_rows);
     const long size = plan.state_floats(item), mine = index - item.first_unit;
-    const bool split = plan.is_split(item);
+    const bool split = item.units() > 1;
     const auto partial = [&](long unit, int h) {
       return State::at(plan.partial(item, unit, h), item.rows);
     };

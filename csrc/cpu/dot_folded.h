@@ -6,6 +6,7 @@
 #pragma once
 
 #include "dot_vnni.h"
+#include "folded.h"
 #include "key_scales.h"
 
 #if defined(KVQ_VNNI)
@@ -98,10 +99,9 @@ KVQ_HD F4 reduce_rows(const F16 (&x)[kPassRows]) {
 // their largest number is kLimbMax, scales such that their largest is almost 1: limbs are their
 // rounded products, one instruction for a vector of them. Each of the three roundings is as far off
 // as q's own alone: scores are off by 1.2 times as much on N(0, 1), 1.7 times at most.
-template <Code C, Grouping G>
+template <Code C, Grouping G, class N = FoldedLimbs<C>>
 struct FoldedKey {
-  using Base = VnniDot<C>;
-  static constexpr bool kPairs = Base::kPairs;
+  static constexpr bool kPairs = kVnniPairs;
   using Step = KeyStep<C>;
   // Numbers of a row: a line more than there are, so that rows' lines differ in their sets of L1.
   static constexpr int kRow = kMaxHead + kLanes;
@@ -114,10 +114,9 @@ struct FoldedKey {
     alignas(64) int16_t words[kMaxRows * kMaxHead];
     alignas(64) float step[kMaxRows + kPassRows];  // a pass reads and writes four
   };
-  // One group's: [row][limb][d], up to a whole tile of AMX, zeros there; a unit of the products,
-  // what mins add.
+  // One group's, up to a whole tile of AMX, zeros there; a unit of the products, what mins add.
   struct Fold {
-    KeyScales<G> scales;
+    KeyScales<G, N> scales;
     alignas(64) int8_t limbs[kFoldRows * kMaxHead * 2];
     alignas(64) float unit[kFoldRows + kPassRows], bias[kFoldRows + kPassRows];
   };
@@ -134,8 +133,8 @@ struct FoldedKey {
     float* to = s.q + row * kRow;
     for (long i = 0; i < d; i += kLanes) save16(to + i, load16(q + i) * inverse);
     for (long i = d; i < whole(d); i += kLanes) save16(to + i, F16{});
-    save_words(whole(d), s.words + row * kMaxHead,
-               [&](long i) KVQ_UNROLLED { return load<Floats>(to + i) + kRounds; });
+    save_words<N>(whole(d), s.words + row * kMaxHead,
+                  [&](long i) KVQ_UNROLLED { return load<Floats>(to + i) + kRounds; });
     s.step[row] = most * (1.0f / kLimbMax) * uniform;
   }
 
@@ -155,46 +154,60 @@ struct FoldedKey {
       F16 x[R];
       unroll<R>([&](auto r) KVQ_UNROLLED { x[r] = load16(q + r * kRow + i); });
       unroll<kFoldParts>([&](auto part) KVQ_UNROLLED {
-        const F16 minimum = parts[part].scales.minimum(i);
-        unroll<R>([&](auto r) KVQ_UNROLLED { sum[part][r] = fma(x[r], minimum, sum[part][r]); });
+        const F16 middle = parts[part].scales.middle(i);
+        unroll<R>([&](auto r) KVQ_UNROLLED { sum[part][r] = fma(x[r], middle, sum[part][r]); });
       });
     }
+    Ints total[R][kFoldParts] = {};  // of the integers
     for (long i = 0; i < n; i += kVector) {
       Shorts x[R], y[R];
       unroll<R>([&](auto r) KVQ_UNROLLED {
         x[r] = load<Shorts>(words + r * kMaxHead + i);
         y[r] = load<Shorts>(words + r * kMaxHead + i + kVector / 2);
       });
+      Shorts first[kFoldParts], second[kFoldParts];
       unroll<kFoldParts>([&](auto part) KVQ_UNROLLED {
-        const Shorts even = load<Shorts>(parts[part].scales.scale + i);
-        const Shorts odd = load<Shorts>(parts[part].scales.scale + i + kVector / 2);
-        int8_t* limbs = parts[part].limbs + at * 2 * n + i;
-        unroll<R>([&](auto r) KVQ_UNROLLED {
-          const Halves a = cast<Halves>(multiply_rounded(x[r], even));
-          const Halves b = cast<Halves>(multiply_rounded(y[r], odd));
-          // The low byte is a signed limb; 128 more carries into the high one.
-          save(limbs + r * 2 * n, zip_bytes((a + 128) >> 8, b + 128));
-          save(limbs + (r * 2 + 1) * n, zip_bytes(a, b << 8));
+        first[part] = load<Shorts>(parts[part].scales.scale + i);
+        second[part] = load<Shorts>(parts[part].scales.scale + i + kVector / 2);
+      });
+      unroll<R>([&](auto r) KVQ_UNROLLED {
+        Shorts a[kFoldParts], b[kFoldParts];
+        unroll<kFoldParts>([&](auto part) KVQ_UNROLLED {
+          a[part] = multiply_rounded(x[r], first[part]);
+          b[part] = multiply_rounded(y[r], second[part]);
         });
+        const long to = (at + r) * 2 * n;
+        N::save_rows(a, b, {parts[0].limbs + to, parts[1].limbs + to}, i, n, total[r]);
       });
     }
     unroll<kFoldParts>([&](auto part) KVQ_UNROLLED {
       Fold& to = parts[part];
-      save4(to.unit + at, step * (to.scales.most * (32768.0f / KeyScales<G>::kOne)));
+      const float unit = to.scales.most * (32768.0f / to.scales.kOne);
+      if constexpr (N::kMiddle != 0.0f) {
+        unroll<R>([&](auto r) KVQ_UNROLLED {
+          sum[part][r] = fma(widened(convert<Floats>(total[r][part])), splat(unit * -N::kMiddle),
+                             sum[part][r]);
+        });
+      }
+      save4(to.unit + at, step * unit);
       save4(to.bias + at, step * reduce_rows(sum[part]));
     });
   }
 
   // R rows of scores from folded ones, of groups of tokens [g, g + kSealedGroups).
+  // `parts` are folded together; this is one of them.
   template <int R, Fetch kFetch>
-  static KVQ_APART void score_rows(const Fold& fold, const Tile& tile, int row, int group, long d,
-                                   float* scores) {
+  static KVQ_APART void score_rows(const Fold* parts, int part, const Tile& tile, int row,
+                                   int group, long d, float* scores) {
+    const Fold& fold = parts[part];
     constexpr int kVectors = vectors(R), kStep = kVectors / kPerLine;
     const long n = whole(d);
     const auto next = [n](int r) KVQ_UNROLLED { return r * 2 * n; };
     for (int g = group; g < group + kSealedGroups; g += kStep) {
-      typename Base::template Sums<R> sums = {};
+      typename N::template Sums<R> sums = {};
       const int8_t* q = fold.limbs;
+      const int8_t* beside =
+          N::beside(parts[N::kOperands == Nibbles::kOperands ? 0 : part].limbs, part, n);
       for (long step = 0; step < d / Step::kChannels; ++step) {
         Ints line[kVectors][Step::kLines];
         unroll<Step::kLines>([&](auto i) KVQ_UNROLLED {
@@ -203,29 +216,24 @@ struct FoldedKey {
             line[v][i] = load<Ints>(tile.now.key[g + v / kPerLine] + at + v % kPerLine * kVector);
           });
         });
-        unroll<Step::kChannels / 4>([&](auto i) KVQ_UNROLLED {
-          Ints codes[kVectors];
-          unroll<kVectors>([&](auto v) KVQ_UNROLLED {
-            codes[v] = Step::template operand<decltype(i)::value>(line[v]);
-          });
-          Base::multiply_codes(sums, codes, q, next, n);
-          q += 4;
+        unroll<N::kOperands>([&](auto i) KVQ_UNROLLED {
+          N::template multiply<decltype(i)::value, R>(sums, line, q, beside, next);
           if constexpr (kFetch != Fetch::kNone) {
-            constexpr int kOperands = Step::kChannels / 4, kAsked = Step::kLines * kStep;
-            Base::template ask<decltype(i)::value, kOperands, kAsked>(
-                sums, [&](int j) KVQ_UNROLLED {
-                  const long at = Step::line(j / kStep, step, d);
-                  return beside_key<kFetch>(tile.next, g, j % kStep, at);
-                });
+            constexpr int kAsked = Step::kLines * kStep;
+            ask<decltype(i)::value, N::kOperands, kAsked, R>(sums, [&](int j) KVQ_UNROLLED {
+              const long at = Step::line(j / kStep, step, d);
+              return beside_key<kFetch>(tile.next, g, j % kStep, at);
+            });
           }
         });
+        q += N::kStepBytes;
+        beside += N::kStepBytes;
       }
       unroll<R>([&](auto r) KVQ_UNROLLED {
         float* out = scores + (row + r) * kTile + g * kLanes;
         const Floats unit = Floats{} + fold.unit[r], bias = Floats{} + fold.bias[r];
         unroll<kVectors>([&](auto v) KVQ_UNROLLED {
-          const Floats sum = VnniLimbs::combine(sums.high[r][v], sums.low[r][v]);
-          save(out + v * kVectorLanes, fma(sum, unit, bias));
+          save(out + v * kVectorLanes, fma(sums.total(r, v), unit, bias));
         });
       });
     }
@@ -250,8 +258,9 @@ struct FoldedKey {
       with_fetch<kPairs>(tile.fetch, row, [&](auto fetch) {
         const int past = tile.past_group();
         for (int g = tile.first_group(kSealedGroups); g < past; g += kSealedGroups) {
-          const Fold& part = tiles.part[g / kSealedGroups];
-          score_rows<R, decltype(fetch)::value>(part, tile, row, g, d, scores);
+          const int part = g / kSealedGroups % kFoldParts;
+          score_rows<R, decltype(fetch)::value>(tiles.part + g / kSealedGroups - part, part, tile,
+                                                row, g, d, scores);
         }
       });
     });
@@ -261,8 +270,8 @@ struct FoldedKey {
 // V with a scale and a min per token and kSealed channels.
 template <Code C>
 struct FoldedValue {
-  using Base = VnniDot<C>;
-  static constexpr bool kPairs = Base::kPairs;
+  using Base = TwoLimbs<C>;
+  static constexpr bool kPairs = kVnniPairs;
   using Fold = Folded<kTile, kMaxRows>;
   static constexpr int kWord = Base::kWord;
 
@@ -315,9 +324,9 @@ struct FoldedValue {
         });
         unroll<kWord / 4>([&](auto i) KVQ_UNROLLED {
           Base::template multiply<i>(sums, line, p, Fold::next);
-          p += 16;
+          p += Base::kWeightOperand;
           if constexpr (kFetch != Fetch::kNone) {
-            Base::template ask<i, kWord / 4, kStep>(sums, [&](int j) KVQ_UNROLLED {
+            ask<i, kWord / 4, kStep, R>(sums, [&](int j) KVQ_UNROLLED {
               return beside_value<kFetch, code_bits(C)>(tile.next, g, n % kLanes / kWord, d, at, j);
             });
           }
@@ -328,7 +337,7 @@ struct FoldedValue {
         const Floats unit = Floats{} + fold.step[row + r], bias = Floats{} + fold.bias[row + r];
         const Floats shrink = Floats{} + alpha[row + r], worth = Floats{} + gamma[row + r];
         unroll<kVectors>([&](auto v) KVQ_UNROLLED {
-          const Floats sum = fma(VnniLimbs::combine(sums.high[r][v], sums.low[r][v]), unit, bias);
+          const Floats sum = fma(sums.total(r, v), unit, bias);
           save(a, fma(load<Floats>(a), shrink, sum * worth));
           a += kVectorLanes;
         });

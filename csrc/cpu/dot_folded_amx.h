@@ -84,7 +84,7 @@ template <Code C>
 struct AmxFoldedValue : FoldedValue<C> {
   using Base = FoldedValue<C>;
   using Weights = typename Base::Weights;
-  using Codes = VnniDot<C>;
+  using Codes = TwoLimbs<C>;
   static constexpr int kSteps = kTile / kTileRowBytes;
 
   struct Tiles : Base::Tiles {

@@ -9,18 +9,16 @@
 namespace kvq {
 namespace {
 
-// 1.5 * 2^23 rounds to an integer in the mantissa.
-constexpr float kRounds = 12582912.0f;
-
 // Words for 64 numbers, or a vector's worth, that are integers in their mantissas: of every kVector
-// of them those at even places, then those at odd ones.
+// of them a vector with N::place(i, false) at place i, then one with N::place(i, true).
 #if defined(__AVX512F__)
+template <class N>
 struct WordOrder {
-  alignas(64) int16_t even[32], odd[32];  // in two vectors of words: channels 0, 16, 1, 17, ...
-  constexpr WordOrder() : even(), odd() {
+  alignas(64) int16_t first[32], second[32];  // in two vectors of words: channels 0, 16, 1, 17, ...
+  constexpr WordOrder() : first(), second() {
     for (int i = 0; i < 32; ++i) {
-      even[i] = at(2 * i);
-      odd[i] = at(2 * i + 1);
+      first[i] = at(N::place(i, false));
+      second[i] = at(N::place(i, true));
     }
   }
   static constexpr int16_t at(int channel) {
@@ -30,29 +28,29 @@ struct WordOrder {
 };
 
 // rounded(i): the numbers from i on.
-template <class Rounded>
+template <class N, class Rounded>
 KVQ_HD void save_words(long n, int16_t* to, const Rounded& rounded) {
-  static constexpr WordOrder kOrder;
-  const Native even = _mm512_load_si512(kOrder.even), odd = _mm512_load_si512(kOrder.odd);
+  static constexpr WordOrder<N> kOrder;
+  const Native first = _mm512_load_si512(kOrder.first), second = _mm512_load_si512(kOrder.second);
   for (long i = 0; i < n; i += 64) {
     Ints w[4];
     unroll<4>([&](auto v) KVQ_UNROLLED { w[v] = reinterpret_cast<Ints>(rounded(i + v * kLanes)); });
     const Native low = reinterpret_cast<Native>(low_halves(w[0], w[1]));
     const Native high = reinterpret_cast<Native>(low_halves(w[2], w[3]));
-    _mm512_store_si512(to + i, _mm512_permutex2var_epi16(low, even, high));
-    _mm512_store_si512(to + i + 32, _mm512_permutex2var_epi16(low, odd, high));
+    _mm512_store_si512(to + i, _mm512_permutex2var_epi16(low, first, high));
+    _mm512_store_si512(to + i + 32, _mm512_permutex2var_epi16(low, second, high));
   }
 }
 #else
-template <class Rounded>
+template <class N, class Rounded>
 KVQ_HD void save_words(long n, int16_t* to, const Rounded& rounded) {
   constexpr int kHalf = kVector / 2;
   for (long i = 0; i < n; i += kVector) {
     alignas(64) uint32_t bits[kVector];
     for (int v = 0; v < kVector; v += kVectorLanes) save(bits + v, rounded(i + v));
     for (int j = 0; j < kHalf; ++j) {
-      to[i + j] = static_cast<int16_t>(bits[2 * j]);
-      to[i + kHalf + j] = static_cast<int16_t>(bits[2 * j + 1]);
+      to[i + j] = static_cast<int16_t>(bits[N::place(j, false)]);
+      to[i + kHalf + j] = static_cast<int16_t>(bits[N::place(j, true)]);
     }
   }
 }
@@ -62,28 +60,32 @@ KVQ_HD void save_words(long n, int16_t* to, const Rounded& rounded) {
 // AVX-512 what is fp16 stays fp16 until it is multiplied: half the stores, and the largest is a
 // maximum of integers (0.66 of the time).
 #if defined(__AVX512F__)
-template <Grouping G>
+template <Grouping G, class N>
 struct KeyScales {
-  static constexpr float kOne = 32767.0f;
+  static constexpr float kOne = N::kOne;
   static constexpr bool kHalves = G == Grouping::kChannel;
 
   float most;
   alignas(64) int16_t scale[kMaxHead];
+  alignas(64) uint16_t raw[kMaxHead];  // scales in fp16
   alignas(64) std::conditional_t<kHalves, uint16_t, float> mins[kMaxHead];
 
   static KVQ_HD F16 halves_at(const uint16_t* at) {
     return WordHalves::widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(at)));
   }
-  KVQ_HD F16 minimum(long i) const {
+  // What codes N::kMiddle stand for.
+  KVQ_HD F16 middle(long i) const {
+    F16 x;
     if constexpr (kHalves) {
-      return halves_at(mins + i);
+      x = halves_at(mins + i);
     } else {
-      return load16(mins + i);
+      x = load16(mins + i);
     }
+    if constexpr (N::kMiddle != 0.0f) x = fma(halves_at(raw + i), splat(N::kMiddle), x);
+    return x;
   }
 
   KVQ_HD void load(const uint8_t* metadata, const uint8_t* next, long d) {
-    alignas(64) uint16_t raw[kMaxHead];
     __m512i peak = _mm512_setzero_si512();
     for (long i = 0; i < d; i += 32) {
       const bool whole = i + 32 <= d;
@@ -119,24 +121,29 @@ struct KeyScales {
     }
     most = WordHalves::largest(peak);
     const F16 factor = splat(most > 0.0f ? kOne / most : 0.0f);
-    save_words(n, scale, [&](long i) KVQ_UNROLLED {
+    save_words<N>(n, scale, [&](long i) KVQ_UNROLLED {
       return fma(halves_at(raw + i), factor, splat(kRounds));
     });
   }
 };
 #else
-template <Grouping G>
+template <Grouping G, class N>
 struct KeyScales {
-  static constexpr float kOne = 32767.0f;
+  static constexpr float kOne = N::kOne;
 
   float most;
   alignas(64) int16_t scale[kMaxHead];
   alignas(64) float mins[kMaxHead];
 
-  KVQ_HD F16 minimum(long i) const { return load16(mins + i); }
+  alignas(64) float raw[kMaxHead];
+
+  KVQ_HD F16 middle(long i) const {
+    F16 x = load16(mins + i);
+    if constexpr (N::kMiddle != 0.0f) x = fma(load16(raw + i), splat(N::kMiddle), x);
+    return x;
+  }
 
   KVQ_HD void load(const uint8_t* metadata, const uint8_t* next, long d) {
-    alignas(64) float raw[kMaxHead];
     F16 peak{};
     for (long i = 0; i < d; i += kLanes) {
       GroupScale s = group_scale<G>(metadata, i);
@@ -150,7 +157,7 @@ struct KeyScales {
     for (long i = d; i < n; i += kLanes) save16(raw + i, F16{});
     most = peak16(peak)[0];
     const Floats factor = Floats{} + (most > 0.0f ? kOne / most : 0.0f);
-    save_words(n, scale, [&](long i) KVQ_UNROLLED {
+    save_words<N>(n, scale, [&](long i) KVQ_UNROLLED {
       return fma(kvq::load<Floats>(raw + i), factor, Floats{} + kRounds);
     });
   }

@@ -25,7 +25,11 @@ struct Item {
   int begin, end;        // context that any of the rows sees
   int first_chunk,
       last_chunk;            // at least one, so that rows which see nothing are written: as zeros
+  int level;                 // of the nodes that its units are
   long first_unit, partial;  // where its units, and its partial results in floats, start
+
+  long chunks() const { return last_chunk - first_chunk + 1L; }
+  long units() const { return (last_chunk >> level) - (first_chunk >> level) + 1; }
 };
 
 // One thread's share: those of an item's chunks that lie in one node.
@@ -66,7 +70,7 @@ void for_each_item(const AttendParams& p, int heads_per_kv, int most_heads, cons
       for (int head = 0; head < kv_heads; head += heads) {
         const int side = heads < kv_heads - head ? heads : kv_heads - head;
         visit(Item{seq, head, side, first, n, low.begin, high.end, first_chunk,
-                   last_chunk > first_chunk ? last_chunk : first_chunk, 0, 0});
+                   last_chunk > first_chunk ? last_chunk : first_chunk, 0, 0, 0});
       }
     }
   }
@@ -94,14 +98,42 @@ constexpr long kAlone = 32 << 10;
 constexpr long kAlone = 8 << 10;
 #endif
 
-constexpr long kUnitsPerThread = 12;  // evens out ragged lengths to a few percent
-constexpr int kNoSplit = 31;          // the level of a node that holds any context
+constexpr long kChunksPerThread = 12;  // where there are fewer, kv heads are items of their own
+
+// How large units are, that threads take in order as they get free: what is left after an item is
+// shared out before its last unit has to end, so units may be a thread's share of that; but an item
+// alone makes two units a thread, and no unit needs to be less than a sixth of a thread's work.
+// Every unit begins with a tile and queries that nothing has fetched (int4 at 9/3 heads: 3.6 us,
+// where four chunks take 36), so fewer are better: 6 sequences of 7,000 tokens at 9/3 heads, two
+// threads, 13 units in place of 24 of one size.
+class Cut {
+ public:
+  Cut(long threads, long work) : threads_(threads), left_(work), least_(work / (6 * threads)) {}
+
+  static long work_of(const Item& i) {
+    return i.chunks() * i.heads * ((i.rows + kPassRows - 1) / kPassRows);
+  }
+
+  // The level of the next item's units.
+  int next(const Item& i) {
+    const long work = work_of(i), chunk = work / i.chunks();
+    left_ -= work;
+    const long most = max(max(left_ / threads_, work / (2 * threads_)), least_);
+    int level = 0;
+    while ((2L << level) * chunk <= most && (1L << level) < i.last_chunk + 1L) ++level;
+    return threads_ > 1 ? level : kNoSplit;
+  }
+
+ private:
+  static constexpr int kNoSplit = 30;  // a node that holds any context
+  static long max(long a, long b) { return a > b ? a : b; }
+  long threads_, left_, least_;
+};
 
 struct Plan {
   const AttendParams* params;
   PageLayout layout, recent_layout;
   int heads_per_kv;  // query heads that share a kv head
-  int level;         // of the nodes that units are
   long num_units;
   Item* items;
   Unit* units;
@@ -114,10 +146,6 @@ struct Plan {
   // What unit n of an item leaves, of one of its kv heads.
   float* partial(const Item& i, long n, int head) const {
     return partials + i.partial + (n * i.heads + head) * state_floats(i);
-  }
-  bool is_split(const Item& i) const { return units_of(i) > 1; }
-  long units_of(const Item& i) const {
-    return (i.last_chunk >> level) - (i.first_chunk >> level) + 1;
   }
 };
 
@@ -138,30 +166,33 @@ struct ScratchSize {
 // reserved depends on the batch and the threads, not on the length of the context.
 void make_plan(Plan& plan, int num_threads, ScratchSize scratch, Workspace& memory) {
   const AttendParams& p = *plan.params;
-  const long wanted = num_threads > 1 ? kUnitsPerThread * num_threads : 1;
-  long items, chunks;
+  const long wanted = num_threads > 1 ? kChunksPerThread * num_threads : 1;
+  long items, chunks, work;
   int most_heads = kMaxRows;
   for (;; most_heads /= 2) {
-    items = chunks = 0;
+    items = chunks = work = 0;
     for_each_item(p, plan.heads_per_kv, most_heads, [&](const Item& i) {
       ++items;
-      chunks += i.last_chunk - i.first_chunk + 1;
+      chunks += i.chunks();
+      work += Cut::work_of(i);
     });
     if (chunks >= wanted || most_heads == 1) break;
   }
-  // Many items need no merging; few are cut into `wanted` units, down to half as many: every unit
-  // prepares its queries anew (8 heads of 4 rows, int8: 5 us, where a chunk takes 40).
-  plan.level = 0;
-  if (items >= wanted) plan.level = kNoSplit;
-  while (plan.level < kNoSplit && chunks >> (plan.level + 1) >= (wanted + 1) / 2) ++plan.level;
 
   long units = 0, floats = 0, worker = 0;
-  for_each_item(p, plan.heads_per_kv, most_heads, [&](const Item& i) {
-    const long n = plan.units_of(i), state = plan.state_floats(i);
+  const auto for_each_cut = [&](const auto& visit) {
+    Cut cut(num_threads, work);
+    for_each_item(p, plan.heads_per_kv, most_heads, [&](Item i) {
+      i.level = cut.next(i);
+      visit(i);
+    });
+  };
+  for_each_cut([&](const Item& i) {
+    const long n = i.units(), state = plan.state_floats(i);
     units += n;
     if (n > 1) floats += n * i.heads * state;
-    const int most = 1 << (plan.level < 30 ? plan.level : 30);
-    const int depth = n > 1 ? stack_depth(0, most) : stack_depth(i.first_chunk, i.last_chunk + 1L);
+    const int depth =
+        n > 1 ? stack_depth(0, 1L << i.level) : stack_depth(i.first_chunk, i.last_chunk + 1L);
     const long bytes = i.heads * (scratch.head + depth * state * 4);
     worker = bytes > worker ? bytes : worker;
   });
@@ -180,17 +211,17 @@ void make_plan(Plan& plan, int num_threads, ScratchSize scratch, Workspace& memo
 
   long unit = 0, partial = 0;
   int item = 0;
-  for_each_item(p, plan.heads_per_kv, most_heads, [&](Item i) {
+  for_each_cut([&](Item i) {
     i.first_unit = unit;
     i.partial = partial;
     long begin = i.first_chunk;
-    for (long node = begin >> plan.level; begin <= i.last_chunk; ++node) {
-      const long next = (node + 1) << plan.level;
+    for (long node = begin >> i.level; begin <= i.last_chunk; ++node) {
+      const long next = (node + 1) << i.level;
       const long end = next <= i.last_chunk ? next : i.last_chunk + 1L;
       plan.units[unit++] = {item, static_cast<int>(begin), static_cast<int>(end), 0};
       begin = end;
     }
-    if (plan.is_split(i)) partial += plan.units_of(i) * i.heads * plan.state_floats(i);
+    if (i.units() > 1) partial += i.units() * i.heads * plan.state_floats(i);
     plan.items[item++] = i;
   });
 }
@@ -201,8 +232,8 @@ void make_plan(Plan& plan, int num_threads, ScratchSize scratch, Workspace& memo
 // done: its result is its first unit's then.
 template <class Merge>
 bool join(const Plan& plan, const Item& item, long unit, const Merge& merge) {
-  const long origin = item.first_chunk >> plan.level;
-  long first = origin, last = item.last_chunk >> plan.level;  // nodes of a level
+  const long origin = item.first_chunk >> item.level;
+  long first = origin, last = item.last_chunk >> item.level;  // nodes of a level
   long node = first + unit - item.first_unit;
   for (int up = 0; first < last; ++up, first >>= 1, last >>= 1, node >>= 1) {
     const long left = node & ~1L, right = node | 1L;

@@ -27,10 +27,12 @@ using SealedKey = AmxFoldedKey<C, G>;
 template <Code C>
 using SealedValue = AmxFoldedValue<C>;
 #elif defined(KVQ_VNNI)
+// Numbers of 12 bits for codes of 4.
 template <Code C>
-using IntegerDot = VnniDot<C>;
+using IntegerDot = VnniDot<C, std::conditional_t<C == Code::kInt4, Nibbles, TwoLimbs<C> > >;
 template <Code C, Grouping G>
-using SealedKey = FoldedKey<C, G>;
+using SealedKey =
+    FoldedKey<C, G, std::conditional_t<C == Code::kInt4, FoldedNibbles, FoldedLimbs<C> > >;
 template <Code C>
 using SealedValue = FoldedValue<C>;
 #else

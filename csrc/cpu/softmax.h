@@ -92,6 +92,11 @@ struct TileSoftmax {
     }
     if constexpr (kValue.per_token) {
       value.load<kValue.code>(tile.now.value_metadata, tile.next.value_metadata);
+      if constexpr (kValueAffine && kMiddleOf<ValueDot> != 0.0f) {
+        unroll<kGroups>([&](auto g) KVQ_UNROLLED {
+          value.minimum[g] = fma(value.scale[g], splat(kMiddleOf<ValueDot>), value.minimum[g]);
+        });
+      }
     }
     if constexpr (kValueLite) {
       for (int g = 0; g < kGroups; ++g) {

@@ -46,6 +46,9 @@ KVQ_HD Floats vector_of(F16 x, int i) { return i == 0 ? x.low : x.high; }
 KVQ_HD F16 widened(Floats x) { return {x, Floats{}}; }
 #endif
 
+// 1.5 * 2^23 rounds to an integer in the mantissa.
+constexpr float kRounds = 12582912.0f;
+
 KVQ_HD Ints broadcast(const int8_t* p) {
   int32_t w;
   memcpy(&w, p, 4);
