@@ -69,8 +69,8 @@ void check(Batch& batch, int group, int threads, std::mt19937& random) {
     const Unit& unit = plan.units[u];
     const Item& item = plan.items[unit.item];
     REQUIRE(unit.begin < unit.end);
-    REQUIRE(unit.begin >> plan.level == (unit.end - 1) >> plan.level);
-    REQUIRE(stack_depth(unit.begin, unit.end) <= plan.level + 1 || !plan.is_split(item));
+    REQUIRE(unit.begin >> item.level == (unit.end - 1) >> item.level);
+    REQUIRE(stack_depth(unit.begin, unit.end) <= item.level + 1 || item.units() == 1);
     results[static_cast<size_t>(u)] = tree(unit.begin, unit.end, 22, 0);
     int merges = 0;
     const bool last = join(plan, item, u, [&](long left, long right) {
@@ -79,7 +79,7 @@ void check(Batch& batch, int group, int threads, std::mt19937& random) {
       ++merges;
     });
     // One thread's share of the merging: the height of the tree, not the number of its leaves.
-    REQUIRE((1L << merges) < 4 * plan.units_of(item));
+    REQUIRE((1L << merges) < 4 * item.units());
     if (!last) continue;
     REQUIRE(++done[static_cast<size_t>(item.first_unit)] == 1);
     REQUIRE(results[static_cast<size_t>(item.first_unit)] ==
@@ -88,8 +88,24 @@ void check(Batch& batch, int group, int threads, std::mt19937& random) {
   for (long i = 0, unit = 0; unit < plan.num_units; ++i) {
     REQUIRE(plan.items[i].first_unit == unit);
     REQUIRE(done[static_cast<size_t>(unit)] == 1);
-    unit += plan.units_of(plan.items[i]);
+    unit += plan.items[i].units();
   }
+}
+
+// When the last of two threads that take units in order ends, over half of the work; a chunk of
+// four rows is worth 1, and what begins a unit a fifth.
+double lateness(const std::vector<int>& lengths) {
+  Batch batch(1, 64, 0);
+  for (const int length : lengths) batch.add(length, 1);
+  Workspace memory;
+  const Plan plan = batch.plan(4, 2, memory);
+  double busy[2] = {}, all = 0;
+  for (long u = 0; u < plan.num_units; ++u) {
+    const double chunks = plan.units[u].end - plan.units[u].begin;
+    *std::min_element(busy, busy + 2) += chunks + 0.2;
+    all += chunks;
+  }
+  return std::max(busy[0], busy[1]) / (all / 2);
 }
 
 }  // namespace
@@ -106,6 +122,13 @@ int main() {
     }
     check(batch, 1 + below(9), 1 + below(70), random);
   }
+  REQUIRE(lateness({32768}) < 1.02);
+  REQUIRE(lateness(std::vector<int>(6, 7000)) < 1.05);
+  REQUIRE(lateness(std::vector<int>(9, 4096)) < 1.05);
+  // Uncut, as many sequences as there were to be units: the last one alone.
+  std::vector<int> ragged(24, 2048);
+  ragged.back() = 20480;
+  REQUIRE(lateness(ragged) < 1.08);
   // 100 sequences of 128k tokens on 64 threads: 0.55 GB when every chunk left a result.
   Batch long_batch(8, 128, 0);
   for (int s = 0; s < 100; ++s) long_batch.add(128 << 10, 1);
