@@ -96,9 +96,9 @@ KVQ_HD F4 reduce_rows(const F16 (&x)[kPassRows]) {
 #endif
 
 // K with a scale and a min per channel and kSealed tokens. Rows are words of 16 bits such that
-// their largest number is kLimbMax, scales such that their largest is almost 1: limbs are their
-// rounded products, one instruction for a vector of them. Each of the three roundings is as far off
-// as q's own alone: scores are off by 1.2 times as much on N(0, 1), 1.7 times at most.
+// their largest number is kLimbMax, scales such that their largest is almost 1: `N`'s numbers are
+// their rounded products, one instruction for a vector of them. Each of the three roundings is as
+// far off as q's own alone: scores are off by 1.2 times as much on N(0, 1), 1.7 times at most.
 template <Code C, Grouping G, class N = FoldedLimbs<C>>
 struct FoldedKey {
   static constexpr bool kPairs = kVnniPairs;
@@ -206,8 +206,7 @@ struct FoldedKey {
     for (int g = group; g < group + kSealedGroups; g += kStep) {
       typename N::template Sums<R> sums = {};
       const int8_t* q = fold.limbs;
-      const int8_t* beside =
-          N::beside(parts[N::kOperands == Nibbles::kOperands ? 0 : part].limbs, part, n);
+      const int8_t* beside = N::beside(fold.limbs, parts[0].limbs, part, n);
       for (long step = 0; step < d / Step::kChannels; ++step) {
         Ints line[kVectors][Step::kLines];
         unroll<Step::kLines>([&](auto i) KVQ_UNROLLED {

@@ -34,8 +34,10 @@ struct FoldedLimbs {
       save(row[part] + n + i, zip_bytes(x, y << 8));
     });
   }
-  static KVQ_HD const int8_t* beside(const int8_t* first, int /*part*/, long n) {
-    return first + n;
+  // Of a part's first row, whose numbers are at `own`; those of the parts' first one at `first`.
+  static KVQ_HD const int8_t* beside(const int8_t* own, const int8_t* /*first*/, int /*part*/,
+                                     long n) {
+    return own + n;
   }
 
   template <int P, int R, int kVectors, class Next>
@@ -75,8 +77,7 @@ struct FoldedNibbles {
     });
     save(row[0] + n + i, Nibbles::by_fours(y[0], y[1]));
   }
-  // Of a row whose first part's bytes are at `first`.
-  static KVQ_HD const int8_t* beside(const int8_t* first, int part, long n) {
+  static KVQ_HD const int8_t* beside(const int8_t* /*own*/, const int8_t* first, int part, long n) {
     return first + n + part * 4;
   }
 
