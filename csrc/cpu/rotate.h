@@ -14,7 +14,7 @@ namespace {
 constexpr int kRotateExponents = 6;  // 2^-m for head sizes up to kMaxHead
 
 // Channels in the order of registers, or of pairs of registers: thirty-two channels' even ones,
-// then their odd ones, as bf16 is widened at no cost (quantize.h).
+// then their odd ones, as bf16 is widened at no cost (channels.h).
 enum class ChannelOrder { kPlain, kEvenOdd };
 
 constexpr int channel_at(int i, ChannelOrder order) {

@@ -2,6 +2,7 @@
 // operands of a dot product: shared by dot_fp32.h and dot_folded.h.
 #pragma once
 
+#include "halves.h"
 #include "tile.h"
 
 namespace kvq {
