@@ -84,14 +84,14 @@ def exchange_backends() -> SimpleNamespace:
     from vllm.v1.attention import selector
 
     from kvq_plugin import kernels
-    from kvq_plugin.serving import backend, base, checks, gpu
+    from kvq_plugin.serving import backend, base, gpu, platforms
 
     stand_in = reference_kernels()
     kernels.workspace_size = lambda head_size, device: 1024
     base.ops = gpu.ops = stand_in
     backend.BACKENDS = gpu.BACKENDS
-    checks.platform_backend = lambda: gpu.GPUBackend
-    checks.platform_backends = lambda: gpu.BACKENDS
+    platforms.backend_class = lambda: gpu.GPUBackend
+    platforms.backends = lambda: gpu.BACKENDS
     gpu.GPUBackend.lacking = classmethod(lambda cls, format, head_size: None)  # no library here
     # Sizes of blocks and padding of mixed pages as on GPUs; the CPU platform has its own way.
     choose_block_size = Platform.update_block_size_for_backend.__func__

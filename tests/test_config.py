@@ -12,15 +12,14 @@ import torch
 
 pytest.importorskip("vllm")
 
+from kvq_plugin import serving  # noqa: E402
 from kvq_plugin.formats import SERVED, Kind  # noqa: E402
-from kvq_plugin.serving import compat  # noqa: E402
-from kvq_plugin.serving.scales import config as scales_config  # noqa: E402
+from kvq_plugin.serving import compat, selection  # noqa: E402
 from kvq_plugin.serving.scales import keys  # noqa: E402
 from kvq_plugin.serving.scales.config import (  # noqa: E402
     KVQConfig,
     ScaleLoading,
     resolve_cache_dtype,
-    wrap_draft_config,
     wrap_quant_config,
 )
 from kvq_plugin.serving.scales.declared import KVScheme  # noqa: E402
@@ -148,16 +147,18 @@ def test_a_draft_model_loads_scales_our_way_too(name, dtype, monkeypatch):
     quant, declared = (None, None) if name is None else stock(name)
     around, own = engine(dtype), engine(dtype, quant, declared)
     monkeypatch.setattr(compat, "get_current_vllm_config_or_none", lambda: around)
-    monkeypatch.setattr(scales_config, "serves", lambda vllm_config: True)  # test_checks.py
-    config = wrap_draft_config(quant, own.model_config)
+    monkeypatch.setattr(selection, "serves", lambda vllm_config: True)  # test_checks.py
+    wrapped = serving._on_draft_quant_config
+    config = wrapped(quant, own.model_config)
     if dtype == "auto":
         assert config is quant
         return
+    assert wrapped(quant, None) is quant
     assert isinstance(config, ScaleLoading) and (quant is None or isinstance(config, type(quant)))
-    assert wrap_draft_config(config, own.model_config) is config
+    assert wrapped(config, own.model_config) is config
     other = engine(dtype, None, {**NONE, "kv_cache_scheme": INT8})
     with pytest.raises(ValueError, match="another code"):
-        wrap_draft_config(None, other.model_config)
+        wrapped(None, other.model_config)
 
 
 # --- schemes ---------------------------------------------------------------------------

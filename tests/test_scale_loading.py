@@ -22,7 +22,7 @@ from model_loading import (  # noqa: E402, F401
 )
 from scale_layers import results  # noqa: E402
 
-from kvq_plugin.serving import checks, compat  # noqa: E402
+from kvq_plugin.serving import compat, unserved  # noqa: E402
 from kvq_plugin.serving.scales import method  # noqa: E402
 
 K_CHANNEL = torch.linspace(0.125, 8, 64)  # exact in bfloat16 enough to tell every channel
@@ -124,7 +124,7 @@ MODULES = {"gpt2": "transformer.h.{}.attn.", "nemotron_h": "backbone.layers.{}.m
 def test_load_every_row(row, load, reports, monkeypatch):
     name, dtype, scales, expected = ROWS[row]
     if name == "nemotron_h":  # hybrids are refused; what such a checkpoint says is still read
-        monkeypatch.setattr(checks, "unserved", lambda vllm_config: None)
+        monkeypatch.setattr(unserved, "reason", lambda vllm_config: None)
     module = MODULES.get(name, ATTENTION)
     tensors = both(scales, module)
     if name == "sinks":

@@ -7,21 +7,7 @@
 namespace kvq {
 namespace {
 
-KVQ_HD U16 words_of(const uint16_t* from) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<U16>(
-      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-#elif defined(__AVX2__)
-  const __m128i* half = reinterpret_cast<const __m128i*>(from);
-  return {reinterpret_cast<U8>(_mm256_cvtepu16_epi32(_mm_loadu_si128(half))),
-          reinterpret_cast<U8>(_mm256_cvtepu16_epi32(_mm_loadu_si128(half + 1)))};
-#else
-  uint32_t words[kLanes];
-  for (int i = 0; i < kLanes; ++i) words[i] = from[i];
-  return load<U16>(words);
-#endif
-}
-
+// Sixteen bytes as words.
 KVQ_HD U16 words_of(const uint8_t* from) {
 #if defined(__AVX512F__)
   return reinterpret_cast<U16>(
@@ -59,8 +45,7 @@ KVQ_HD void save_bytes(uint8_t* out, U16 words) {
 template <Activation A>
 KVQ_HD F16 load_lanes(const void* data, long at) {
   if constexpr (A == Activation::kFloat) return load16(static_cast<const float*>(data) + at);
-  const uint16_t* from = static_cast<const uint16_t*>(data) + at;
-  const U16 words = words_of(from);
+  const U16 words = load_words(static_cast<const uint16_t*>(data) + at);
   if constexpr (A == Activation::kBFloat16) return bits_as<F16>(words << 16);
   return halves(words);
 }

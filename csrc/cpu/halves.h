@@ -1,10 +1,28 @@
-// fp16 numbers, as pages keep them, in vectors.
+// fp16 numbers, as pages keep them, and other words of 16 bits, in vectors.
 #pragma once
 
 #include "simd.h"
 
 namespace kvq {
 namespace {
+
+// Sixteen words of 16 bits, from any address.
+KVQ_HD U16 load_words(const void* at) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U16>(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(at))));
+#elif defined(__AVX2__)
+  const __m128i* from = static_cast<const __m128i*>(at);
+  return {reinterpret_cast<U8>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from))),
+          reinterpret_cast<U8>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from + 1)))};
+#else
+  uint16_t narrow[kLanes];
+  memcpy(narrow, at, sizeof narrow);
+  uint32_t words[kLanes];
+  for (int i = 0; i < kLanes; ++i) words[i] = narrow[i];
+  return load<U16>(words);
+#endif
+}
 
 // The low halves of sixteen words, fp16, as fp32.
 KVQ_HD F16 halves(U16 words) {

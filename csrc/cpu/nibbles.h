@@ -34,21 +34,14 @@ KVQ_HD Ints take_turns(Ints a, Ints b) {
   return low_halves(a, b);
 #endif
 }
-// The lanes for low nibbles of a, then of b; for high ones.
-KVQ_HD Halves lanes_of_low(Ints a, Ints b) {
+// The lanes for low nibbles, or for high ones, of a, then of b.
+template <bool kHigh>
+KVQ_HD Halves lanes_of(Ints a, Ints b) {
   const Native x = reinterpret_cast<Native>(a), y = reinterpret_cast<Native>(b);
 #if defined(__AVX512VNNI__)
-  return reinterpret_cast<Halves>(_mm512_shuffle_i64x2(x, y, 0x44));
+  return reinterpret_cast<Halves>(_mm512_shuffle_i64x2(x, y, kHigh ? 0xEE : 0x44));
 #else
-  return reinterpret_cast<Halves>(_mm256_permute2x128_si256(x, y, 0x20));
-#endif
-}
-KVQ_HD Halves lanes_of_high(Ints a, Ints b) {
-  const Native x = reinterpret_cast<Native>(a), y = reinterpret_cast<Native>(b);
-#if defined(__AVX512VNNI__)
-  return reinterpret_cast<Halves>(_mm512_shuffle_i64x2(x, y, 0xEE));
-#else
-  return reinterpret_cast<Halves>(_mm256_permute2x128_si256(x, y, 0x31));
+  return reinterpret_cast<Halves>(_mm256_permute2x128_si256(x, y, kHigh ? 0x31 : 0x20));
 #endif
 }
 
@@ -145,7 +138,7 @@ struct Nibbles {
   // Four vectors of numbers in order, as integers in their low halves; adds them to `total`.
   static KVQ_HD Bytes bytes_of(const Ints (&v)[4], Ints& total) {
     const Ints a = take_turns(v[0], v[1]), b = take_turns(v[2], v[3]);
-    const Halves low = lanes_of_low(a, b), high = lanes_of_high(a, b);
+    const Halves low = lanes_of<false>(a, b), high = lanes_of<true>(a, b);
     add_words(total, low + high);
     return bytes_of(low, low << 4, high);
   }

@@ -8,26 +8,6 @@
 namespace kvq {
 namespace {
 
-// Sixteen 16-bit words.
-KVQ_HD U16 load_words(const uint8_t* at) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<U16>(
-      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))));
-#elif defined(__AVX2__)
-  const __m128i* from = reinterpret_cast<const __m128i*>(at);
-  return {reinterpret_cast<U8>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from))),
-          reinterpret_cast<U8>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from + 1)))};
-#else
-  alignas(64) uint32_t words[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    uint16_t w;
-    memcpy(&w, at + 2 * i, 2);
-    words[i] = w;
-  }
-  return load<U16>(words);
-#endif
-}
-
 // Sixteen int8 codes in offset binary.
 KVQ_HD F16 load_bytes(const uint8_t* at) {
 #if defined(__AVX512F__)

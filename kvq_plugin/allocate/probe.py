@@ -16,10 +16,9 @@ import torch
 from kvq_plugin.formats import SERVED
 from kvq_plugin.logits import divergence_rows
 from kvq_plugin.mapping import PLAIN
-from kvq_plugin.serving import compat
+from kvq_plugin.serving import compat, platforms
 from kvq_plugin.serving.pages import BLOCK_SIZE, recent_block_size
 from kvq_plugin.serving.scales.keys import NUMBER, layer_number
-from kvq_plugin.serving.selection import platform_backends
 
 ROWS = 128  # of logits at a time
 #: Bytes of the unquantized run's logits that are kept rather than computed again.
@@ -33,7 +32,7 @@ class Probe:
         stock, format = layer.impl, SERVED[name]
         self.stock, self.format = stock, format
         slopes = getattr(stock, "alibi_slopes", None)
-        self.impl = platform_backends()[format].get_impl_cls()(
+        self.impl = platforms.backends()[format].get_impl_cls()(
             layer.num_heads,
             layer.head_size,
             stock.scale,

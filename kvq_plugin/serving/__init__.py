@@ -86,9 +86,15 @@ def _step_aside(error: Exception) -> None:
 
 
 def _on_draft_quant_config(quant_config, model_config):
+    from kvq_plugin.mapping import NAMES
+    from kvq_plugin.serving import compat, selection
     from kvq_plugin.serving.scales.config import wrap_draft_config
 
-    return wrap_draft_config(quant_config, model_config)
+    run = compat.get_current_vllm_config_or_none()
+    asked = run and run.cache_config.cache_dtype
+    if asked not in NAMES or model_config is None or not selection.serves(run):
+        return quant_config
+    return wrap_draft_config(quant_config, model_config, asked)
 
 
 def _cache_memory(specs):
@@ -110,8 +116,8 @@ def _on_metrics(registry) -> None:
 
 
 def _on_model_created(model, vllm_config, model_config) -> None:
+    from kvq_plugin.mapping import MIXED
     from kvq_plugin.serving import compat, metrics
-    from kvq_plugin.serving.mapped import settle_format
     from kvq_plugin.serving.recent import prepare
     from kvq_plugin.serving.scales.method import begin_load
     from kvq_plugin.serving.selection import require_own_backends
@@ -119,7 +125,10 @@ def _on_model_created(model, vllm_config, model_config) -> None:
     # Layers of a model that gives them no quantization config are not settled yet.
     layers = [m for m in model.modules() if isinstance(m, compat.Attention)]
     for layer in layers:
-        settle_format(layer, vllm_config)
+        if layer.kv_cache_dtype == MIXED:
+            from kvq_plugin.serving.pending import settle
+
+            settle(layer, vllm_config)
     require_own_backends(model, vllm_config)
     for layer in layers:
         prepare(layer, vllm_config)

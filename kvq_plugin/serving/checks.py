@@ -6,7 +6,6 @@ Every message names what was asked, what is supported and what to use instead.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 from kvq_plugin import hugepages
 from kvq_plugin.formats import SERVED, KVFormat
 from kvq_plugin.mapping import LAYERS, MIXED, NAMES, SECTION
-from kvq_plugin.serving import compat
+from kvq_plugin.serving import compat, platforms, unserved
 from kvq_plugin.serving.mapped import run_formats
 from kvq_plugin.serving.pages import min_block_size
 from kvq_plugin.serving.scales import keys
 from kvq_plugin.serving.scales.declared import declared_scheme, tensor_names
-from kvq_plugin.serving.selection import platform_backend, platform_backends, serves
+from kvq_plugin.serving.selection import serves
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
 #: (vLLM 0.32 picks its kernel by the model's dtype, whatever the cache's is).
@@ -73,7 +72,7 @@ def check(vllm_config: Any) -> None:
 def _refuse(asked: str, what: str, supported: str, instead: str) -> None:
     raise ValueError(
         f"--kv-cache-dtype {asked} was asked for {what}: supported are {supported}; {instead}"
-        f"{platform_backend().elsewhere(asked)}"
+        f"{platforms.backend_class().elsewhere(asked)}"
     )
 
 
@@ -146,7 +145,7 @@ def _check_speculation(asked: str, speculation: Any, model: Any) -> None:
 
 def _check_device(asked: str) -> None:
     capability = compat.current_platform.get_device_capability()
-    if capability is None or platform_backend().supports_compute_capability(capability):
+    if capability is None or platforms.backend_class().supports_compute_capability(capability):
         return  # None on CPUs, and in a process that sees no device
     from kvq_plugin.serving.gpu import MIN_CAPABILITY
 
@@ -159,61 +158,8 @@ def _check_device(asked: str) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Unserved:
-    """A kind of model or engine that the plugin has no kernels for.
-
-    Attributes:
-        what, supported, instead: for a message.
-        vllm_serves: whether vLLM has kernels for it, for the KV caches it has kernels for at all.
-    """
-
-    what: str
-    supported: str
-    instead: str = "use --kv-cache-dtype auto"
-    vllm_serves: bool = True
-
-
-def unserved(vllm_config: Any) -> Unserved | None:
-    """Why the model or the engine as such is not the plugin's; None when it is."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    decoder_only = "decoder-only models with softmax attention"
-    if model.use_mla:
-        # vLLM 0.32 takes fp8 with it on CPUs, and fails when it is to write the cache.
-        mla = "a model with multi-head latent attention (MLA)"
-        return Unserved(mla, decoder_only, vllm_serves=not compat.is_cpu())
-    for is_so, what in (
-        (model.is_encoder_decoder, "an encoder-decoder model (cross attention)"),
-        (model.is_hybrid, "a hybrid of attention and state-space layers"),
-        (model.is_attention_free, "a model without attention"),
-    ):
-        if is_so:
-            return Unserved(what, decoder_only)
-    if vllm_config.diffusion_config is not None:
-        what = "a diffusion model, whose batches mix causal and bidirectional requests"
-        return Unserved(what, decoder_only)
-    offloading = vllm_config.cache_config.kv_offloading_size
-    # vLLM makes a connector of the offloading size after it has called the plugin.
-    if vllm_config.kv_transfer_config is not None or offloading is not None:
-        return Unserved(
-            "an engine with a KV connector or KV offloading",
-            "engines that keep their KV cache to themselves",
-            "drop --kv-transfer-config and --kv-offloading-size, or use --kv-cache-dtype auto",
-        )
-    for field in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        size, flag = getattr(parallel, field, 1), f"--{field.replace('_', '-')}"
-        if size > 1:
-            what = f"context parallelism ({flag} {size})"
-            return Unserved(what, "tensor, pipeline and data parallelism", f"use {flag} 1")
-    backend, head_size = platform_backend(), model.get_head_size()
-    if not backend.supports_head_size(head_size):
-        sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
-        return Unserved(f"head size {head_size}", sizes)
-    return None
-
-
 def _check_served(asked: str, vllm_config: Any) -> None:
-    why = unserved(vllm_config)
+    why = unserved.reason(vllm_config)
     if why is not None:
         _refuse(asked, why.what, why.supported, why.instead)
 
@@ -221,7 +167,7 @@ def _check_served(asked: str, vllm_config: Any) -> None:
 def _say_who_serves(asked: str, vllm_config: Any) -> None:
     """On CPUs, where the name alone does not tell. On GPUs it does."""
     if compat.is_cpu():
-        why = unserved(vllm_config)
+        why = unserved.reason(vllm_config)
         compat.init_logger(f"vllm.{__name__}").warning_once(
             "The KV cache of dtype %s is vLLM's own here, not kvq_plugin's, because %s.",
             asked,
@@ -252,7 +198,7 @@ def _check_engine(asked: str, format: KVFormat, vllm_config: Any) -> None:
     # Only what the user chose is final here. vLLM chooses later (0.33: once the model has its
     # backends) out of get_supported_kernel_block_sizes, and refuses there what does not fit.
     cache = vllm_config.cache_config
-    backend = platform_backends()[format]
+    backend = platforms.backends()[format]
     if cache.user_specified_block_size and cache.block_size % backend.block_multiple:
         _refuse(
             asked,
@@ -285,7 +231,7 @@ def _check_shape(asked: str, format: KVFormat, model: Any) -> None:
 def _check_recent(asked: str, format: KVFormat, vllm_config: Any) -> None:
     """What a format needs whose newest rows lie in a cache of their own (serving/recent.py)."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    lacking = platform_backend().lacking(format, model.get_head_size())
+    lacking = platforms.backend_class().lacking(format, model.get_head_size())
     if lacking is not None:
         raise ValueError(
             f"--kv-cache-dtype {asked} needs GPU kernels: {lacking}; use "
@@ -293,7 +239,7 @@ def _check_recent(asked: str, format: KVFormat, vllm_config: Any) -> None:
         )
     smallest = min_block_size(format, model.get_head_size())
     if cache.user_specified_block_size and cache.block_size < smallest:
-        size = platform_backends()[format].default_block_size
+        size = platforms.backends()[format].default_block_size
         what = f"blocks of {cache.block_size} tokens with head size {model.get_head_size()}"
         _refuse(asked, what, f"{smallest} and more", f"use --block-size {size}")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
@@ -357,7 +303,7 @@ def settle_blocks(vllm_config: Any) -> None:
     sealed, cache = _sealed(vllm_config), vllm_config.cache_config
     if compat.is_cpu() or not sealed or cache.user_specified_block_size:
         return
-    cache.block_size = platform_backends()[sealed[0]].default_block_size
+    cache.block_size = platforms.backends()[sealed[0]].default_block_size
     cache.user_specified_block_size = True  # to vLLM, which keeps it then
 
 

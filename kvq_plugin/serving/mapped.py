@@ -67,15 +67,6 @@ def layer_name(mapping: LayerMapping, layer: Any) -> str:
     return mapping.name(number, layer.sliding_window is not None)
 
 
-def settle_format(layer: Any, vllm_config: Any) -> None:
-    """Give an attention *layer* of a run of MIXED what its own format needs; see
-    :func:`kvq_plugin.serving.pending.settle`. Nothing for other layers."""
-    if layer.kv_cache_dtype == MIXED:
-        from kvq_plugin.serving.pending import settle
-
-        settle(layer, vllm_config)
-
-
 def settle_layout(vllm_config: Any) -> None:
     """Pages side by side, where layers of a mapping have recent rows.
 

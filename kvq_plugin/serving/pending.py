@@ -53,10 +53,10 @@ class PendingBackend(CPUBackend):
 def settle(layer: Any, vllm_config: Any) -> None:
     """Give an attention *layer* of a run of MIXED its own dtype, backend and implementation.
 
-    A layer that reads another's cache has that layer's. Does nothing for other layers.
-    Raises ValueError where the mapping lacks the layer or the plugin cannot serve it.
+    A layer that reads another's cache has that layer's. Does nothing for a layer that has its own
+    already. Raises ValueError where the mapping lacks the layer or the plugin cannot serve it.
     """
-    if layer.kv_cache_dtype != MIXED or not isinstance(layer.impl, PendingImpl):
+    if not isinstance(layer.impl, PendingImpl):
         return
     layers = vllm_config.compilation_config.static_forward_context
     if (target := layers.get(layer.impl.target)) is not None:

@@ -15,38 +15,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvq_plugin.formats import SERVED, KVFormat
+from kvq_plugin.formats import SERVED
 from kvq_plugin.mapping import MIXED, NAMES
-from kvq_plugin.serving import compat
+from kvq_plugin.serving import compat, platforms, unserved
 from kvq_plugin.serving.compat import additions
+from kvq_plugin.serving.scales.declared import declared_dtype
 
 if TYPE_CHECKING:
     import torch
 
-    from kvq_plugin.serving.base import KVQBackend
-
 #: What ``--attention-backend`` calls the plugin (vLLM 0.32 on; before, CUSTOM).
 BACKEND_NAME = "KVQ"
-
-
-def platform_backend() -> type[KVQBackend]:
-    """Base class of the backends of the platform vLLM runs on, which knows its limits."""
-    if compat.is_cpu():
-        from kvq_plugin.serving.backend import CPUBackend
-
-        return CPUBackend
-    from kvq_plugin.serving.gpu import GPUBackend
-
-    return GPUBackend
-
-
-def platform_backends() -> dict[KVFormat, type[KVQBackend]]:
-    """The formats that this platform has kernels for, and their backends."""
-    if compat.is_cpu():
-        from kvq_plugin.serving.backend import BACKENDS
-    else:
-        from kvq_plugin.serving.gpu import BACKENDS
-    return BACKENDS
 
 
 # --- runs ------------------------------------------------------------------------------
@@ -69,9 +48,7 @@ def serves(vllm_config: Any) -> bool:
         return True
     if vllm_config.attention_config.backend is compat.AttentionBackendEnum.CPU_ATTN:
         return False
-    from kvq_plugin.serving.checks import unserved
-
-    why = unserved(vllm_config)
+    why = unserved.reason(vllm_config)
     return why is None or (given in NAMES and not why.vllm_serves)
 
 
@@ -95,8 +72,6 @@ def _is_named(backends: tuple) -> bool:
 
 def _declared(vllm_config: Any) -> str | None:
     """Name of the format that the checkpoint's KV scheme stands for; None without a scheme."""
-    from kvq_plugin.serving.scales.config import declared_dtype
-
     try:
         return declared_dtype(vllm_config)
     except ValueError:
@@ -164,7 +139,7 @@ def _validated(backend: Any, config: Any, limits: str) -> str:
         raise ValueError(
             f"--kv-cache-dtype {name} was asked for an attention layer that kvq_plugin does not "
             f"serve: {', '.join(reasons)}. Supported are {limits}; use --kv-cache-dtype auto"
-            f"{platform_backend().elsewhere(name)}"
+            f"{platforms.backend_class().elsewhere(name)}"
         )
     return base.class_path(backend)
 

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 
 from kvq_plugin.formats import SERVED
-from kvq_plugin.mapping import MIXED, NAMES, declared_mapping
+from kvq_plugin.mapping import MIXED, NAMES
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import QuantizationConfig, register_quantization_config
 from kvq_plugin.serving.mapped import run_formats, run_mapping
-from kvq_plugin.serving.scales.declared import KVScheme, declared_scheme, quantization_section
+from kvq_plugin.serving.scales.declared import (
+    KVScheme,
+    declared_dtype,
+    quantization_section,
+    scheme_of,
+)
 from kvq_plugin.serving.scales.keys import IGNORED_SUFFIXES
-from kvq_plugin.serving.selection import serves
 
 AUTO = "auto"
 logger = compat.init_logger(f"vllm.{__name__}")
@@ -115,19 +119,6 @@ def _new_wrapped(base: type) -> Any:
 # --- wrapping --------------------------------------------------------------------------
 
 
-def declared_dtype(vllm_config: Any) -> str | None:
-    """The dtype that the checkpoint's layer mapping or KV scheme stands for; None without.
-
-    Raises ValueError for a scheme that no format serves.
-    """
-    if vllm_config.model_config is None:
-        return None
-    if declared_mapping(vllm_config.model_config.hf_config) is not None:
-        return MIXED
-    scheme = _scheme_of(vllm_config.quant_config, vllm_config.model_config)
-    return None if scheme is None else scheme.dtype()
-
-
 def resolve_cache_dtype(vllm_config: Any) -> None:
     """Under ``--kv-cache-dtype auto``, take the dtype that the checkpoint declares."""
     cache = vllm_config.cache_config
@@ -147,7 +138,7 @@ def wrap_quant_config(vllm_config: Any) -> None:
         return
     resolve_cache_dtype(vllm_config)
     asked = vllm_config.cache_config.cache_dtype
-    scheme = _scheme_of(vllm_config.quant_config, vllm_config.model_config)
+    scheme = scheme_of(vllm_config.quant_config, vllm_config.model_config)
     formats = run_formats(vllm_config)
     for format in formats if scheme is not None else ():
         scheme.check(format, asked)
@@ -158,14 +149,10 @@ def wrap_quant_config(vllm_config: Any) -> None:
     vllm_config.quant_config = _with_scale_loading(vllm_config.quant_config, scheme)
 
 
-def wrap_draft_config(config: Any, model_config: Any) -> Any:
-    """*config*, which a draft model made for itself, loading KV scales our way where the KV
-    cache dtype in force is ours. Raises ValueError as :func:`wrap_quant_config` does."""
-    vllm_config = compat.get_current_vllm_config_or_none()
-    asked = AUTO if vllm_config is None else vllm_config.cache_config.cache_dtype
-    if asked not in NAMES or model_config is None or not serves(vllm_config):
-        return config
-    scheme = _scheme_of(config, model_config)
+def wrap_draft_config(config: Any, model_config: Any, asked: str) -> Any:
+    """*config*, which a draft model made for itself, loading KV scales our way: the KV cache in
+    force is *asked*, one of ours. Raises ValueError as :func:`wrap_quant_config` does."""
+    scheme = scheme_of(config, model_config)
     if scheme is not None and asked in SERVED:
         scheme.check(SERVED[asked], asked)
     return _with_scale_loading(config, scheme)
@@ -203,14 +190,3 @@ def _is_dynamic(name: str) -> bool:
 def _is_unquantized(cache_dtype: str) -> bool:
     """True for names of torch dtypes, as vLLM calls caches it does not quantize."""
     return isinstance(getattr(torch, cache_dtype, None), torch.dtype)
-
-
-def _scheme_of(config: Any, model_config: Any) -> KVScheme | None:
-    """What the checkpoint declares, by its configuration or by what vLLM made of it; some of
-    vLLM's weight quantizations drop the KV scheme, and some read files of their own."""
-    if isinstance(config, ScaleLoading):
-        return config.kvq_scheme
-    declared = declared_scheme(model_config.hf_config)
-    if declared is None and config is not None:
-        declared = KVScheme.from_section(vars(config))
-    return declared

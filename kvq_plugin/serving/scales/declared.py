@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import safe_open
 
 from kvq_plugin.formats import SERVED, Code, Kind, KVFormat
-from kvq_plugin.mapping import declared_mapping
+from kvq_plugin.mapping import MIXED, declared_mapping
 
 #: compressed-tensors' ``type`` -> how such codes decode. Its int4 is symmetric, unlike ours.
 _KINDS = {"float": Kind.FLOAT, "int": Kind.SIGNED}
@@ -136,6 +136,30 @@ def declared_scheme(config: Any, folder: Path | None = None) -> KVScheme | None:
     Arguments as for :func:`quantization_section`.
     """
     return KVScheme.from_section(quantization_section(config, folder))
+
+
+def scheme_of(quant_config: Any, model_config: Any) -> KVScheme | None:
+    """What a checkpoint that vLLM serves declares, by its configuration or by what vLLM made of it:
+    some of its weight quantizations drop the KV scheme, and some read files of their own."""
+    if hasattr(quant_config, "kvq_scheme"):  # scales/config.py's
+        return quant_config.kvq_scheme
+    declared = declared_scheme(model_config.hf_config)
+    if declared is None and quant_config is not None:
+        declared = KVScheme.from_section(vars(quant_config))
+    return declared
+
+
+def declared_dtype(vllm_config: Any) -> str | None:
+    """The dtype that the checkpoint's layer mapping or KV scheme stands for; None without.
+
+    Raises ValueError for a scheme that no format serves.
+    """
+    if vllm_config.model_config is None:
+        return None
+    if declared_mapping(vllm_config.model_config.hf_config) is not None:
+        return MIXED
+    scheme = scheme_of(vllm_config.quant_config, vllm_config.model_config)
+    return None if scheme is None else scheme.dtype()
 
 
 def unquantized_dtype(config: Any, folder: Path | None = None) -> str:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from kvq_plugin.formats import FP8_E4M3, SERVED, Kind, KVFormat, get_format
+from kvq_plugin.mapping import MIXED
 from kvq_plugin.reference import StaticScale
 from kvq_plugin.serving import compat, recent
 from kvq_plugin.serving.base import KVQImpl
 from kvq_plugin.serving.compat import AttentionType, CompressedTensorsKVCacheMethod
 from kvq_plugin.serving.layers import keep_buffer, require_same_cache
-from kvq_plugin.serving.mapped import settle_format
 from kvq_plugin.serving.scales.keys import SCALES, ZERO_POINTS, layer_number
 from kvq_plugin.serving.scales.load import ScaleLoad, Scales
 from kvq_plugin.serving.scales.shapes import ABSENT, HeadShard, ScaleReader
@@ -62,8 +62,10 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
         """
         # Here, because every attention layer passes, whichever backend it was given.
         config = compat.get_current_vllm_config_or_none()  # None while weights are reloaded
-        if config is not None:
-            settle_format(layer, config)
+        if config is not None and layer.kv_cache_dtype == MIXED:
+            from kvq_plugin.serving.pending import settle  # CPUs' alone
+
+            settle(layer, config)
         require_same_cache(layer.kv_cache_dtype, _sharing_target(layer))
         if config is not None:
             recent.prepare(layer, config)
