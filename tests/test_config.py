@@ -147,7 +147,7 @@ def test_a_draft_model_loads_scales_our_way_too(name, dtype, monkeypatch):
     quant, declared = (None, None) if name is None else stock(name)
     around, own = engine(dtype), engine(dtype, quant, declared)
     monkeypatch.setattr(compat, "get_current_vllm_config_or_none", lambda: around)
-    monkeypatch.setattr(selection, "serves", lambda vllm_config: True)  # test_checks.py
+    monkeypatch.setattr(selection, "serves", lambda vllm_config: True)  # test_whose_cache.py
     wrapped = serving._on_draft_quant_config
     config = wrapped(quant, own.model_config)
     if dtype == "auto":
