@@ -45,6 +45,7 @@ def pytest_of(triton: str, *arguments: str, **environment: str) -> None:
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("triton", ("this", "other"))
 def test_interpreted_kernels(triton):
@@ -53,6 +54,7 @@ def test_interpreted_kernels(triton):
     pytest_of(triton, "interpreted", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_kernels_of_the_other_triton(tmp_path):
     """What test_triton_compile.py holds of this Triton's code, of the other's."""
