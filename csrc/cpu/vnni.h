@@ -32,8 +32,8 @@ constexpr int kVector = sizeof(Native);
 constexpr int kPerLine = 64 / kVector;
 constexpr int kVectorLanes = kVector / 4;
 // Whether lines come in two streams (Fetch). It takes passes of two lines, whatever their rows; and
-// without AMX there is Zen 4, where one stream is as fast or faster (0.95 to 1.00 of the time from
-// DRAM, 0.88 for k8v4 with a kv head for each query head).
+// without AMX there is Zen 4, where one stream takes 0.95 to 1.03 of the time from DRAM, 0.88 and
+// 0.96 for k8v4 with a kv head for each query head.
 #if defined(KVQ_AMX)
 constexpr bool kVnniPairs = true;
 static_assert(vectors(kVnniRows) == 2 * kPerLine, "two lines at a time");
