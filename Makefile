@@ -46,6 +46,9 @@ test:  ## run all tests, or ARGS="-k name"
 sanitize: install  ## store and attention under ASan and UBSan; ARGS="BATCHES [ISA...]"
 	scripts/sanitize.sh $(VENV)/bin/python $(or $(ARGS),10000)
 
+aarch64: install  ## the kernels' tests on an emulated ARM processor; ARGS="tests/test_store.py ..."
+	scripts/aarch64.sh $(VENV)/bin/python $(ARGS)
+
 soak: install  ## abuse real servers for 20 minutes; ARGS="--requests N --minutes M"
 	$(VENV)/bin/python tests/soak.py $(ARGS)
 

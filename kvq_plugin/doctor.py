@@ -75,8 +75,9 @@ def _space(folder: str) -> int:
 def _library(pattern: str) -> str | None:
     """First file that matches *pattern* in the environment's or the system's libraries."""
     site = Path(sysconfig.get_paths()["purelib"])
-    places = (Path(sys.prefix, "lib"), site.parent.parent, Path("/usr/lib/x86_64-linux-gnu"),
-              Path("/usr/lib64"), Path("/usr/lib"), Path("/usr/local/lib"))  # fmt: skip
+    system = Path(f"/usr/lib/{platform.machine()}-linux-gnu")
+    places = (Path(sys.prefix, "lib"), site.parent.parent, system, Path("/usr/lib64"),
+              Path("/usr/lib"), Path("/usr/local/lib"))  # fmt: skip
     return next((str(f) for p in places for f in sorted(p.glob(pattern))), None)
 
 

@@ -4,10 +4,10 @@
 
 #if defined(KVQ_X86)
 #include <cpuid.h>
-#endif
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #include "kernels.h"
@@ -25,18 +25,15 @@ extern const KernelTable kGenericKernels __attribute__((weak));
 
 namespace {
 
+#if defined(KVQ_X86)
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
 // gcc 12 has no name for AVX-VNNI in __builtin_cpu_supports.
 bool has_avx2_vnni() {
-#if defined(KVQ_X86)
   unsigned a, b, c, d;
   return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVXVNNI);
-#else
-  return false;
-#endif
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -51,7 +48,7 @@ bool has_avx512_bf16() {
 // Linux gives a process the 8 KB of tile registers when it asks; where that is refused, by a
 // sandbox for one, the first use of a tile would be an illegal instruction.
 bool may_use_tiles() {
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h of Linux 5.16
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
@@ -64,6 +61,7 @@ bool has_amx() {
          __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
          may_use_tiles();
 }
+#endif
 
 // Best first; null past the last.
 struct Supported {

@@ -37,6 +37,10 @@ KVQ_HD F16 halves(U16 words) {
       0xD8);
   return {reinterpret_cast<F8>(_mm256_cvtph_ps(_mm256_castsi256_si128(h))),
           reinterpret_cast<F8>(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)))};
+#elif defined(__aarch64__)
+  const auto four = [](U4 w) { return F4(vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(w)))); };
+  return {{four(words.low.low), four(words.low.high)},
+          {four(words.high.low), four(words.high.high)}};
 #else
   alignas(64) float x[16];
   for (int i = 0; i < 16; ++i) x[i] = half_to_float(static_cast<uint16_t>(words[i]));
@@ -87,6 +91,9 @@ KVQ_HD U16 half_bits(F16 x) {
 #if defined(__AVX512F__)
   const __m256i h = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
   return reinterpret_cast<U16>(_mm512_cvtepu16_epi32(h));
+#elif defined(__aarch64__)
+  const auto four = [](F4 y) { return U4(vmovl_u16(vreinterpret_u16_f16(vcvt_f16_f32(y)))); };
+  return {{four(x.low.low), four(x.low.high)}, {four(x.high.low), four(x.high.high)}};
 #else
   alignas(64) uint32_t words[16];
   for (int i = 0; i < 16; ++i) words[i] = float_to_half(x[i]);

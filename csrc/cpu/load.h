@@ -4,6 +4,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../codec.h"
@@ -28,6 +30,10 @@ inline void load_half(const uint16_t* src, long n, float* dst) {
   for (long i = 0; i < n; i += 8) {
     _mm256_storeu_ps(dst + i,
                      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+  }
+#elif defined(__aarch64__)
+  for (long i = 0; i < n; i += 4) {
+    vst1q_f32(dst + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(src + i))));
   }
 #else
   for (long i = 0; i < n; ++i) dst[i] = half_to_float(src[i]);

@@ -3,6 +3,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <type_traits>
@@ -209,6 +211,8 @@ KVQ_HD F8 fma(F8 a, F8 b, F8 c) {
   return reinterpret_cast<F8>(_mm256_fmadd_ps(
       reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 }
+#elif defined(__aarch64__)
+KVQ_HD F4 fma(F4 a, F4 b, F4 c) { return vfmaq_f32(c, a, b); }
 #else
 KVQ_HD F4 fma(F4 a, F4 b, F4 c) { return a * b + c; }
 #endif

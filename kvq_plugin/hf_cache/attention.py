@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
-from kvq_plugin.hf_cache.paged import Paged, refuse_recent, say_once
+from kvq_plugin.hf_cache.paged import Paged, refuse_recent, say_once, untrained
 
 NAME = "kvq"
 
@@ -38,7 +38,9 @@ def mask(
 ) -> torch.Tensor | None:
     """None for causal attention over all tokens, bool ``[B, kv_length]`` for padding besides, and
     transformers' ``[B, 1, q_length, kv_length]`` for everything else."""
-    if mask_function is causal_mask_function and allow_is_causal_skip:
+    # Else a static cache, with places for tokens to come: neither ours nor described by padding.
+    whole = type(q_offset) is int and kv_length == q_offset + q_length
+    if whole and mask_function is causal_mask_function and allow_is_causal_skip:
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         return None if padding is None or padding.all() else padding[:, :kv_length]
     return sdpa_mask(
@@ -49,7 +51,7 @@ def mask(
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_causal_skip=allow_is_causal_skip and whole,
         **kwargs,
     )
 
@@ -71,17 +73,22 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """``query [B, heads, T, D]`` -> ``[B, T, heads, D]``; no attention weights.
 
-    Reads the pages where ``key`` is a :class:`Paged`. Raises ValueError for dropout over them.
+    Reads the pages where ``key`` and ``value`` are the :class:`Paged` of one layer. Raises
+    ValueError for dropout over them, for queries that are not those of the tokens that the layer
+    took in, and for a mask that shows what was hidden when it came.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     padding = attention_mask is None or attention_mask.dim() == 2
-    if type(key) is Paged and padding and position_bias is None:
+    whole = type(key) is Paged and key.is_whole_with(value)
+    if whole:
+        key.layer.check_queries(query.shape[2])
+    if whole and padding and position_bias is None:
         if dropout:
             raise ValueError(
                 f"attention by {NAME!r} has no dropout, got {dropout}: it is for inference; call "
                 "model.eval(), or train with another attention implementation"
             )
-        step = key.layer.commit(attention_mask)
+        step = key.layer.commit(key.layer.table.shown(key.layer.length, attention_mask))
         if step is not None:
             out = key.layer.attend(
                 query,
@@ -92,14 +99,17 @@ def attention(
                 softcap=softcap or 0.0,
                 sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
             )
-            return out, None
-    if type(key) is Paged:
+            return untrained(out, query.requires_grad), None
+    if whole:
         refuse_recent(key.layer.format, "an attention mask that is more than padding")
         say_once(
             "kvq: this attention mask is more than padding on tokens that the cache has seen, so "
             "the pages are dequantized for it"
         )
+        key.layer.table.check_shown(key.layer.length, attention_mask)
         key, value = key.layer.dequantize()
+    # DiffLlama's attention hands on another V than it was given.
+    key, value = (x.tensor() if type(x) is Paged else x for x in (key, value))
     if padding:
         attention_mask = _whole_mask(attention_mask, query, key, causal)
     options = {

@@ -62,7 +62,7 @@ class KVQCache(Cache):
         text = config.get_text_config(decoder=True)
         is_shared = bool(getattr(text, "num_kv_shared_layers", None))
         for i in ours:
-            layers[i] = KVQLayer(self.format, table, found.get(i), is_shared)
+            layers[i] = KVQLayer(self.format, table, found.get(i), is_shared, text)
         super().__init__(layers=layers)
 
     @classmethod

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from kvq_plugin import hugepages, ops, reference
 from kvq_plugin.formats import GROUP, KVFormat
-from kvq_plugin.hf_cache.paged import Paged
+from kvq_plugin.hf_cache.paged import Paged, untrained
 from kvq_plugin.hf_cache.table import WIDE, BlockTable, Place, Step
 from kvq_plugin.layout import MAX_HEAD_SIZES
 from kvq_plugin.reference import StaticScale
@@ -36,9 +37,10 @@ class KVQLayer(CacheLayerMixin):
         table: BlockTable,
         scales: dict[str, tuple] | None = None,
         is_shared: bool = False,
+        config: PreTrainedConfig | None = None,
     ) -> None:
         super().__init__()
-        self.format, self.table, self.is_shared = format, table, is_shared
+        self.format, self.table, self.is_shared, self.config = format, table, is_shared, config
         self._scales = scales or {}
         self._static: tuple[StaticScale | None, StaticScale | None] = (None, None)
         self._changes = 0
@@ -55,6 +57,8 @@ class KVQLayer(CacheLayerMixin):
         self.last: Step | None = None
         self._after: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._new = 0  # positions of the last update
+        self._wants_gradient = False
 
     @property
     def nbytes(self) -> int:
@@ -62,6 +66,15 @@ class KVQLayer(CacheLayerMixin):
         return sum(pool.numel() for pool in (self.pool, self.recent) if pool is not None)
 
     # --- what attention asks for ---------------------------------------------------------
+
+    def check_queries(self, count: int) -> None:
+        """ValueError unless *count* positions of queries are those of the last update."""
+        if count != self._new:
+            raise ValueError(
+                f"KVQCache: {count} positions of queries for {self._new} new ones of K and V: each "
+                "token's query attends to the tokens up to it, which cross attention does not; use "
+                "EncoderDecoderCache(KVQCache(...), DynamicCache(config=...))"
+            )
 
     def commit(self, mask: torch.Tensor | None = None) -> Step | None:
         """Store the rows taken in, and return the step attention needs.
@@ -156,7 +169,8 @@ class KVQLayer(CacheLayerMixin):
                 full = x.new_zeros((self._batch, self.length, *x.shape[2:]))
                 full[kept[:, : self.length]] = x[there]
                 x = full
-            both.append(x[:, : self.length].transpose(1, 2).contiguous())
+            x = x[:, : self.length].transpose(1, 2).contiguous()
+            both.append(untrained(x, self._wants_gradient))
         return both[0], both[1]
 
     def _loaded(self, counts: torch.Tensor) -> list[torch.Tensor]:
@@ -245,9 +259,42 @@ class KVQLayer(CacheLayerMixin):
             self.commit()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        batch, heads, self._new, size = key_states.shape
+        expected = self._batch, self._heads, self._new, self._size
+        if (batch, heads, self._new, size) != expected or value_states.shape != expected:
+            raise ValueError(
+                f"KVQCache: K {list(key_states.shape)} and V {list(value_states.shape)}, expected "
+                f"{list(expected)}: [sequences, kv heads, tokens, head size]; reset() it for "
+                "another batch, or make another"
+            )
+        if key_states.dtype != value_states.dtype:  # under torch.autocast K comes as fp32
+            value_states = value_states.to(key_states.dtype)
+        self._wants_gradient |= torch.is_grad_enabled() and key_states.requires_grad
         self._pending = key_states, value_states
-        self.length += key_states.shape[2]
-        return Paged.pair(self)
+        self.length += self._new
+        pair = Paged.pair(self)
+        # Which compiles itself, with its arguments' types as it finds them.
+        if getattr(self.config, "_attn_implementation", None) == "flex_attention":
+            return pair[0].tensor(), pair[1].tensor()
+        return pair
+
+    @property
+    def keys(self) -> Paged | None:
+        """K of all tokens, as cross attention asks for it; None before the first."""
+        return Paged.pair(self)[0] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """transformers' own layers begin with None."""
+
+    @property
+    def values(self) -> Paged | None:
+        """V likewise."""
+        return Paged.pair(self)[1] if self.is_initialized else None
+
+    @values.setter
+    def values(self, value: None) -> None:
+        pass
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0

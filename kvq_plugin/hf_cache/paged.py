@@ -33,6 +33,26 @@ def refuse_recent(format: KVFormat, what: str) -> None:
         )
 
 
+class _Untrained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, leaf):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError(
+            "kvq: gradients do not pass a KVQCache, which is for inference: train without a cache "
+            "(use_cache=False), or with transformers' DynamicCache"
+        )
+
+
+def untrained(x: torch.Tensor, wanted: bool) -> torch.Tensor:
+    """*x*, read from codes; where gradients are *wanted*, asking for one raises RuntimeError."""
+    if not (wanted and torch.is_grad_enabled()):
+        return x
+    return _Untrained.apply(x, torch.empty(0, requires_grad=True))
+
+
 class Paged:
     """K or V of all tokens of a layer, as its codes; a tensor only for who insists.
 
@@ -51,6 +71,10 @@ class Paged:
 
     def __init__(self, layer: KVQLayer, both: list, which: int) -> None:
         self.layer, self._both, self._which = layer, both, which
+
+    def is_whole_with(self, value) -> bool:
+        """Whether this is K and *value* V of one layer, as its ``update`` returned them."""
+        return type(value) is Paged and value.layer is self.layer and value._which > self._which
 
     def tensor(self) -> torch.Tensor:
         """Dequantized, and said so once. ValueError for formats with recent rows."""

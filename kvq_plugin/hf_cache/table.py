@@ -141,6 +141,27 @@ class BlockTable:
         kept = self._kept(length)
         return mask.shape == kept.shape and torch.equal(mask, kept)
 
+    def shown(self, length: int, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """*mask* ``[B, length]``, of ones where it is None and positions have been hidden."""
+        if mask is not None or self.kept is None:
+            return mask
+        return torch.ones(self.batch, length, dtype=torch.bool, device=self._device)
+
+    def check_shown(self, length: int, mask: torch.Tensor | None) -> None:
+        """ValueError where *mask*, ``[B, length]`` or ``[B, 1, T, length]``, shows a position that
+        was hidden when it came: nothing was stored for it."""
+        mask = self.shown(length, mask)
+        if mask is None or self.kept is None or mask.shape[-1] != length:
+            return
+        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        visible = visible.flatten(1, -2).any(1) if visible.dim() > 2 else visible
+        if bool((visible & ~self.kept[:, :length]).any()):
+            raise ValueError(
+                "KVQCache: the attention mask shows positions that it hid when they came, of which "
+                "nothing is stored: hide them still, or reset() the cache and give it all tokens "
+                "again"
+            )
+
     def is_news(self, number: int) -> bool:
         """Whether nobody has made change *number*, counted from 1; from now on somebody has."""
         news = number > self.changes
