@@ -37,6 +37,7 @@ from kvq_plugin.formats import SERVED
 from kvq_plugin.report import change_text, progress
 from kvq_plugin.servers import Server, serve
 from kvq_plugin.tables import print_table
+from kvq_plugin.tasks.asked import positions
 
 QUESTIONS = (
     # Nothing that bf16 itself leaves to a coin toss: "the capital of France" begins with "The" or
@@ -56,10 +57,12 @@ class Settings:
 
     Attributes:
         dtypes: values of ``--kv-cache-dtype``; ``auto`` comes first.
-        windows: 2,048-token windows scored for the perplexity.
+        windows: windows of WINDOW tokens, or what the model has positions for, scored for the
+            perplexity.
         streams, context, steps: concurrent decodes timed, tokens of each one's prompt, and
             tokens each decodes.
         kv_memory_bytes: memory of every server's KV cache.
+        positions: tokens that the model has positions for; None: as many as are asked.
     """
 
     model: str
@@ -69,12 +72,20 @@ class Settings:
     context: int
     steps: int
     kv_memory_bytes: int
+    positions: int | None = None
+
+    @property
+    def window(self) -> int:
+        """Tokens of a scored window; one more is generated after it."""
+        return WINDOW if self.positions is None else min(WINDOW, self.positions - 1)
 
     def server_args(self) -> list[str]:
         """Arguments of ``vllm serve`` that all servers share."""
         # Eager: compiling three times takes longer than everything else together.
         # Whole blocks: vLLM's count of tokens that fit rounds every sequence up to them.
-        length = -(-max(WINDOW + 1, self.context + self.steps) // BLOCK) * BLOCK
+        length = -(-max(self.window + 1, self.context + self.steps) // BLOCK) * BLOCK
+        if self.positions is not None:
+            length = min(length, self.positions)
         return [
             "--enforce-eager",
             *("--max-model-len", str(length)),
@@ -97,8 +108,10 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Result]
     console = console or Console()
     started = time.monotonic()
     tokenizer = load_tokenizer(settings.model)
+    settings = replace(settings, positions=positions(settings.model))
+    check_positions(settings)
     text = builtin_text()
-    windows = make_windows(tokenizer, text, settings.windows + SAMPLES)
+    windows = make_windows(tokenizer, text, settings.windows + SAMPLES, settings.window)
     windows, samples = windows[:-SAMPLES], windows[-SAMPLES:]
     prompts = make_windows(tokenizer, text, settings.streams, settings.context)
     results = {}
@@ -186,6 +199,16 @@ def _measure(
     return Result(kv_tokens, score, step_ms, answers)
 
 
+def check_positions(settings: Settings) -> None:
+    """ValueError when the timed decodes have more tokens than the model has positions."""
+    needed, limit = settings.context + settings.steps, settings.positions
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"streams of {settings.context} + {settings.steps} tokens need {needed:,} positions, "
+            f"and the model has {limit:,}: lower --context to {limit - settings.steps} or less"
+        )
+
+
 def check_capacity(settings: Settings, kv_tokens: int) -> None:
     """ValueError when the timed decodes do not fit in a cache of *kv_tokens* all at once."""
     needed = settings.streams * (settings.context + settings.steps)
@@ -265,8 +288,8 @@ def summary_table(settings: Settings, results: dict[str, Result], seconds: float
     """Memory, accuracy and speed, a row per dtype, each against ``auto``; *seconds* it all took."""
     cores = len(os.sched_getaffinity(0))
     table = Table(
-        title=f"KV caches of {Path(settings.model).name}",
-        caption=f"Perplexity: {settings.windows} windows of {WINDOW:,} tokens of Python's "
+        title=f"KV caches of {escape(Path(settings.model).name)}",
+        caption=f"Perplexity: {settings.windows} windows of {settings.window:,} tokens of Python's "
         f"reference; change ± its standard error. Step: median time between two tokens of "
         f"{settings.streams} streams at {settings.context:,} tokens each, eager, {cores} cores."
         f"{_scales_note(settings.dtypes)} All of it took {seconds:.0f} s.",

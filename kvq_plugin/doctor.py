@@ -26,6 +26,7 @@ from rich.table import Table
 from kvq_plugin import __version__, _native
 from kvq_plugin.formats import SERVED
 from kvq_plugin.kernels import cuda, refusal
+from kvq_plugin.mapping import MIXED, NAMES
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import additions, required
 from kvq_plugin.tables import print_table
@@ -41,11 +42,13 @@ _NODES = "/sys/devices/system/node/node[0-9]*"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: *state* is GOOD, ADVICE or BAD; *advice* says what to do."""
+    """One line of the report: *state* is GOOD, ADVICE or BAD; *advice* says what to do. It stands
+    for *count* findings of its kind."""
 
     state: str
     what: str
     advice: str = ""
+    count: int = 1
 
 
 @dataclass
@@ -100,11 +103,11 @@ def run(console: Console | None = None) -> None:
 
 
 def print_findings(console: Console, title: str, findings: Iterable[Finding]) -> int:
-    """Print *findings* under *title*; returns how many of them are BAD."""
+    """Print *findings* under *title*; returns how many are BAD."""
     broken = 0
     console.print(f"\n[bold]{title}[/]")
     for finding in findings:
-        broken += finding.state == BAD
+        broken += finding.count if finding.state == BAD else 0
         mark = f"[{_STYLES[finding.state]}]{finding.state:>8}[/]"
         console.print(f"{mark}  {escape(finding.what)}", highlight=False, soft_wrap=True)
         if finding.advice:
@@ -355,14 +358,14 @@ def dtypes() -> dict[str, tuple[bool, str]]:
         known, here = compat.known_dtypes(), compat.platform_name()
         on_cpu, on_gpu = compat.is_cpu(), compat.is_gpu()
     except ImportError as error:
-        return {name: (False, f"vLLM cannot be imported: {error}") for name in SERVED}
+        return {name: (False, f"vLLM cannot be imported: {error}") for name in NAMES}
     try:
         _native.load()
     except (ImportError, OSError, ValueError) as error:
-        return {name: (False, str(error).split(";")[0]) for name in SERVED}
+        return {name: (False, str(error).split(";")[0]) for name in NAMES}
     if not (on_cpu or on_gpu):
         why = f"vLLM runs on {here} here; the plugin has kernels for CPUs, CUDA and ROCm only"
-        return {name: (False, why) for name in SERVED}
+        return {name: (False, why) for name in NAMES}
     rows = {"auto": (True, "nothing: the model's own dtype, vLLM's kernels")}
     for name, format in SERVED.items():
         if format.is_dynamic:
@@ -371,9 +374,11 @@ def dtypes() -> dict[str, tuple[bool, str]]:
             rows[name] = True, "a checkpoint with calibrated scales; `kvq calibrate` makes one"
         else:
             rows[name] = True, "nothing; scales from the checkpoint where it has them"
+    rows[MIXED] = True, "a checkpoint with a KV cache for each layer; `kvq allocate` makes one"
     rows |= {n: (True, f"a model that runs in {n}") for n in known if n in ("bfloat16", "float16")}
     others = [name for name in known if name not in rows]
     if on_gpu:
+        rows[MIXED] = False, "refused on GPUs so far"
         for name in _by_owner(known)[1]:
             needs = rows[name][1]
             rows[name] = True, f"vLLM's own; the plugin's with --attention-backend KVQ: {needs}"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from http.client import HTTPException
 from typing import Any
+from urllib.error import HTTPError
 
 from rich.console import Console
 
@@ -20,6 +22,8 @@ from kvq_plugin.servers import read_metrics
 #: SmolLM2 with scales of the largest values of another text: up to 0.09 %; with a quarter of
 #: these, from 1.4 % (docs/metrics.md).
 REMARK, FAULT = 0.001, 0.01
+#: Layers' keys or values that have a line each; the others share one.
+_NAMED = 5
 _NO_SCALES = "--kv-cache-dtype int8_per_token_head needs no scales"
 
 
@@ -30,15 +34,24 @@ def run(url: str, console: Console | None = None) -> None:
     """
     try:
         samples = read_metrics(url)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no metrics from {url}: {error}; expected a vLLM server's address, "
-                         "such as http://127.0.0.1:8000") from error  # fmt: skip
+    except (OSError, ValueError, HTTPException) as error:
+        raise ValueError(
+            f"no metrics from {url}: {_reason(error)}; expected a vLLM server's address, such "
+            "as http://127.0.0.1:8000"
+        ) from error
     console = console or Console()
     broken = 0
     for title, part in (("Server", server), ("Scales", scales)):
         broken += print_findings(console, title, part(samples))
     if broken:
         raise ValueError(f"{broken} problem(s) found; see above")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without what urllib and Python put around it."""
+    if not isinstance(error, HTTPError):  # whose reason lacks the status
+        error = getattr(error, "reason", error)
+    return str(getattr(error, "strerror", None) or error).strip()
 
 
 def _of(samples: Sequence[Any], name: str) -> list[Any]:
@@ -119,14 +132,13 @@ def scales(samples: Sequence[Any]) -> Iterator[Finding]:
             f"of {seen:,.0f} sampled values at most {shares[worst[0]]:.3%} saturate "
             f"({kind}s of {layer})",
         )
-    for layer, kind in faulty[:5]:
+    for layer, kind in faulty[:_NAMED]:
         share = shares[layer, kind]
         yield Finding(
             BAD if share > FAULT else ADVICE,
             f"{share:.2%} of the sampled {kind}s of {layer} saturate: the scale is too small",
         )
-    if len(faulty) > 5:
-        yield Finding(ADVICE, f"{len(faulty) - 5} more layers' keys or values saturate, by less")
+    yield from _further([shares[where] for where in faulty[_NAMED:]])
     if faulty:
         yield Finding(
             ADVICE,
@@ -134,3 +146,17 @@ def scales(samples: Sequence[Any]) -> Iterator[Finding]:
             "kvq calibrate MODEL -o OUT --data FILE, with text like what the server is asked; or "
             + _NO_SCALES,
         )
+
+
+def _further(shares: Sequence[float]) -> Iterator[Finding]:
+    """Those that have no line of their own, largest first: the faults, and what is less."""
+    faults = [share for share in shares if share > FAULT]
+    if faults:
+        yield Finding(
+            BAD,
+            f"{len(faults)} more layers' keys or values saturate, {faults[-1]:.2%} to "
+            f"{faults[0]:.2%}: their scales are too small",
+            count=len(faults),
+        )
+    if less := len(shares) - len(faults):
+        yield Finding(ADVICE, f"{less} more layers' keys or values saturate, by less")

@@ -55,14 +55,33 @@ def builtin_text() -> str:
 
 
 def read_text(name: str) -> str:
-    """The text called ``builtin``, else the UTF-8 file *name*."""
-    return builtin_text() if name == BUILTIN_TEXT else Path(name).read_text(encoding="utf-8")
+    """The text called ``builtin``, else the UTF-8 file *name*.
+
+    Raises FileNotFoundError where there is none, and ValueError for another encoding.
+    """
+    if name == BUILTIN_TEXT:
+        return builtin_text()
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no such text: {name} is no file: expected one of UTF-8 text, or {BUILTIN_TEXT!r}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: expected UTF-8 text, got other bytes ({error}); convert it, as "
+            "`iconv -f latin1 -t utf-8` does"
+        ) from None
 
 
 def load_tokenizer(model: str):
-    """The Hugging Face tokenizer of *model* (a directory or a hub name); ValueError without one."""
+    """The Hugging Face tokenizer of *model* (a directory or a hub name).
+
+    Raises FileNotFoundError where there is no such model, and ValueError without a tokenizer.
+    """
     from transformers import AutoTokenizer
 
+    checkpoint_folder(model, only=["*.json"])  # of a path that is none, only this says so
     try:
         return AutoTokenizer.from_pretrained(model)
     except (ValueError, OSError) as error:  # of several lines, about packages to install
@@ -239,13 +258,11 @@ def evaluate(
     Raises ServerError with the end of the engine's log, which is then kept, when it does not
     start or fails, and ValueError when the engine does not show its logits.
     """
-    needed = [len(window) for windows in texts.values() for window in windows]
-    needed += [len(prompt) + tokens for prompt, tokens in questions] + [length]
     options = {
         "model": model,
         "kv_cache_dtype": cache_dtype(model, kv_cache_dtype),
         "kv_cache_memory_bytes": kv_memory_bytes,
-        "max_model_len": max(needed) + 1,
+        "max_model_len": longest_request(texts, length, questions),
         "enforce_eager": True,  # compiling takes longer than the run
     }
     if chunk is not None:
@@ -274,6 +291,15 @@ def evaluate(
                 tick()
             scores[text] = _joined(seen, reference is not None)
     return Evaluation(scores, kv_tokens, tuple(generations), tuple(answers))
+
+
+def longest_request(
+    texts: Mapping[str, Sequence[Window]], length: int, questions: Sequence[Question]
+) -> int:
+    """Tokens of the longest request, with what is generated. Windows, and generations of *length*
+    tokens, are scored with one token more."""
+    scored = [len(window) for windows in texts.values() for window in windows] + [length]
+    return max([max(scored) + 1, *(len(prompt) + tokens for prompt, tokens in questions)])
 
 
 def _jobs(texts: Mapping[str, Sequence[Window]], *folders: Path | None) -> list[tuple]:

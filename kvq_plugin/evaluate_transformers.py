@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvq_plugin import logits
@@ -57,6 +57,8 @@ class TransformersDriver:
                 "language model; use --driver vllm"
             )
         self._end = self.model.generation_config.eos_token_id
+        # generate fills in what it is not given from here: penalties, as vLLM's driver has none.
+        self.model.generation_config = GenerationConfig()
         self._tokenizer = None
         self._hidden: torch.Tensor | None = None
         self._given: torch.Tensor | None = None
@@ -152,37 +154,40 @@ class TransformersDriver:
     @torch.inference_mode()
     def _greedy(self, dtype: str, prompts: Sequence[Window], length: int) -> list[Window]:
         """*prompts*, all of one length, each continued to *length* tokens."""
-        self.model.generation_config.eos_token_id = None
-        new = self._continued(dtype, prompts, length - len(prompts[0]))
+        new = self._continued(dtype, prompts, length - len(prompts[0]), end=None)
         return [prompt + tokens for prompt, tokens in zip(prompts, new, strict=True)]
 
     @torch.inference_mode()
     def _answers(self, dtype: str, questions: Sequence[Question]) -> list[str]:
         """What is written after each of *questions*, to its end or the limit."""
-        self.model.generation_config.eos_token_id = self._end
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.model.config._name_or_path)
         prompts, limits = zip(*questions, strict=True)
-        new = self._continued(dtype, prompts, max(limits))
+        new = self._continued(dtype, prompts, max(limits), self._end)
         return [
             self._tokenizer.decode(tokens[:limit], skip_special_tokens=True)
             for tokens, limit in zip(new, limits, strict=True)
         ]
 
-    def _continued(self, dtype: str, prompts: Sequence[Window], new: int) -> list[Window]:
-        """The up to *new* tokens that follow each prompt at temperature 0; after a row's end come
+    def _continued(
+        self, dtype: str, prompts: Sequence[Window], new: int, end: int | list[int] | None
+    ) -> list[Window]:
+        """The up to *new* tokens that follow each prompt at temperature 0; after a row's *end* come
         other rows' paddings."""
         longest = max(map(len, prompts))
         padded = [[0] * (longest - len(p)) + list(p) for p in prompts]
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
         ids, mask = (torch.tensor(x, device=self.model.device) for x in (padded, mask))
-        end = self.model.generation_config.eos_token_id
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=new,
+            eos_token_id=end,
+            pad_token_id=end[0] if isinstance(end, list) else end or 0,
+        )
         done = self.model.generate(
             ids,
             attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=new,
-            pad_token_id=end[0] if isinstance(end, list) else end or 0,
+            generation_config=greedy,
             **{ARGUMENT: self._cache(dtype)},
         )
         return done[:, longest:].tolist()
@@ -201,5 +206,14 @@ def _config(folder: Path):
     config = AutoConfig.from_pretrained(folder)
     section = quantization_section(config, folder)
     if section and not section.get("config_groups") and declared_scheme(config) is not None:
-        del config.quantization_config
+        _delete_section(config)
     return config
+
+
+def _delete_section(config) -> None:
+    """Delete what quantization_section found in *config*, wherever it is."""
+    for key in ("quantization_config", "compression_config"):
+        for holder in (config, getattr(config, "text_config", None)):
+            if getattr(holder, key, None):
+                delattr(holder, key)
+                return

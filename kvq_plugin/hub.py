@@ -13,10 +13,13 @@ def checkpoint_folder(model: str | Path, only: Sequence[str] | None = None) -> P
     """The directory *model*, or that of the hub's model of this name: downloaded, or cached.
 
     *only* are patterns of the files that are needed; without, all but weights of other
-    libraries. Raises FileNotFoundError where there is no such checkpoint.
+    libraries. Raises FileNotFoundError where there is no such checkpoint, and ValueError for a
+    directory that holds none.
     """
     folder = Path(model)
     if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json: expected a model's directory")
         return folder
     if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise FileNotFoundError(

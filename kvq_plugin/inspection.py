@@ -7,15 +7,15 @@ vLLM: the scales alone are read, not the weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kvq_plugin.formats import SERVED, KVFormat
+from kvq_plugin.formats import SERVED, Kind, KVFormat
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.mapping import MIXED, declared_mapping, parse
 from kvq_plugin.serving.scales import keys
@@ -25,7 +25,7 @@ from kvq_plugin.serving.scales.declared import (
     quantization_section,
     read_json,
 )
-from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader
+from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader, check_query
 
 _FORMS = {0: "tensor", 1: "head", 2: "channel"}
 #: Weights by which an attention module shows in a checkpoint.
@@ -33,6 +33,9 @@ _ATTENTION = re.compile(
     r"\.(?:k_proj|qkv_proj|qkqkv_proj|kv_proj|c_attn|query_key_value|Wqkv)\.(?:weight|qweight)"
 )
 _OTHER = re.compile(r"vision|visual|audio|image", re.I)  # stacks that keep no KV cache
+_PREDICTION = "mtp."  # a stack of layers for multi-token prediction
+#: What says how many such layers lie behind the model's own, as serving/scales/method.py asks.
+_PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "n_predict")
 _INDEX = "model.safetensors.index.json"
 #: A scale this many times the layer's median is one channel (or head) running away: the others
 #: would be left with a tenth of the codes if it set the scale for all.
@@ -60,6 +63,26 @@ class Geometry:
             )
         kv_heads = _first(text, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
         return cls(heads, kv_heads, text.get("head_dim") or hidden // heads)
+
+
+def _geometries(config: Mapping[str, Any], usual: Geometry) -> dict[int, Geometry]:
+    """Layers whose kv heads or head size are not the *usual* ones, as Gemma 4's global layers."""
+    text = config.get("text_config") or config
+    stated = dict(text.get("per_layer_config") or {})  # since transformers 5
+    if text.get("global_head_dim"):
+        full = {"head_dim": text["global_head_dim"]}
+        if text.get("attention_k_eq_v", True) and text.get("num_global_key_value_heads"):
+            full["num_key_value_heads"] = text["num_global_key_value_heads"]
+        kinds = enumerate(text.get("layer_types") or ())
+        stated |= {str(n): full for n, kind in kinds if kind == "full_attention"}
+    return {
+        int(number): replace(
+            usual,
+            kv_heads=own.get("num_key_value_heads") or usual.kv_heads,
+            head_size=own.get("head_dim") or usual.head_size,
+        )
+        for number, own in stated.items()
+    }
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int | None:
@@ -92,8 +115,10 @@ class Checkpoint:
     Attributes:
         folder: where it lies; geometry: its attention; weights: the quantization of its
             weights, or None; scheme: what it declares about KV scales.
+        geometries: number of a layer -> its attention, where that is another.
         layers: attention modules with scales, in the model's order.
-        bare: attention modules without a K or V scale.
+        bare: attention modules that need a K and a V scale and lack one.
+        skipped: numbers of layers that stay unquantized, as ``kvq calibrate --ignore`` noted.
         origins: the tools whose spelling the scales have.
         problems: what serving would refuse, one sentence each.
         mapping: KV cache of each layer in order, as the checkpoint declares; None without.
@@ -105,6 +130,8 @@ class Checkpoint:
     scheme: KVScheme | None
     layers: list[Layer] = field(default_factory=list)
     bare: list[str] = field(default_factory=list)
+    skipped: frozenset[int] = frozenset()
+    geometries: dict[int, Geometry] = field(default_factory=dict)
     origins: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     mapping: list[str] | None = None
@@ -118,11 +145,16 @@ def read(path: str | Path) -> Checkpoint:
     """
     folder = checkpoint_folder(path)
     config = read_json(folder / "config.json")
+    section = quantization_section(config, folder)
+    geometry = Geometry.of(config, folder)
+    skipped = map(str, section.get("kv_cache_skip_layers") or ())
     checkpoint = Checkpoint(
         folder,
-        Geometry.of(config, folder),
-        _weights(quantization_section(config, folder)),
+        geometry,
+        _weights(section),
         declared_scheme(config, folder),
+        geometries=_geometries(config, geometry),
+        skipped=frozenset(int(n) for n in skipped if n.isdigit()),
     )
     owners, scales = _tensors(folder)
     layers: dict[str, Layer] = {}
@@ -136,10 +168,34 @@ def read(path: str | Path) -> Checkpoint:
     mine = {
         name for name in owners if _stack(name) in stacks or not (stacks or _OTHER.search(name))
     }
-    checkpoint.bare = sorted(mine - whole, key=_order)
-    _compare(checkpoint, owners)
+    needy = {name for name in mine - whole if _needs_scales(name, checkpoint, config)}
+    checkpoint.bare = sorted(needy, key=_order)
+    _compare(checkpoint, owners, config)
     _read_mapping(checkpoint, config)
     return checkpoint
+
+
+def _needs_scales(owner: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """False for layers that serving leaves unquantized or does not load: those skipped, and those
+    for multi-token prediction, behind the model's own or in a stack of theirs."""
+    number, count = keys.layer_number(owner), _layer_count(config)
+    if number in checkpoint.skipped or owner.startswith(_PREDICTION):
+        return False
+    return number is None or count is None or number < count
+
+
+def _is_prediction(owner: str, config: Mapping[str, Any]) -> bool:
+    """Whether serving passes over scales of *owner*: a layer for multi-token prediction."""
+    text, count = config.get("text_config") or config, _layer_count(config)
+    behind = max(int(text.get(name) or 0) for name in _PREDICTION_COUNTS)
+    number = keys.layer_number(owner)
+    within = None not in (number, count) and count <= number < count + behind
+    return within or owner.startswith(_PREDICTION)
+
+
+def _layer_count(config: Mapping[str, Any]) -> int | None:
+    text = config.get("text_config") or config
+    return _first(text, "num_hidden_layers", "n_layer", "num_layers")
 
 
 def _read_mapping(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -148,7 +204,7 @@ def _read_mapping(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         return
     text = config.get("text_config") or config
     windows = [kind == "sliding_attention" for kind in text.get("layer_types") or ()]
-    layers = _first(text, "num_hidden_layers", "n_layer", "num_layers") or len(windows)
+    layers = _layer_count(config) or len(windows)
     try:
         mapping = parse(given, layers)
         sliding = windows or [False] * layers
@@ -214,7 +270,7 @@ def _module(found: keys.ScaleKey, owners: set[str]) -> str:
 
 def _add(checkpoint: Checkpoint, layer: Layer, found: keys.ScaleKey, tensor: torch.Tensor) -> None:
     """Put *tensor* on *layer*, or what is wrong with it among the problems."""
-    g = checkpoint.geometry
+    g = checkpoint.geometries.get(layer.number, checkpoint.geometry)
     shard = HeadShard.of(g.kv_heads, g.kv_heads, 0, 1)
     reader = ScaleReader(layer.owner, shard, g.head_size, g.head_size, g.heads)
     for parameter in found.parameters:
@@ -226,14 +282,30 @@ def _add(checkpoint: Checkpoint, layer: Layer, found: keys.ScaleKey, tensor: tor
             continue
         layer.keys[parameter] = found.key
         try:
-            layer.values |= reader.read({parameter: tensor})
+            layer.values |= reader.read({parameter: tensor}, _format(checkpoint.scheme))
         except ValueError as error:
             checkpoint.problems.append(str(error))
 
 
-def _compare(checkpoint: Checkpoint, owners: set[str]) -> None:
-    """Note the modules whose scales are missing, and scales without a module."""
-    extra = [layer.owner for layer in checkpoint.layers if layer.owner not in owners]
+def _format(scheme: KVScheme | None) -> KVFormat | None:
+    """The format that *scheme* stands for; None where it declares none that is served."""
+    try:
+        return None if scheme is None else SERVED[scheme.dtype()]
+    except ValueError:
+        return None
+
+
+def _compare(checkpoint: Checkpoint, owners: set[str], config: Mapping[str, Any]) -> None:
+    """Note scales that contradict each other, modules whose scales are missing, and scales without
+    a module."""
+    for layer in checkpoint.layers:
+        if {"q_scale", "k_scale"} <= layer.values.keys() and layer.number not in checkpoint.skipped:
+            try:
+                check_query(layer.owner, layer.values["q_scale"], layer.values["k_scale"])
+            except ValueError as error:
+                checkpoint.problems.append(str(error))
+    lost = [layer.owner for layer in checkpoint.layers if layer.owner not in owners]
+    extra = [owner for owner in lost if not _is_prediction(owner, config)]
     if owners and extra:
         checkpoint.problems.append(f"no weights for the scales of {', '.join(extra)}")
     promised = checkpoint.scheme is not None and checkpoint.scheme.is_complete
@@ -254,6 +326,8 @@ def verdict(checkpoint: Checkpoint, dtype: str, format: KVFormat) -> tuple[bool,
             checkpoint.scheme.check(format, dtype)
         except ValueError:
             return False, f"refused: the scales are for another code ({checkpoint.scheme})"
+    if format.key.code.kind is Kind.FLOAT and _is_asymmetric(checkpoint):
+        return False, f"refused: {format.name} codes are symmetric, and the scales have zero points"
     if checkpoint.problems:
         return False, f"refused: {len(checkpoint.problems)} problem(s), listed below"
     if checkpoint.layers:
@@ -262,6 +336,11 @@ def verdict(checkpoint: Checkpoint, dtype: str, format: KVFormat) -> tuple[bool,
         return False, "refused: needs calibrated scales; add them with `kvq calibrate`"
     reach = format.key.code.qmax * format.default_scale
     return True, f"scale {format.default_scale:g}: values beyond {reach:g} saturate"
+
+
+def _is_asymmetric(checkpoint: Checkpoint) -> bool:
+    used = (layer for layer in checkpoint.layers if layer.number not in checkpoint.skipped)
+    return any(name.endswith("zero_point") for layer in used for name in layer.values)
 
 
 def automatic(checkpoint: Checkpoint) -> tuple[bool, str]:
@@ -276,6 +355,43 @@ def automatic(checkpoint: Checkpoint) -> tuple[bool, str]:
         return False, f"refused: {error}"
     serves, how = verdict(checkpoint, dtype, SERVED[dtype])
     return serves, f"takes {dtype}, as the checkpoint declares; {how}"
+
+
+def check_dtypes(model: str, dtypes: Iterable[str]) -> None:
+    """Raise ValueError, with the reason, for the first of *dtypes* that cannot serve *model*.
+
+    ``auto`` is the unquantized cache here. A checkpoint that cannot be read is left to the engine.
+    """
+    asked = [d for d in dtypes if d == MIXED or (d in SERVED and not SERVED[d].is_dynamic)]
+    if not asked:
+        return
+    try:
+        checkpoint = read(checkpoint_folder(model, only=["*.json", "*.safetensors"]))
+    except (OSError, ValueError, LookupError, TypeError):  # configurations of any shape
+        return
+    for dtype in asked:
+        serves, why = _asked(checkpoint, dtype)
+        if not serves:
+            raise ValueError(f"{dtype} was asked of {model}: {why}")
+
+
+def _asked(checkpoint: Checkpoint, dtype: str) -> tuple[bool, str]:
+    """As :func:`verdict`, for the mapping too, with the problems and a remedy."""
+    if dtype == MIXED:
+        if checkpoint.mapping is not None:
+            return True, "each layer's own"
+        why = "refused: the checkpoint has no KV cache for each layer"
+        remedy = "make a checkpoint with them with `kvq allocate`"
+    else:
+        serves, why = verdict(checkpoint, dtype, SERVED[dtype])
+        if serves:
+            return True, why
+        remedy = "make a checkpoint with scales for it with `kvq calibrate`"
+    if checkpoint.problems:  # of which `kvq inspect` prints a list
+        why = "; ".join([why.replace(", listed below", ""), *checkpoint.problems])
+    if "kvq calibrate" not in why:
+        why = f"{why}; {remedy}"
+    return False, f"{why}, or ask for int8_per_token_head, which needs none"
 
 
 def granularities(checkpoint: Checkpoint) -> str:

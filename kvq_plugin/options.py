@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from kvq_plugin.evaluate import BASELINE
 from kvq_plugin.mapping import NAMES
@@ -25,7 +26,7 @@ def add_kv_memory(command: argparse.ArgumentParser, default: float = KV_MEMORY_G
     """Add ``--kv-memory-gib`` to *command*."""
     command.add_argument(
         "--kv-memory-gib",
-        type=float,
+        type=gib,
         default=default,
         help=f"memory for each engine's KV cache ({default:g})",
     )
@@ -47,6 +48,14 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return number
+
+
+def gib(text: str) -> float:
+    """``"0.5"`` -> 0.5, finite and above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:  # NaN neither
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
     return number
 
 

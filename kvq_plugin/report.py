@@ -34,9 +34,10 @@ from kvq_plugin.evaluate import (
     make_windows,
     read_text,
 )
+from kvq_plugin.inspection import check_dtypes
 from kvq_plugin.tables import print_table
 from kvq_plugin.tasks import tables as task_tables
-from kvq_plugin.tasks.asked import Asked, Settings
+from kvq_plugin.tasks.asked import Asked, Settings, positions
 
 #: What runs the model: vLLM's engine, a process for every dtype, or transformers, in this one.
 DRIVERS = ("vllm", "transformers")
@@ -109,6 +110,22 @@ class Results:
         return own is not None and own.mean <= self.floor.scores[text].divergence.mean
 
 
+def window_length(model: str, driver: str, drift: int) -> int:
+    """Tokens of a window: WINDOW, or what *model* has positions for.
+
+    Raises ValueError where those are too few for the *drift* generations.
+    """
+    limit = positions(model)
+    # vLLM generates a token after each window.
+    window = WINDOW if limit is None else min(WINDOW, limit - (driver == DRIVERS[0]))
+    if drift and window <= PROMPT:
+        raise ValueError(
+            f"--drift continues prompts of {PROMPT} tokens: expected a model with positions for "
+            f"more, got one with {limit}; leave it out"
+        )
+    return window
+
+
 def run_evaluation(
     model: str,
     dtypes: Sequence[str],
@@ -127,32 +144,39 @@ def run_evaluation(
     *driver* is one of DRIVERS; *kv_memory_bytes* concern vLLM's engines alone. *drift*: so many
     greedy generations of every engine; those of ``auto`` are one more text. *tasks*: what every
     engine is asked. *page* is a folder to make, with the report as HTML. Raises ValueError before
-    anything is run when it cannot be made.
+    anything is run when it cannot be made, or a dtype cannot serve the model.
     """
     console = Console()
     if page is not None:
         evaluation_page.check_folder(page)
     started = datetime.now(UTC)
     tokenizer = load_tokenizer(model)
-    texts = {name: make_windows(tokenizer, read_text(name), windows) for name in text_names}
+    check_dtypes(model, dtypes)
+    window = window_length(model, driver, drift)
+    texts = {name: make_windows(tokenizer, read_text(name), windows, window) for name in text_names}
     asked = tasks.ask(model, tokenizer)
     engine = _engine(driver, model, kv_memory_bytes)
+    if window < WINDOW:
+        console.print(
+            f"windows of {window:,} tokens, not {WINDOW:,}: the model has no room for more"
+        )
     with tempfile.TemporaryDirectory(prefix="kvq-eval-") as folder, progress(console) as bars:
         results = _evaluate_all(
             engine,
             dtypes,
             texts,
             make_windows(tokenizer, builtin_text(), drift, PROMPT) if drift else [],
+            window,
             asked,
             Path(folder) if divergence else None,
             bars,
         )
     scores = {dtype: e.scores for dtype, e in results.evaluations.items()}
-    print_table(console, evaluation_table(model, scores, windows, driver))
+    print_table(console, evaluation_table(model, scores, windows, driver, window))
     if results.floor is not None and len(dtypes) > 1:
         print_table(console, divergence_table(results))
     if results.agreements:
-        print_table(console, drift_table(results.agreements))
+        print_table(console, drift_table(results.agreements, window))
     found = results.tasks
     if found["generated"]:
         for table in task_tables.generated_tables(found["generated"], BASELINE):
@@ -162,7 +186,7 @@ def run_evaluation(
     if page is not None:
         about = evaluation_page.about_run(
             model,
-            windows=f"{windows} of {WINDOW:,} tokens of each text",
+            windows=f"{windows} of {window:,} tokens of each text",
             texts=[Path(name).name for name in text_names],
             greedy_generations=drift,
             tasks=tasks.described(),
@@ -172,9 +196,9 @@ def run_evaluation(
             took=f"{(datetime.now(UTC) - started).total_seconds():.0f} s",
         )
         evaluation_page.write(
-            page, results.evaluations, results.floor, WINDOW, about, results.agreements, found
+            page, results.evaluations, results.floor, window, about, results.agreements, found
         )
-        console.print(f"written: {page / evaluation_page.PAGE}", soft_wrap=True)
+        console.print(f"written: {escape(str(page / evaluation_page.PAGE))}", soft_wrap=True)
     return results
 
 
@@ -192,14 +216,16 @@ def _evaluate_all(
     dtypes: Sequence[str],
     texts: Mapping[str, Sequence[Window]],
     prompts: Sequence[Window],
+    length: int,
     asked: Asked,
     folder: Path | None,
     bars: Progress,
 ) -> Results:
-    """*folder* is for what the unquantized engine is compared by; None: no divergences."""
+    """*prompts* are continued to *length* tokens. *folder* is for what the unquantized engine is
+    compared by; None: no divergences."""
 
     def run(name: str, dtype: str, texts: Mapping[str, Sequence[Window]], **options) -> Evaluation:
-        common = {"prompts": prompts, "length": WINDOW if prompts else 0}
+        common = {"prompts": prompts, "length": length if prompts else 0}
         common |= {"questions": asked.questions} | options
         total = sum(map(len, texts.values())) + len(common["questions"])
         if prompts and OWN not in texts:
@@ -223,20 +249,25 @@ def _evaluate_all(
 
 
 def evaluation_table(
-    model: str, scores: dict[str, dict[str, Score]], windows: int, driver: str = DRIVERS[0]
+    model: str,
+    scores: dict[str, dict[str, Score]],
+    windows: int,
+    driver: str = DRIVERS[0],
+    length: int = WINDOW,
 ) -> Table:
-    """A row per dtype; perplexity and change against ``auto`` per text."""
+    """A row per dtype; perplexity and change against ``auto`` per text, of so many windows of
+    *length* tokens."""
     through = "the engine" if driver == DRIVERS[0] else driver
     table = Table(
-        title=f"Perplexity through {through}: {Path(model).name}",
-        caption=f"{windows} windows of {WINDOW:,} tokens; change against {BASELINE} in this run, "
+        title=f"Perplexity through {through}: {escape(Path(model).name)}",
+        caption=f"{windows} windows of {length:,} tokens; change against {BASELINE} in this run, "
         "± its standard error",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
     table.add_column("KV cache", no_wrap=True)
     for text in scores[BASELINE]:
-        table.add_column(Path(text).name, justify="right", overflow="fold")
+        table.add_column(escape(Path(text).name), justify="right", overflow="fold")
         table.add_column("change, %", justify="right", no_wrap=True)
     for dtype, by_text in scores.items():
         cells = []
@@ -283,9 +314,10 @@ def _divergence_cells(score: Score) -> list[str]:
     return [*(f"{figures[name]:.5f}" for name in names), f"{figures['top1']:.2%}"]
 
 
-def drift_table(agreements: Mapping[str, Sequence[int]]) -> Table:
-    """A row per dtype, the noise floor first: how long greedy generations stay ``auto``'s."""
-    length = WINDOW - PROMPT
+def drift_table(agreements: Mapping[str, Sequence[int]], window: int = WINDOW) -> Table:
+    """A row per dtype, the noise floor first: how long greedy generations, of *window* tokens with
+    their prompts, stay ``auto``'s."""
+    length = window - PROMPT
     table = Table(
         title=f"Greedy generations against {BASELINE}'s",
         caption=f"tokens before the first that differs, of {length:,} after prompts of {PROMPT} "

@@ -7,6 +7,7 @@ block is left, by whichever way.
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import shutil
@@ -17,11 +18,11 @@ import sys
 import tempfile
 import time
 import traceback
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class Server:
             tick()
             if self.process.poll() is not None:
                 raise ServerError(f"vllm serve ended with {self.process.returncode}; {self.tail()}")
-            with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            with suppress(OSError, http.client.HTTPException):
                 urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
                 return
             time.sleep(0.2)
@@ -111,7 +112,8 @@ class Server:
 def read_metrics(url: str) -> list[Any]:
     """prometheus_client's samples (name, labels, value) of ``/metrics`` of the server at *url*.
 
-    Raises OSError when nothing answers there.
+    Raises OSError when nothing answers there, and http.client.HTTPException when *url* is no
+    address or what answers speaks no HTTP.
     """
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -206,12 +208,12 @@ class EngineProcess:
 
 
 @contextmanager
-def engine_process(module: str, name: str) -> Iterator[EngineProcess]:
+def engine_process(module: str, name: str, ranks: int = 1) -> Iterator[EngineProcess]:
     """Run ``python -m module``, which calls :func:`run_engine`; it is gone after the block.
 
     A second engine in one process would find the memory and threads of the first still held.
-    *name* is for the log's name and messages. The log is kept after a ServerError, and removed
-    otherwise.
+    *name* is for the log's name and messages, *ranks* the engine's workers. The log is kept after
+    a ServerError, and removed otherwise.
     """
     ours, theirs = Pipe()
     handle, path = tempfile.mkstemp(prefix="kvq-", suffix=".log")
@@ -223,7 +225,7 @@ def engine_process(module: str, name: str) -> Iterator[EngineProcess]:
             stdout=output,
             stderr=subprocess.STDOUT,
             # Nobody asks it for metrics, and killed as it ends it would leave their folder.
-            env={**os.environ, **engine_env(), "KVQ_METRICS_DIR": ""},
+            env={**os.environ, **engine_env(ranks), "KVQ_METRICS_DIR": ""},
             start_new_session=True,
         )
     engine = EngineProcess(ours, process, os.pidfd_open(process.pid), Path(path), name)
@@ -268,15 +270,25 @@ def vllm_command() -> str:
     return found
 
 
-def engine_env() -> dict[str, str]:
-    """Environment that an engine on this machine wants, where the user has not set it.
+def engine_env(ranks: int = 1) -> dict[str, str]:
+    """Environment that an engine of *ranks* workers wants on this machine, where the user has not
+    set it.
 
     vLLM's own binding keeps one core for the scheduler, which idles while the workers
     compute: on two cores that halves the speed.
     """
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    cores = "|".join(",".join(map(str, own)) for own in _shared_out(ranks))
     wanted = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_NO_USAGE_STATS": "1"}
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _shared_out(ranks: int) -> list[list[int]]:
+    """This process's cores by rank, neighbours together; where they are too few, all to each."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < ranks:
+        return [cores] * ranks
+    edges = [rank * len(cores) // ranks for rank in range(ranks + 1)]
+    return [cores[begin:end] for begin, end in pairwise(edges)]
 
 
 def free_port() -> int:

@@ -62,6 +62,19 @@ def add_scales(
     return change(model, out, tensors, declared)
 
 
+def eagle_draft(model: Path, out: Path) -> Path:
+    """A draft for *model*, of its first layer; EAGLE's has no first norm."""
+    source = load_file(model / "model.safetensors")
+    layer = {k.removeprefix("model."): w for k, w in source.items() if ".layers.0." in k}
+    norm = source["model.norm.weight"]
+    del layer["layers.0.input_layernorm.weight"]
+    layer["fc.weight"] = torch.eye(len(norm), dtype=norm.dtype).repeat(1, 2)
+    draft = change(model, out, dict.fromkeys(source) | layer)
+    config = json.loads((draft / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (draft / "config.json").write_text(json.dumps(config))
+    return draft
+
+
 def change(model: Path, out: Path, tensors: dict, quantization: dict | None = None) -> Path:
     """Copy *model* to *out* with *tensors* added, a None taken away, and *quantization* merged
     into its quantization_config."""

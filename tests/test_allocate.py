@@ -5,10 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from kvq_plugin.allocate.measure import Sensitivities
+from kvq_plugin import cli
+from kvq_plugin.allocate import measure, output
+from kvq_plugin.allocate.measure import Sensitivities, identity
 from kvq_plugin.allocate.solve import (
     Allocation,
     Shape,
@@ -18,6 +24,8 @@ from kvq_plugin.allocate.solve import (
     parse_memory,
     require_range,
 )
+from kvq_plugin.calibrate.checkpoint import Source
+from kvq_plugin.calibrate.output import Target
 
 FORMATS = ("k3v2", "int4", "k8v4", "auto")
 
@@ -89,15 +97,90 @@ class Meter:
         return float(sum(names))
 
 
+def checkpoint(folder: Path, value: float, **config) -> str:
+    """A model of one weight at *folder*."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    save_file({"weight": torch.full((8,), value)}, folder / "model.safetensors")
+    return str(folder)
+
+
 def test_an_interrupted_measurement_goes_on(tmp_path):
-    file, windows = tmp_path / "cells.json", [[1, 2, 3]]
-    first = Sensitivities.resume(file, "m", windows, 4, "float32")
+    file, windows, model = tmp_path / "cells.json", [[1, 2, 3]], checkpoint(tmp_path / "m", 1.0)
+    first = Sensitivities.resume(file, model, windows, 4, "float32")
     with pytest.raises(KeyboardInterrupt):
         first.measure(Meter(3, fail_after=5), FORMATS)
-    again, meter = Sensitivities.resume(file, "m", windows, 4, "float32"), Meter(3)
+    again, meter = Sensitivities.resume(file, model, windows, 4, "float32"), Meter(3)
     again.measure(meter, FORMATS)
     assert len(meter.asked) == 3 * 4 - 5  # three formats, each uniform and in three layers
     assert again.costs(FORMATS)[2] == {"k3v2": 2.0, "int4": 2.0, "k8v4": 2.0, "auto": 0.0}
     assert json.loads(file.read_text())["uniform"]["int4"] == 3.0
     with pytest.raises(ValueError, match="remove it, or name another with --cells"):
-        Sensitivities.resume(file, "m", [[1, 2, 4]], 4, "float32")
+        Sensitivities.resume(file, model, [[1, 2, 4]], 4, "float32")
+
+
+def test_costs_of_another_model_are_not_taken(tmp_path):
+    """Neither where its folder has the same name, its files the same sizes."""
+    file, windows = tmp_path / "cells.json", [[1, 2, 3]]
+    model = checkpoint(tmp_path / "a" / "m", 1.0)
+    first = Sensitivities.resume(file, model, windows, 4, "float32")
+    first.measure(Meter(3), FORMATS)
+    same = checkpoint(tmp_path / "same" / "m", 1.0, transformers_version="6")
+    assert Sensitivities.resume(file, same, windows, 4, "float32").uniform["int4"] == 3.0
+    tuned = checkpoint(tmp_path / "b" / "m", 2.0)
+    longer = checkpoint(tmp_path / "c" / "m", 1.0, rope_theta=1e6)
+    for other in (tuned, longer):
+        with pytest.raises(ValueError, match="was measured with"):
+            Sensitivities.resume(file, other, windows, 4, "float32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    (
+        ([], "expected --budget BITS, or --tokens N"),
+        (["--tokens", "1000"], "--tokens and --memory go together"),
+        (["--tokens", "0", "--memory", "1GiB"], "--tokens and --memory go together"),
+        (["--tokens", "1000", "--memory", "many"], "--memory 'many': expected a number"),
+        (["--budget", "few"], "--budget 'few': expected bits"),
+        (["--budget", "1bits"], "below the smallest"),
+        (["--budget", "99"], "above the largest"),
+    ),
+)
+def test_bad_budgets_are_refused_before_an_engine_starts(
+    tmp_path, monkeypatch, capsys, arguments, said
+):
+    model = checkpoint(
+        tmp_path / "m", 1.0, num_attention_heads=4, hidden_size=256, num_hidden_layers=2
+    )
+    monkeypatch.setattr(measure, "metering", lambda *_: pytest.fail("an engine started"))
+    assert cli.main(["allocate", model, "-o", str(tmp_path / "out"), *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_shapes_are_not_guessed(tmp_path):
+    stated = {"num_attention_heads": 4, "hidden_size": 256, "num_hidden_layers": 2}
+    source = Source(Path(checkpoint(tmp_path / "even", 1.0, **stated)))
+    assert measure.stated_shapes(source) == [Shape(0, 4, 64), Shape(1, 4, 64)]
+    mixed = {"layer_types": ["full_attention", "linear_attention"]}
+    for name, more in (("mixed", mixed), ("latent", {"kv_lora_rank": 64})):
+        source = Source(Path(checkpoint(tmp_path / name, 1.0, **stated, **more)))
+        assert measure.stated_shapes(source) == []
+
+
+def test_the_published_costs_are_of_the_built_in_model(smollm2):
+    published = Path(__file__).parent.parent / "docs/data/smollm2-135m.cells.json"
+    assert json.loads(published.read_text())["what"]["checkpoint"] == identity(str(smollm2))
+
+
+def test_where_the_output_cannot_go_is_said_first(tmp_path, monkeypatch):
+    source = Source.find(checkpoint(tmp_path / "m", 1.0))
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "not-there-yet")
+    with pytest.raises(ValueError, match="exists: name another output"):
+        output.require_free(Target(dangling), source)
+    with pytest.raises(ValueError, match="`kvq allocate` wrote.*kvq_allocation.json"):
+        output.require_free(Target(dangling, force=True), source)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="no room on disk"):
+        output.require_free(Target(tmp_path / "out"), source)

@@ -7,25 +7,32 @@ import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import make
+from tiny_models import make, make_multimodal
+from transformers import AutoConfig
 
-from kvq_plugin import cli
+from kvq_plugin import cli, inspection
 from kvq_plugin.calibrate import output as output_module
 from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.calibrate.data import read_texts, sample_windows
-from kvq_plugin.calibrate.engine import broken_message, check_ignored
+from kvq_plugin.calibrate.engine import _gathered, broken_message, check_ignored
 from kvq_plugin.calibrate.names import checkpoint_names, load_name, probes
-from kvq_plugin.calibrate.output import SCALES, Target, with_scheme
-from kvq_plugin.calibrate.run import calibrate
+from kvq_plugin.calibrate.observers import Observers
+from kvq_plugin.calibrate.output import SCALES, Target, left_out, with_scheme
+from kvq_plugin.calibrate.run import Job, _few_tokens, _how_to_serve, _require_fitting, calibrate
 from kvq_plugin.calibrate.settings import Settings, Strategy
 from kvq_plugin.calibrate.table import scale_table
+from kvq_plugin.calibrate.worker import ObservingWorker
 from kvq_plugin.evaluate import load_tokenizer
+from kvq_plugin.hf_cache import KVQCache
+from kvq_plugin.serving import compat
+from kvq_plugin.serving.scales.declared import declared_scheme, quantization_section
 from kvq_plugin.serving.scales.keys import layer_number
 
 random.seed(0)
@@ -230,6 +237,12 @@ def test_optional_scales(tiny, tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+def test_probabilities_have_a_symmetric_scale_whatever_k_has(tiny, tmp_path):
+    settings = Settings(asymmetric=True, prob_scale=True)
+    scales = by_hf(tiny, tmp_path / "out", settings)
+    assert float(scales["model.layers.1.self_attn.prob_output_scale"]) == pytest.approx(1 / 127)
+
+
 def test_ignored_layers_have_no_scales_and_are_noted(tiny, tmp_path):
     scales = by_hf(tiny, tmp_path / "out", Settings(ignore=frozenset([0])))
     assert {layer_number(name) for name in scales} == {1}
@@ -239,6 +252,91 @@ def test_ignored_layers_have_no_scales_and_are_noted(tiny, tmp_path):
         check_ignored(Settings(ignore=frozenset([5])), ["model.layers.0.self_attn"])
     with pytest.raises(ValueError, match="nothing is left"):
         check_ignored(Settings(ignore=frozenset([0])), ["model.layers.0.self_attn"])
+    with pytest.raises(ValueError, match="found no attention layer that writes K and V"):
+        check_ignored(Settings(), [])
+    checkpoint = inspection.read(tmp_path / "out")
+    assert not checkpoint.problems and inspection.automatic(checkpoint)[0]
+    model = AutoConfig.from_pretrained(tiny)
+    with pytest.raises(ValueError, match="leaves layers 0 unquantized.*without --ignore"):
+        KVQCache(model, "int8", scales=str(tmp_path / "out"))
+
+
+def edited(model: Path, folder: Path, **changes) -> Path:
+    """*model* at *folder*, with *changes* to its configuration."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "stays"), (("int4", False), ("int8", True)))
+def test_a_mapping_without_scales_does_not_hide_them(tiny, tmp_path, name, stays):
+    """`auto` follows a mapping first: the output would be served without the new scales."""
+    section = {"layers": {"0": "auto", "1": name}, "other": 1}
+    model, out = edited(tiny, tmp_path / "model", kvq=section), tmp_path / "out"
+    by_hf(model, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["kvq"] == (section if stays else {"other": 1})
+    said = "\n".join(_how_to_serve(Job(str(model), Target(out)), Source.find(str(model))))
+    assert ("mapping of layers to KV caches" in said) is not stays
+    assert ("takes int8" in inspection.automatic(inspection.read(out))[1]) is not stays
+
+
+@pytest.mark.parametrize("key", ("quantization_config", "compression_config"))
+@pytest.mark.parametrize("nested", (False, True))
+def test_transformers_loads_without_the_scheme_wherever_it_is(tiny, tmp_path, key, nested):
+    section = {"quant_method": "compressed-tensors", "kv_cache_scheme": SCHEME}
+    if nested:
+        model = edited(make_multimodal(tmp_path), tmp_path / "model")
+        config = json.loads((model / "config.json").read_text())
+        config["text_config"][key] = section
+        (model / "config.json").write_text(json.dumps(config))
+    else:
+        model = edited(tiny, tmp_path / "model", **{key: section})
+    config = Source.find(str(model)).without_kv_scheme()["config"]
+    assert declared_scheme(config) is None and not quantization_section(config)
+
+
+def test_code_of_the_checkpoint_may_run_beside_a_scheme(tiny, tmp_path):
+    classes = {"AutoConfig": "mine.MyConfig"}
+    section = {"quant_method": "compressed-tensors", "kv_cache_scheme": SCHEME}
+    model = edited(
+        tiny, tmp_path / "m", model_type="mine", auto_map=classes, quantization_config=section
+    )
+    (model / "mine.py").write_text(
+        "from transformers import LlamaConfig\nclass MyConfig(LlamaConfig):\n"
+        "    model_type = 'mine'\n"
+    )
+    config = Source.find(str(model)).without_kv_scheme(trust_remote_code=True)["config"]
+    assert type(config).__name__ == "MyConfig"
+
+
+def test_folders_come_along_but_for_other_weights(tiny, tmp_path):
+    model, out = edited(tiny, tmp_path / "model"), tmp_path / "out"
+    files = ("additional_chat_templates/tool.jinja", "code/layers/attention.py")
+    dropped = ("original/x.pth", "onnx/deep/model.onnx", ".cache/x", "code/__pycache__/x.pyc")
+    for name in files + dropped:
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(name)
+    (model / "linked").symlink_to(tmp_path)
+    by_hf(model, out)
+    assert all((out / name).read_text() == name for name in files)
+    assert not any((out / name).exists() for name in (*dropped, "linked"))
+    assert not (out / "original").exists() and not (out / "code" / "__pycache__").exists()
+    assert left_out(Source.find(str(model))) == ["linked", "onnx", "original"]
+
+
+def test_force_through_a_link_replaces_what_it_points_to(tiny, tmp_path):
+    """By renaming within that folder: the link's own may be on another file system."""
+    there, link = tmp_path / "there", tmp_path / "link"
+    there.mkdir()
+    by_hf(tiny, there / "out")
+    link.symlink_to(there / "out")
+    by_hf(tiny, link, Settings("fp8"), force=True)
+    assert link.is_symlink() and link.resolve() == there / "out"
+    config = json.loads((there / "out" / "config.json").read_text())
+    assert config["quantization_config"]["kv_cache_scheme"]["type"] == "float"
+    assert [p.name for p in there.iterdir()] == ["out"]
 
 
 def test_calibrating_an_output_again_replaces_its_scales(tiny, tmp_path):
@@ -293,6 +391,30 @@ def test_table_marks_suspects(tiny, tmp_path):
     rows = console.export_text().splitlines()
     assert sum("outlier" in row for row in rows) == 1
     assert any("V: 1 outlier channel: head 0 channel 5" in row for row in rows)
+
+
+def test_heads_that_several_ranks_hold_are_joined_once(tmp_path, monkeypatch):
+    """4 kv heads, twice each on 8 ranks, in a model whose configuration says 16."""
+    attention = torch.nn.Module()
+    attention.total_num_kv_heads, attention.attn = 4, torch.nn.Module()
+    name = attention.attn.layer_name = "model.layers.0.self_attn.attn"
+    settings, k = Settings(), torch.randn(32, 4, 32)
+    config = SimpleNamespace(get_total_num_kv_heads=lambda: 16)
+    for rank in range(8):
+        observers = Observers(settings)
+        observers.observe(name, "k", k[:, rank // 2 : rank // 2 + 1])
+        monkeypatch.setattr(compat, "model_parallel_is_initialized", lambda: True)
+        monkeypatch.setattr(compat, "get_tensor_model_parallel_rank", lambda r=rank: r)
+        monkeypatch.setattr(compat, "get_tensor_model_parallel_world_size", lambda: 8)
+        worker = SimpleNamespace(
+            _kvq_observers=observers,
+            get_model=lambda: attention,
+            vllm_config=SimpleNamespace(model_config=config),
+            rank=rank,
+        )
+        ObservingWorker.kvq_save(worker, str(tmp_path))
+    [(_, joined)] = _gathered(settings, tmp_path, {name: "model.layers.0.self_attn"}).items()
+    assert torch.equal(joined.high, k.amax(0))
 
 
 # --- refusals: nothing is left behind ------------------------------------------------------
@@ -360,7 +482,18 @@ def test_output_that_exists_is_refused(tiny, tmp_path, capsys):
         (["{smollm2}", "-o", "{tmp}/out", "--length", "99999"], "--length 8191"),
         (["{tiny}", "-o", "{tmp}/out", "--scheme", "fp8", "--asymmetric"], "no zero point"),
         (["{tiny}", "-o", "{tmp}/out", "--strategy", "group"], "--group-size"),
-    ),
+        (["{tiny}", "-o", "{tmp}/out", "--percentile", "99"], "add --observer percentile"),
+        (
+            ["{tiny}", "-o", "{tmp}/out", "--strategy", "group", "--group-size", "7"],
+            "group size 7 does not divide the head size",
+        ),
+        (["{tiny}", "-o", "{tmp}/out", "--ignore", "0,99"], "--ignore names 99: the model has"),
+        (["none", "-o", "{tmp}/out", "--driver", "hf", "--q-scale"], "q scales were asked for"),
+        (
+            ["none", "-o", "{tmp}/out", "--driver", "hf", "--tensor-parallel-size", "2"],
+            "--tensor-parallel-size 2 was asked for",
+        ),
+    ),  # fmt: skip
 )
 def test_bad_input_is_one_line(tiny, smollm2, tmp_path, capsys, arguments, said):
     (tmp_path / "empty.txt").touch()
@@ -368,6 +501,21 @@ def test_bad_input_is_one_line(tiny, smollm2, tmp_path, capsys, arguments, said)
     message = refusal([a.format(**places) for a in arguments], capsys)
     assert message.startswith("kvq: ") and said in message
     assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.parametrize(
+    "changes", ({"head_dim": None, "hidden_size": None}, {"kv_lora_rank": 512})
+)
+def test_a_head_size_that_is_not_stated_is_not_guessed(tiny, tmp_path, changes):
+    source = Source(edited(tiny, tmp_path / "m", **changes))
+    assert Source(tiny).geometry() is not None and source.geometry() is None
+    _require_fitting(Settings(strategy=Strategy.GROUP, group_size=7), source)
+
+
+def test_few_tokens_are_warned_of():
+    assert _few_tokens([[3] * 60] * 17) == []
+    assert "1,000 tokens" in _few_tokens([[3] * 60] * 16)[0]
+    assert "samples of 1:" in _few_tokens([[3]] * 2000)[0]
 
 
 def test_full_disk_is_said_before_anything_runs(tiny, tmp_path, monkeypatch, capsys):

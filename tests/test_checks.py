@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from kvq_plugin.formats import FORMATS, SERVED
 from kvq_plugin.mapping import MIXED
-from kvq_plugin.serving import mapped
+from kvq_plugin.serving import checks, mapped
 from kvq_plugin.serving.checks import check, settle_drafts
 from kvq_plugin.serving.selection import serves
 
@@ -129,6 +129,33 @@ def test_an_unquantized_cache_must_have_the_models_dtype():
 
 def test_a_block_size_that_vllm_has_not_chosen_yet():
     check(run_config(cache={"block_size": 16, "user_specified_block_size": False}))
+
+
+@pytest.mark.parametrize("entry", ["01", " 1", "\u00b2", "-1", ""])
+def test_skip_layers_are_the_numbers_that_vllm_compares(entry):
+    with pytest.raises(ValueError, match="layer numbers 0 to 3"):
+        check(run_config(cache={"kv_cache_dtype_skip_layers": [entry]}))
+
+
+@pytest.mark.parametrize(("method", "refused"), [("ngram", True), ("eagle", False)])
+def test_only_a_draft_model_has_more_layers(method, refused):
+    drafter = SimpleNamespace(model="elsewhere", hf_config=SimpleNamespace())
+    speculation = SimpleNamespace(kv_cache_dtype=None, draft_model_config=drafter, method=method)
+    config = run_config(cache={"kv_cache_dtype_skip_layers": ["4"]}, speculative_config=speculation)
+    if not refused:
+        return check(config)
+    with pytest.raises(ValueError, match="'4'.*layer numbers 0 to 3"):
+        check(config)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_blocks_of_a_draft_are_the_users_where_those_of_the_run_are(monkeypatch, chosen):
+    both = {"speculative_config": SimpleNamespace(kv_cache_dtype=None)}
+    run = run_config("int4", cache={"user_specified_block_size": chosen}, **both)
+    monkeypatch.setattr(checks.compat, "get_current_vllm_config_or_none", lambda: run)
+    draft = run_config(cache={"block_size": 16}, **both)
+    checks.settle_draft_blocks(draft)
+    assert draft.cache_config.user_specified_block_size is chosen
 
 
 def test_skip_layers_that_exist():

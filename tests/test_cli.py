@@ -5,19 +5,25 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socketserver
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from kvq_plugin import cli, demo, options, report
+from kvq_plugin.calibrate import engine
+from kvq_plugin.calibrate.settings import Settings
 from kvq_plugin.evaluate import BASELINE, Score
-from kvq_plugin.servers import log_tail, process_group
+from kvq_plugin.servers import Server, ServerError, engine_env, log_tail, process_group
 
 SETTINGS = demo.Settings("m", [BASELINE, "fp8"], 2, 4, 3000, 64, 1 << 30)
 
@@ -49,6 +55,66 @@ def test_numbers_are_positive(option, capsys):
     assert "positive" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["demo", "eval", "calibrate -o out m"])
+@pytest.mark.parametrize("number", ["inf", "nan", "0", "-1"])
+def test_memory_is_finite(command, number, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), f"--kv-memory-gib={number}"])
+    assert f"expected a finite number above 0, got {number}" in capsys.readouterr().err
+
+
+def test_cores_are_shared_out_among_ranks(monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 1, 2, 3, 8})
+    bound = [engine_env(ranks)["VLLM_CPU_OMP_THREADS_BIND"] for ranks in (1, 2, 3, 6)]
+    assert bound[:3] == ["1,2,3,5,8", "1,2|3,5,8", "1|2,3|5,8"]
+    assert bound[3] == "|".join(["1,2,3,5,8"] * 6)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_env(2)
+
+
+def test_calibration_names_its_ranks(monkeypatch):
+    """vLLM refuses an engine whose lists of cores are not as many as its ranks."""
+
+    def process(module, name, ranks=1):
+        raise InterruptedError(ranks)
+
+    monkeypatch.setattr(engine, "engine_process", process)
+    source = SimpleNamespace(folder="m", unquantized_dtype="auto", tensor_names=set)
+    with pytest.raises(InterruptedError, match="^2$"):
+        engine.observe(source, Settings(), engine.Load(tensor_parallel=2), [[1, 2]])
+
+
+def test_waiting_outlasts_what_is_no_http(no_http, tmp_path):
+    """Some other program's port, or a server's that is coming up: asked again until the end."""
+    alive = SimpleNamespace(poll=lambda: None)
+    (tmp_path / "log").write_text("starting")
+    with pytest.raises(ServerError, match="did not answer within"):
+        Server(no_http, alive, tmp_path / "log").wait_until_ready(0.5)
+
+
+def test_doctor_on_what_is_no_address_and_no_http(no_http, capsys):
+    for url, why in (("http://127.0.0.1:80a", "nonnumeric port: '80a'"), (no_http, "SSH-2.0-x")):
+        assert cli.main(["doctor", "--url", url]) == 1
+        message = capsys.readouterr().err
+        assert f"no metrics from {url}: {why}; expected a vLLM server's address" in message
+
+
+@pytest.fixture
+def no_http():
+    """Address of a server that speaks another protocol."""
+
+    class Greeting(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(1000)
+            self.request.sendall(b"SSH-2.0-x\r\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Greeting) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
 def test_missing_text_is_one_line_not_a_traceback(smollm2, capsys):
     assert cli.main(["eval", str(smollm2), "--text", "no-such-file.txt"]) == 1
     assert capsys.readouterr().err.startswith("kvq: ")
@@ -69,6 +135,42 @@ def test_evaluation_table_shows_the_change():
     assert "+2.02 ± 1.02" in text
 
 
+def test_names_are_no_markup():
+    scores = {BASELINE: {"notes[draft].txt": Score((-2.0, -2.0))}}
+    text = render(report.evaluation_table("models/m[1b]", scores, 1))
+    assert "notes[draft].txt" in text and "m[1b]" in text
+
+
+def test_windows_fit_the_model(tmp_path):
+    """vLLM generates a token after each, transformers feeds the last one and is done."""
+    model = str(tmp_path)
+    for limit, vllm, transformers in ((8192, 2048, 2048), (2048, 2047, 2048), (512, 511, 512)):
+        (tmp_path / "config.json").write_text(f'{{"max_position_embeddings": {limit}}}')
+        assert report.window_length(model, "vllm", 4) == vllm
+        assert report.window_length(model, "transformers", 4) == transformers
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 128}')
+    assert report.window_length(model, "vllm", 0) == 127
+    with pytest.raises(ValueError, match="prompts of 128 tokens: .* got one with 128; leave it"):
+        report.window_length(model, "vllm", 1)
+    (tmp_path / "config.json").write_text("{}")
+    assert report.window_length(model, "vllm", 0) == 2048
+
+
+def test_the_demo_fits_the_model():
+    def length(settings):
+        arguments = settings.server_args()
+        return int(arguments[arguments.index("--max-model-len") + 1])
+
+    short = replace(SETTINGS, context=1000, positions=2048)
+    assert (length(SETTINGS), SETTINGS.window) == (3072, 2048)
+    assert (length(short), short.window) == (2048, 2047)
+    assert length(replace(SETTINGS, positions=3070)) == 3070
+    demo.check_positions(short)
+    demo.check_positions(replace(SETTINGS, positions=3064))
+    with pytest.raises(ValueError, match="3,064 positions, .* has 3,063: lower --context to 2999"):
+        demo.check_positions(replace(SETTINGS, positions=3063))
+
+
 def test_summary_table_compares_with_auto():
     results = {
         BASELINE: demo.Result(1000, Score((-2.0, -2.0)), 50.0, ("[::-1]", "b", "c")),
@@ -87,6 +189,7 @@ def test_the_demo_ends_with_its_table(monkeypatch):
     result = demo.Result(1000, Score((-2.0, -2.0)), 50.0, ("red, yellow, blue", "b", "c"))
     monkeypatch.setattr(demo, "_measure", lambda *_: result)
     monkeypatch.setattr(demo, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(demo, "positions", lambda _: None)
     monkeypatch.setattr(demo, "make_windows", lambda *_: [[1]] * (SETTINGS.windows + demo.SAMPLES))
     output = io.StringIO()
     demo.run(SETTINGS, Console(file=output, width=80))

@@ -126,7 +126,9 @@ def messages() -> list[str]:
     return found
 
 
-FOREIGN = ("PackageNotFoundError", "torchvision::nms", "InvalidCxxCompiler")
+FOREIGN = (
+    "PackageNotFoundError", "torchvision::nms", "InvalidCxxCompiler", "desired CPU memory",
+)  # fmt: skip
 HEADINGS = re.findall(
     r"^### (`.+`)$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.M
 )

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from kvq_plugin import _native, doctor
 from kvq_plugin.doctor import ADVICE, BAD, GOOD, Finding, Machine
-from kvq_plugin.formats import FORMATS, SERVED
+from kvq_plugin.formats import FORMATS
+from kvq_plugin.mapping import MIXED, NAMES
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.compat import required
 
@@ -108,7 +109,7 @@ def test_vllm_versions_that_were_run(version, build):
 def test_dtypes_of_this_machine():
     pytest.importorskip("vllm")
     rows = doctor.dtypes()
-    assert all(rows[name][0] for name in ("auto", *SERVED))
+    assert all(rows[name][0] for name in ("auto", *NAMES))
     [others] = [(names, why) for names, (works, why) in rows.items() if not works]
     assert "nvfp4" in others[0] and "neither" in others[1]
 
@@ -142,7 +143,7 @@ def test_whose_is_whose_on_gpus(on_gpu, monkeypatch):
     for lacking, missing in (("it is not built", {"int4", "k3v2"}), (None, set())):
         monkeypatch.setattr(doctor, "refusal", lambda *shape, lacking=lacking: lacking)
         rows = doctor.dtypes()
-        assert {name for name, (works, _) in rows.items() if not works} == missing
+        assert {name for name, (works, _) in rows.items() if not works} == missing | {MIXED}
         assert all("GPU kernels: it is not built" in rows[name][1] for name in missing)
     assert {name for name in FORMATS if "vLLM's own" in rows[name][1]} == FORMATS.keys() - {"int8"}
 

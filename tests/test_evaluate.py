@@ -44,6 +44,21 @@ def test_builtin_text_is_the_same_every_time():
     assert len(evaluate.builtin_text()) > 400_000
 
 
+def test_a_text_in_another_encoding_is_named(tmp_path):
+    file = tmp_path / "latin1.txt"
+    file.write_bytes("Bücher".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin1.txt: expected UTF-8 text, got .*; convert it"):
+        evaluate.read_text(str(file))
+
+
+def test_longest_request_counts_each_token_once():
+    """After a window and a generation, which are scored, one token; questions count their own."""
+    assert evaluate.longest_request({"a": [[1] * 5], "b": [[1] * 7]}, 0, []) == 8
+    assert evaluate.longest_request({"a": [[1] * 5]}, 9, []) == 10
+    assert evaluate.longest_request({"a": [[1] * 5]}, 0, [([1] * 10, 6), ([1] * 3, 8)]) == 16
+    assert evaluate.longest_request({}, 0, [([1] * 10, 6)]) == 16
+
+
 def test_perplexity_of_a_uniform_guess():
     assert Score((math.log(1 / 50),) * 7).perplexity == pytest.approx(50)
 
@@ -128,3 +143,12 @@ def test_baseline_is_unquantized_even_where_the_checkpoint_asks_otherwise(tmp_pa
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert evaluate.cache_dtype(str(tmp_path), "auto") == dtype
     assert evaluate.cache_dtype(str(tmp_path), "int8") == "int8"
+
+
+def test_what_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such text: /nope is no file: expected"):
+        evaluate.read_text("/nope")
+    with pytest.raises(FileNotFoundError, match="no such model: /nope is no directory"):
+        evaluate.load_tokenizer("/nope")
+    with pytest.raises(ValueError, match="has no config.json: expected a model's directory"):
+        evaluate.load_tokenizer(str(tmp_path))

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from exact_model import exact_products
 from scaled import add_scales
-from tiny_models import VOCAB, make
+from tiny_models import VOCAB, make, make_multimodal
 
 from kvq_plugin import cli, evaluation_page, report
 from kvq_plugin.evaluate import BASELINE, OWN, agreement, floor_chunk
-from kvq_plugin.evaluate_transformers import MEMORY, TransformersDriver
+from kvq_plugin.evaluate_transformers import MEMORY, TransformersDriver, _config
 from kvq_plugin.formats import SERVED
 from kvq_plugin.logits import Seen
+from kvq_plugin.serving.scales.declared import quantization_section
 
 FORMATS = [f.name for f in dict.fromkeys(SERVED.values()) if f.default_scale or f.is_dynamic]
 LENGTH = 200
@@ -114,6 +116,34 @@ def test_questions(gqa, windows, monkeypatch, dtype):
     assert [len(answer.split()) for answer in together] == [20, 7, 12]
 
 
+def test_greedy_is_without_the_models_penalties(tmp_path, windows):
+    """As through vLLM, which is given sampling parameters of its own."""
+    plain = make(tmp_path, "gqa")
+    driver = TransformersDriver(str(plain))
+    common = {"prompts": [windows[0][:20]], "length": 80}
+    expected = driver.evaluate(BASELINE, {}, **common).generations
+    file = plain / "generation_config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
+    penalties = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 7}
+    file.write_text(json.dumps(config | penalties | {"eos_token_id": [2, 5]}))
+    driver = TransformersDriver(str(plain))
+    assert driver.evaluate(BASELINE, {}, **common).generations == expected
+    assert driver._end == [2, 5]  # answers still end there
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_kv_scheme_is_set_aside_wherever_it_is(tmp_path, gqa, key, nested):
+    scheme = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True}
+    section = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    shutil.copytree(gqa if not nested else make_multimodal(tmp_path), tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    (config["text_config"] if nested else config)[key] = section
+    file.write_text(json.dumps(config))
+    assert quantization_section(_config(tmp_path / "m")) == {}
+
+
 def test_memory_is_what_a_token_takes(gqa, windows):
     """Of 2 layers, 2 kv heads of 32: 512 bytes a token in bfloat16, in pages of 128 tokens for
     ours, which 200 tokens fill by 78 %."""
@@ -164,3 +194,20 @@ def test_what_the_driver_does_not_take_is_refused(gqa, capsys):
     with pytest.raises(SystemExit):
         cli.main(["eval", "--driver", "hf"])
     assert "'vllm', 'transformers'" in capsys.readouterr().err.replace("vllm, t", "'vllm', 't")
+
+
+@pytest.mark.parametrize("driver", report.DRIVERS)
+def test_a_dtype_without_its_scales_is_refused_first(gqa, driver, monkeypatch, capsys):
+    monkeypatch.setattr(report, "load_tokenizer", lambda model: SimpleNamespace())
+    monkeypatch.setattr(report, "_engine", lambda *_: pytest.fail("started"))
+    assert cli.main(["eval", str(gqa), "--dtypes", "int8", "--driver", driver]) == 1
+    message = capsys.readouterr().err
+    assert "int8 was asked of" in message and "`kvq calibrate`" in message
+
+
+@pytest.mark.parametrize("option", ["--tasks", "--task-prompts"])
+def test_task_files_that_do_not_exist_are_named(option, gqa, tmp_path, capsys):
+    (tmp_path / "q.jsonl").write_text("")
+    files = ["--tasks", str(tmp_path / "q.jsonl"), option, "/nope"]
+    assert cli.main(["eval", str(gqa), *files]) == 1
+    assert f"{option} /nope: no such file: expected" in capsys.readouterr().err

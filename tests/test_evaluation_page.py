@@ -215,6 +215,7 @@ def test_command_measures_the_floor_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "evaluate", evaluate)
     monkeypatch.setattr(report, "WINDOW", LENGTH)
     monkeypatch.setattr(report, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(report, "positions", lambda _: None)
     monkeypatch.setattr(report, "make_windows", lambda *_: [[1] * LENGTH] * 4)
     out = tmp_path / "report"
     command = ["eval", "m", "--dtypes", "int4", "--windows", "4", "--no-tasks"]
@@ -250,6 +251,7 @@ def test_command_compares_generations(monkeypatch, capsys):
 
     monkeypatch.setattr(report, "evaluate", evaluate)
     monkeypatch.setattr(report, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(report, "positions", lambda _: None)
     monkeypatch.setattr(
         report, "make_windows", lambda _, text, count, length=LENGTH: [[1] * length] * count
     )

@@ -106,7 +106,7 @@ def test_positions_shown_too_late_are_refused(llama, others):
     llama(prompt[:, :20], attention_mask=mask[:, :20], **cache)
     mask[:, 5:9] = 1
     mask[:, 2:5] = int(others == "shown")
-    with pytest.raises(ValueError, match="shows positions that it hid.*reset"):
+    with pytest.raises(ValueError, match="sees positions that the attention mask hid.*reset"):
         llama(prompt[:, 20:], attention_mask=mask, **cache)
 
 
@@ -115,7 +115,7 @@ def test_no_mask_is_one_that_shows_all(llama):
     prompt, mask, cache = ids(1, 30), torch.ones(1, 20, dtype=torch.long), ours(llama)
     mask[:, :4] = 0
     llama(prompt[:, :20], attention_mask=mask, **cache)
-    with pytest.raises(ValueError, match="shows positions that it hid"):
+    with pytest.raises(ValueError, match="pass an attention_mask"):
         llama(prompt[:, 20:], **cache)
 
 
@@ -129,7 +129,40 @@ def test_gradients_are_refused_when_asked_for(llama, implementation):
         loss.backward()
 
 
-def test_flex_attention_gets_tensors(llama):
+@torch.no_grad()
+def test_compiled(llama):
+    """Dynamo makes the objects that it traces without their constructors."""
+    compiled = torch.compile(llama.forward, backend="eager")
+    cache = ours(llama)
+    got = [compiled(ids(1, 20)[:, a:b], **cache).logits for a, b in ((0, 19), (19, 20))]
+    want = llama(ids(1, 20), **ours(llama)).logits
+    torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("gqa", DEFAULT), "model.config"),
+        ((None, DEFAULT), "model.config"),
+        ((..., DEFAULT, {"block_size": "128"}), "block_size='128'.*multiple of 16"),
+        ((..., DEFAULT, {"block_size": 16.0}), "block_size=16.0.*multiple of 16"),
+    ],
+)
+def test_arguments(llama, arguments, why):
+    config, name, *options = arguments
+    with pytest.raises(ValueError, match=why):
+        KVQCache(llama.config if config is ... else config, name, **dict(*options))
+
+
+@torch.no_grad()
+def test_crop_takes_whole_tokens(llama):
+    cache = ours(llama)
+    llama(ids(1, 20), **cache)
+    with pytest.raises(ValueError, match="crop.-1.5.*expected"):
+        cache[CACHE].layers[0].crop(-1.5)
+
+
+def test_flex_attention(llama):
     llama.set_attn_implementation("flex_attention")
     got = llama.generate(ids(1, 40), **ours(llama), max_new_tokens=3, do_sample=False)
     assert got.shape == (1, 43)

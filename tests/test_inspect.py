@@ -119,12 +119,63 @@ def test_a_single_scale_stands_for_both_and_modelopt_declares_in_a_file(write):
         ({"model.layers.7.self_attn.k_scale": 0.5}, "no weights for"),
         ({"model.layers.0.self_attn.v_scale": -1.0}, "no K or V scale for model.layers.0"),
         ({"model.layers.1.self_attn.kv_scale": 0.5}, "v_scale is given twice"),
+        ({"model.layers.1.self_attn.q_scale": torch.ones(4)}, "beside a single k_scale"),
     ],
 )
 def test_problems_are_named_and_fail(write, broken, says):
     text, error = report(write(scales(k_scale=0.25, v_scale=0.5) | broken))
     assert says in text and "problem" in error
     assert text.count(" no ") >= 4 and " yes " in text
+
+
+def test_layers_behind_the_models_own_need_no_scales(write):
+    """Layers for multi-token prediction, which serving passes over."""
+    config = CONFIG | {"num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+    declared = {"quant_method": "compressed-tensors", "kv_cache_scheme": INT8}
+    own = {f"model.layers.0.self_attn.{k}": 0.5 for k in ("k_scale", "v_scale")}
+    checkpoint = inspection.read(write(own, config, **declared))
+    assert not checkpoint.bare and not checkpoint.problems
+    theirs = {"mtp.layers.0.self_attn.k_scale": 0.5, "model.layers.1.self_attn.k_scale": 0.5}
+    assert not inspection.read(write(own | theirs, config, **declared)).problems
+    [problem] = inspection.read(write(own | {"model.layers.2.self_attn.k_scale": 0.5})).problems[:1]
+    assert "no weights for the scales of model.layers.2" in problem
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"global_head_dim": 64, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+        {"per_layer_config": {"1": {"head_dim": 64, "num_key_value_heads": 1}}},
+    ],
+)
+def test_layers_may_have_heads_of_their_own(write, stated):
+    """Gemma 4's global layers, in its own words and in transformers'."""
+    config = CONFIG | stated | {"layer_types": ["sliding_attention", "full_attention"]}
+    own = {f"model.layers.0.self_attn.{k}": torch.ones(2, 1, 32) for k in ("k_scale", "v_scale")}
+    own |= {f"model.layers.1.self_attn.{k}": torch.ones(1, 1, 64) for k in ("k_scale", "v_scale")}
+    checkpoint = inspection.read(write(own, config))
+    assert not checkpoint.problems
+    assert [tuple(x.values["k_scale"].shape) for x in checkpoint.layers] == [(2, 32), (1, 64)]
+
+
+def test_skipped_layers_need_no_scales(write):
+    own = {f"model.layers.1.self_attn.{k}": 0.5 for k in ("k_scale", "v_scale")}
+    declared = {"quant_method": "compressed-tensors", "kv_cache_scheme": INT8}
+    assert inspection.read(write(own, **declared)).problems
+    checkpoint = inspection.read(write(own, **declared, kv_cache_skip_layers=[0]))
+    assert checkpoint.skipped == {0} and not checkpoint.bare and not checkpoint.problems
+
+
+@pytest.mark.parametrize("scheme", [INT8, {**INT8, "type": "float"}, None])
+def test_zero_points_are_for_int8(write, scheme):
+    extra = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme} if scheme else {}
+    path = write(scales(k_scale=0.5, v_scale=0.5, k_zero_point=3.0), **extra)
+    found = verdicts(path)
+    assert not any(found[n] for n in ("fp8", "fp8_e4m3", "fp8_e5m2"))
+    assert found["int8"] is (scheme is None or scheme["type"] == "int")
+    problems = inspection.read(path).problems
+    assert bool(problems) is (scheme is not None and scheme["type"] == "float")
+    assert all("k_zero_point is not zero" in problem for problem in problems)
 
 
 def test_outliers_are_remarked(write):
@@ -193,3 +244,40 @@ def test_needs_no_vllm(write):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "K tensor" in done.stdout
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json: expected a model's directory"):
+        inspection.read(tmp_path)
+
+
+def test_dtypes_are_checked_before_anything_runs(write):
+    path = str(write({}))
+    inspection.check_dtypes(path, ["auto", "fp8", "int8_per_token_head", "int4"])
+    with pytest.raises(ValueError, match="int8 was asked of .*: refused: needs calibrated .*kvq c"):
+        inspection.check_dtypes(path, ["auto", "fp8", "int8"])
+    with pytest.raises(ValueError, match="kvq_mixed was asked of .*`kvq allocate`, or ask for int"):
+        inspection.check_dtypes(path, ["kvq_mixed"])
+
+
+def test_dtypes_of_a_calibrated_checkpoint(write):
+    section = {"quant_method": "compressed-tensors", "kv_cache_scheme": INT8}
+    path = str(write(scales(k_scale=CHANNEL, v_scale=0.5), **section))
+    inspection.check_dtypes(path, ["auto", "int8"])
+    with pytest.raises(ValueError, match="fp8 was asked of .*for another code .*`kvq calibrate`"):
+        inspection.check_dtypes(path, ["fp8"])
+    path = str(write(scales(k_scale=CHANNEL), **section))
+    with pytest.raises(ValueError, match=r"1 problem\(s\); no K or V scale for .*kvq calibrate"):
+        inspection.check_dtypes(path, ["int8"])
+
+
+def test_dtypes_of_a_mapping(write):
+    mapping = {"num_hidden_layers": 2, "kvq": {"layers": {"0": "int4", "1": "k8v4"}}}
+    inspection.check_dtypes(str(write({}, CONFIG | mapping)), ["auto", "kvq_mixed"])
+
+
+@pytest.mark.parametrize("config", ["{}", '{"num_attention_heads": [1, 2], "hidden_size": 8}'])
+def test_dtypes_of_what_cannot_be_read_are_the_engines(tmp_path, config):
+    inspection.check_dtypes("/nowhere/at/all", ["int8"])
+    (tmp_path / "config.json").write_text(config)
+    inspection.check_dtypes(str(tmp_path), ["int8", "kvq_mixed"])

@@ -13,7 +13,16 @@ import pytest
 import torch
 from engine_jobs import Batch, Job, only, run
 from safetensors.torch import load_file
-from scaled import DENSE, add_scales, change, kv_of, quantize_weights, scheme, stretch_keys
+from scaled import (
+    DENSE,
+    add_scales,
+    change,
+    eagle_draft,
+    kv_of,
+    quantize_weights,
+    scheme,
+    stretch_keys,
+)
 from tiny_models import make
 
 from kvq_plugin import _native, inspection
@@ -88,14 +97,7 @@ def test_scales_beside_quantized_weights(by_weights, weights):
 @pytest.mark.timeout(900)
 def test_eagle_draft_model_beside_a_static_cache(folder, base):
     """The draft's layer stores fp8 as the target's do; what is answered stays the target's."""
-    source = load_file(base / "model.safetensors")
-    layer = {k.removeprefix("model."): w for k, w in source.items() if ".layers.0." in k}
-    hidden = source["model.norm.weight"].shape[0]
-    del layer["layers.0.input_layernorm.weight"]  # EAGLE's first layer has none
-    layer["fc.weight"] = torch.eye(hidden).repeat(1, 2)
-    draft = change(base, folder / "eagle", dict.fromkeys(source) | layer)
-    config = json.loads((draft / "config.json").read_text()) | {"num_hidden_layers": 1}
-    (draft / "config.json").write_text(json.dumps(config))
+    draft = eagle_draft(base, folder / "eagle")
     llm = {"model": str(base), "kv_cache_dtype": "fp8", "dtype": "float32"}
     speculation = {"method": "eagle", "model": str(draft), "num_speculative_tokens": 2}
     plain, drafted = only(

@@ -82,6 +82,14 @@ def test_of_long_prompts_the_middle_is_left_out(tmp_path):
     assert one.prompt == [f"w{i}" for i in (*range(20), *range(480, 500))]
 
 
+def test_no_room_beside_the_answer_is_refused(tmp_path):
+    file = write(tmp_path, entry(context="word " * 500, dataset="lcc", input=""))
+    with pytest.raises(ValueError, match="line 1: .* lcc's answer .* got 65 .*length by 1 or more"):
+        read(file, Words(), 65)
+    [one] = read(file, Words(), 66)
+    assert len(one.prompt) == 2
+
+
 def test_chat_template_but_for_what_is_continued(tmp_path):
     long = " ".join(["word"] * 300)
     file = write(tmp_path, entry(context=long), entry(dataset="trec", all_classes=["red"]))
@@ -221,6 +229,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "evaluate", evaluate)
     monkeypatch.setattr(report, "load_tokenizer", lambda _: Words())
     monkeypatch.setattr(report, "make_windows", lambda *_: [[1] * 3])
+    monkeypatch.setattr(report, "positions", lambda _: 4096)
     monkeypatch.setattr(asked, "longest", lambda _: 4096)
     file = write(tmp_path, entry(), entry(answers=["blue"]))
     command = ["eval", "m", "--dtypes", "int4", "--no-divergence", "--tasks", str(file)]

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from kvq_plugin import doctor_url
-from kvq_plugin.doctor import ADVICE, BAD, GOOD
+from kvq_plugin.doctor import ADVICE, BAD, GOOD, print_findings
 from kvq_plugin.formats import get_format
 from kvq_plugin.layout import GROUP
 from kvq_plugin.reference import StaticScale, dequantize, quantize
@@ -224,6 +224,19 @@ def test_doctor_on_scales(samples, states, says):
         assert "kvq calibrate" in found[-1].advice and "int8_per_token_head" in found[-1].advice
 
 
+def test_doctor_counts_all_faults():
+    """Of nine layers five have a line each; of the others three are faults and one is less."""
+    shares = [9e5 - 1e5 * i for i in range(8)] + [5e3]
+    samples = sum((counted(f"l{i}", "key", 1e6, x) for i, x in enumerate(shares)), [])
+    found = list(doctor_url.scales(samples))
+    assert sum(f.count for f in found if f.state == BAD) == 8
+    assert [f.what for f in found if "more layers" in f.what] == [
+        "3 more layers' keys or values saturate, 20.00% to 40.00%: their scales are too small",
+        "1 more layers' keys or values saturate, by less",
+    ]
+    assert print_findings(Console(file=io.StringIO()), "Scales", found) == 8
+
+
 def test_doctor_on_a_server():
     config = {"cache_dtype": "int4", "block_size": "128", "kv_cache_size_tokens": "12345"}
     info = sample("vllm:cache_config_info", 1.0, **config)
@@ -243,7 +256,9 @@ def test_doctor_on_a_server():
 
 
 def test_doctor_on_no_server():
-    with pytest.raises(ValueError, match="no metrics from http://127.0.0.1:9: .*refused"):
+    with pytest.raises(ValueError, match="no metrics from http://127.0.0.1:9: Connection refused;"):
         doctor_url.run("http://127.0.0.1:9", Console(file=io.StringIO()))
     with pytest.raises(ValueError, match="no metrics from nonsense"):
         doctor_url.run("nonsense", Console(file=io.StringIO()))
+    with pytest.raises(ValueError, match="from localhost:8000: unknown url type: localhost;"):
+        doctor_url.run("localhost:8000", Console(file=io.StringIO()))

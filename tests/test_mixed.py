@@ -102,6 +102,15 @@ def test_a_mapping_to_one_format_is_that_format(model):
     assert _answers(uniform.batches[0]) == _answers(mixed.batches[0])
 
 
+@pytest.mark.parametrize("layers", [{"default": "int8_per_token_head"}, {"0": "int4"}])
+def test_attention_in_both_directions_is_refused(model, layers):
+    """Such layers have a backend around ours, which a format of their own would replace."""
+    embedding = {"runner": "pooling", "convert": "embed", "hf_overrides": {"is_causal": False}}
+    layers = {"default": "int8_per_token_head"} | layers
+    (result,) = run([Job({"model": str(model), **embedding, **_mixed(layers)})])
+    assert "attention is not only causal" in result.error and "EncoderOnly" in result.error
+
+
 def test_two_tensor_parallel_ranks(model):
     base = {"model": str(model), "dtype": "float32", "num_gpu_blocks_override": BLOCKS}
     scored = [Batch(PROMPTS, {"prompt_logprobs": 0, "max_tokens": 8})]

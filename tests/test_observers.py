@@ -266,6 +266,22 @@ def test_query_scales_are_per_query_head():
     assert stream_scales(tensor, watched(tensor, activations()), "q").scale.shape == (1,)
 
 
+@pytest.mark.parametrize("observer", ("minmax", "average", "percentile", "mse"))
+@pytest.mark.parametrize("strategy", (Strategy.TENSOR, Strategy.CHANNEL))
+def test_a_querys_scale_is_symmetric_whatever_ks_is(strategy, observer):
+    """Half of it was lost: an asymmetric scale whose zero point nothing stores."""
+    found = []
+    for asymmetric in (False, True):
+        settings = settings_of(strategy, observer=observer, asymmetric=asymmetric, q_scale=True)
+        observers = Observers(settings)
+        observers.observe("a", "q", torch.cat(activations()).abs())
+        [(_, watching)] = observers.items()
+        stream = stream_scales(settings, watching, "q")
+        assert stream.zero_point is None
+        found.append(stream.scale)
+    assert torch.equal(*found)
+
+
 def test_what_is_suspect_is_said():
     x = torch.cat(activations()) * torch.tensor([1.0, 0.1, 100.0])[:, None]
     x[:, 0, 3] = 0.0
@@ -305,7 +321,8 @@ def test_a_layer_without_values_is_an_error():
         ({"strategy": Strategy.GROUP}, "--group-size"),
         ({"group_size": 8}, "--group-size"),
         ({"observer": "best"}, "minmax"),
-        ({"percentile": 20.0}, "more than 50"),
+        ({"observer": "percentile", "percentile": 20.0}, "more than 50"),
+        ({"percentile": 99.0}, "add --observer percentile"),
         ({"ignore": frozenset([-1])}, "from 0 on"),
     ),
 )

@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("vllm")
 
-from scale_layers import HEAD_SIZE, HEADS, Layer, build, loaded, results  # noqa: E402
+from scale_layers import HEAD_SIZE, HEADS, Layer, build, give, loaded, results  # noqa: E402
 
 from kvq_plugin.serving import compat  # noqa: E402
-from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader  # noqa: E402
+from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader, own_kv_heads  # noqa: E402
 
 
 @pytest.fixture
@@ -79,6 +79,27 @@ def test_7_a_layer_with_its_own_number_of_heads(ranks):
     k = torch.tensor([1.0, 2.0, 3.0, 4.0])
     layer = loaded("int8", total_kv_heads=8, k_scale=k, v_scale=1.0)
     assert layer._k_scale.tolist() == [3.0, 4.0]
+
+
+def test_7_a_layer_with_fewer_heads_than_ranks_where_the_model_has_more(ranks):
+    """Gemma 4's global layers: 4 kv heads, twice each on 8 ranks; 16 elsewhere."""
+    k = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for rank in range(8):
+        ranks(rank, 8)
+        layer = Layer("int8", heads=1, num_heads=1)
+        method = build(layer, total_kv_heads=16)
+        method.own_kv_heads = 4
+        give(layer, k_scale=k, v_scale=1.0)
+        method.process_weights_after_loading(layer)
+        assert layer._k_scale.tolist() == [k[rank // 2]]
+    assert HeadShard.of(2, 16, 3, 8, own_total=4) == HeadShard(16, 6, 2, 8)  # 4 cannot be
+
+
+def test_7_modules_say_how_many_heads_their_layers_have():
+    outer = torch.nn.Module()
+    outer.attn, outer.total_num_kv_heads = Layer(name="layers.3.self_attn.attn"), 4
+    model = torch.nn.ModuleList([outer, Layer(name="layers.0.attn")])
+    assert own_kv_heads(model) == {"layers.3.self_attn.attn": 4}
 
 
 def test_7_a_shard_needs_all_heads(ranks):

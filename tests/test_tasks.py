@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_models import make
 from kvq_plugin import cli
 from kvq_plugin.evaluate import BASELINE, evaluate, load_tokenizer
 from kvq_plugin.tasks import arguments, page, results, tables
-from kvq_plugin.tasks.asked import Asked, Settings
+from kvq_plugin.tasks.asked import Asked, Settings, positions
 from kvq_plugin.tasks.items import DEPTHS, TASKS, Item, make_items
 from kvq_plugin.tasks.statistics import mcnemar, wilson
 
@@ -156,8 +157,17 @@ def test_figures_by_hand():
     # Context 0 lost one and gained one.
     own = row["caches"]["int4"]
     assert (own["lost"], own["gained"], own["p"]) == (5, 0, mcnemar(5, 0))
-    assert (own["right"], own["low"], own["high"]) == (14, *wilson(14, 20))
+    assert (own["right"], own["low"], own["high"]) == (14, *wilson(7, 10))
     assert found["total"]["int4"] == own
+
+
+def test_questions_about_one_context_are_no_trials_of_their_own():
+    """Right or wrong together: the interval is that of contexts, not of five times as many."""
+    items = small(contexts=20, depths=DEPTHS)
+    auto = [i.answer if i.context < 14 else "no" for i in items]
+    own = results.figures(items, {BASELINE: auto}, BASELINE)["total"][BASELINE]
+    assert (own["right"], own["items"]) == (70, 100)
+    assert (own["low"], own["high"]) == wilson(14, 20)
 
 
 def test_what_auto_cannot_do_is_not_ranked_and_counts_in_the_total():
@@ -212,6 +222,21 @@ def test_heat_map_and_tables_show_every_cell(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"text_config": {"max_position_embeddings": 512}}, 512),
+        ({"n_positions": 1024, "max_position_embeddings": None}, 1024),
+        ({"max_position_embeddings": 4096, "seq_length": 2048}, 2048),
+        ({}, None),
+    ],
+)
+def test_positions(tmp_path, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert positions(str(tmp_path)) == expected
+
+
 # --- the command -----------------------------------------------------------------------
 
 
@@ -229,6 +254,32 @@ def test_arguments():
     assert settings("--task-contexts", "3", "--seed", "5").described() == (
         "needle, multikey, tracking, copy, json at 192 and 1,000 tokens, 3 contexts each, seed 5"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--task-prompts p.json", "--task-prompts was asked: without --tasks .*; name one"),
+        ("--tasks-max-length 5", "--tasks-max-length was asked: without --tasks"),
+        ("--no-tasks --task-set json", "--task-set was asked: with --no-tasks .* leave it out, or"),
+        ("--no-tasks --task-lengths 192,1000", "--task-lengths was asked: with --no-tasks"),
+        ("--no-tasks --task-contexts 3", "--task-contexts was asked: with --no-tasks"),
+        ("--no-tasks --seed 0", "--seed was asked: with --no-tasks"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        settings(*words.split())
+
+
+def test_a_file_is_asked_with_its_options(tmp_path):
+    file, prompts = tmp_path / "f.jsonl", tmp_path / "p.json"
+    for path in (file, prompts):
+        path.touch()
+    words = f"--no-tasks --tasks {file} --task-prompts {prompts} --tasks-max-length 900"
+    asked = settings(*words.split())
+    assert (asked.names, asked.file, asked.prompts) == ((), file, prompts)
+    assert asked.room == 900
 
 
 def test_unknown_task_is_refused_with_the_known(capsys):

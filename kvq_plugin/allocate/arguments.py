@@ -19,7 +19,7 @@ from kvq_plugin.allocate.solve import (
     require_range,
 )
 from kvq_plugin.calibrate.checkpoint import Source
-from kvq_plugin.calibrate.output import Target
+from kvq_plugin.calibrate.output import Target, left_out
 from kvq_plugin.evaluate import BASELINE, evaluate, load_tokenizer
 from kvq_plugin.formats import SERVED
 from kvq_plugin.mapping import MIXED, PLAIN
@@ -92,27 +92,37 @@ def formats_of(text: str) -> tuple[str, ...]:
     return names
 
 
-def size_of(options: argparse.Namespace, shapes: list[Shape]) -> int:
-    """The budget in bytes per token. ValueError unless it is given in one of the two ways."""
+def require_budget(options: argparse.Namespace) -> None:
+    """Raise ValueError unless a budget is given in one of the two ways."""
     if (options.budget is None) == (options.tokens is None and options.memory is None):
         raise ValueError("expected --budget BITS, or --tokens N with --memory SIZE, and not both")
     if options.budget is not None:
-        return budget_bytes(parse_bits(options.budget), shapes)
+        parse_bits(options.budget)
+        return
     if options.tokens is None or options.memory is None or options.tokens < 1:
         raise ValueError(
             "--tokens and --memory go together: expected --tokens 100000 --memory 1GiB"
         )
+    parse_memory(options.memory)
+
+
+def size_of(options: argparse.Namespace, shapes: list[Shape]) -> int:
+    """The budget, which :func:`require_budget` let pass, in bytes per token."""
+    if options.budget is not None:
+        return budget_bytes(parse_bits(options.budget), shapes)
     return parse_memory(options.memory) // options.tokens
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, choose, write, verify."""
     console = Console()
+    require_budget(options)
     source, target = Source.find(options.model), Target(options.output, options.force, options.copy)
     output.require_free(target, source)
     formats = formats_of(options.formats)
-    if options.budget is not None:
-        parse_bits(options.budget)  # a bad one now, not after the engine has started
+    stated = measure.stated_shapes(source)
+    if options.budget is not None and stated:  # bits out of range: now, not after an engine started
+        require_range(size_of(options, stated), stated, formats)
     tokenizer, model = load_tokenizer(str(source.folder)), str(source.folder)
     count, length = options.windows, options.length
     if min(count, length - 1, options.stride) < 1:
@@ -143,6 +153,13 @@ def run(options: argparse.Namespace) -> None:
     print_table(console, output.table(found))
     for line in output.summary(found):
         console.print(line, highlight=False, soft_wrap=True)
+    if left := left_out(source):
+        console.print(
+            f"Folders with other weights were left out: {', '.join(left)}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
     console.print(
         f"vllm serve {target.folder}    # as {output.FIGURES} there says; costs in {file}",
         highlight=False,

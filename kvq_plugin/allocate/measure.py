@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from kvq_plugin.allocate.solve import Shape
+from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.evaluate import Window, builtin_text, cache_dtype, make_windows, read_text
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.mapping import PLAIN
@@ -36,6 +37,11 @@ STRIDE = 2
 #: of 30 layers in `k3v2` added up to .057, and all of them together cost .019.
 DTYPE = "float32"
 KV_MEMORY = 256 << 20
+#: Parts of a weight file that tell it from a fine-tuned one of the same size, and their bytes: a
+#: shard of 5 GB is not read whole.
+_PARTS, _PART_BYTES = 16, 1 << 16
+#: Of config.json, what changes where the model does not.
+_INCIDENTAL = ("transformers_version", "_name_or_path", "_model_name_or_path")
 
 
 def text_of(name: str) -> str:
@@ -48,6 +54,23 @@ def text_of(name: str) -> str:
 def windows_of(tokenizer, name: str, count: int, length: int, skip: int = 0) -> list[Window]:
     """*count* windows of *length* tokens of text *name*, after the first *skip* of them."""
     return make_windows(tokenizer, text_of(name), skip + count, length)[skip:]
+
+
+def identity(model: str) -> str:
+    """A digest of the checkpoint in directory *model*: its configuration, and each weight file's
+    name, size and samples of its bytes."""
+    source = Source(Path(model))
+    config = {key: value for key, value in source.config.items() if key not in _INCIDENTAL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(source.shards):
+        file = source.folder / name
+        size = file.stat().st_size
+        digest.update(f"{name} {size}".encode())
+        with file.open("rb") as weights:
+            for part in range(_PARTS):
+                weights.seek(part * size // _PARTS)
+                digest.update(weights.read(_PART_BYTES))
+    return digest.hexdigest()[:16]
 
 
 class Meter:
@@ -106,6 +129,19 @@ def _itemsize(model: str) -> int:
     return 4 if stated == "float32" else 2
 
 
+def stated_shapes(source: Source) -> list[Shape]:
+    """The layers as config.json has them, where it says the same of all; else none.
+
+    Bits per value are right even where layers without a KV cache are among them.
+    """
+    geometry, count = source.geometry(), source.layer_count()
+    kinds = (source.config.get("text_config") or source.config).get("layer_types") or ()
+    if geometry is None or count is None or set(kinds) - {"full_attention"}:
+        return []
+    itemsize = _itemsize(str(source.folder))
+    return [Shape(n, geometry.kv_heads, geometry.head_size, itemsize) for n in range(count)]
+
+
 def _work(pipe: Connection) -> None:
     """The engine's process: receives its options and windows; sends the layers' shapes. Then it
     receives mappings and sends the divergences of all windows' positions."""
@@ -148,13 +184,15 @@ class Sensitivities:
 
     @classmethod
     def resume(cls, file: Path, model: str, windows: Sequence[Window], stride: int, dtype: str):
-        """What *file* has of this measurement, or an empty one.
+        """What *file* has of this measurement, of the checkpoint in directory *model*, or an empty
+        one.
 
         Raises ValueError where the file is another measurement's.
         """
         digest = hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest()[:16]
         what = {
             "model": Path(model).name,
+            "checkpoint": identity(model),
             "windows": len(windows),
             "tokens": digest,
             "stride": stride,

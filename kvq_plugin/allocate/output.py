@@ -90,16 +90,7 @@ class Found:
 
 def require_free(target: Target, source: Source) -> None:
     """ValueError when the output cannot be written there: before minutes of measuring."""
-    out, model = target.folder.resolve(), source.folder.resolve()
-    if out == model or out in model.parents or model in out.parents:
-        raise ValueError(f"the output {target.folder} is the model, or one of the two in the other")
-    if target.folder.exists() and not (target.force and (target.folder / FIGURES).is_file()):
-        raise ValueError(
-            f"{target.folder} exists: name another output, or pass --force to replace what "
-            "`kvq allocate` wrote"
-        )
-    if not out.parent.is_dir():
-        raise ValueError(f"{out.parent} is not a directory: create it, or name another output")
+    target.check(source, "kvq allocate", FIGURES)
 
 
 def write(source: Source, target: Target, mapping: Mapping[str, str], found: Found | None) -> None:

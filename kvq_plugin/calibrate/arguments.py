@@ -9,12 +9,13 @@ from kvq_plugin.calibrate.settings import (
     DRIVERS,
     DTYPES,
     OBSERVERS,
+    PERCENTILE,
     SCHEMES,
     Settings,
     Strategy,
 )
 from kvq_plugin.evaluate import BUILTIN_TEXT
-from kvq_plugin.options import positive
+from kvq_plugin.options import gib, positive
 
 _DEFAULTS = Settings()
 
@@ -58,8 +59,7 @@ def _add_scheme(group) -> None:
     group.add_argument(
         "--percentile",
         type=float,
-        default=_DEFAULTS.percentile,
-        help="of the percentile observer (%(default)s)",
+        help=f"of the percentile observer ({PERCENTILE})",
     )
     group.add_argument("--q-scale", action="store_true", help="scales of the query, too")
     group.add_argument(
@@ -100,7 +100,7 @@ def _add_driver(group) -> None:
     )
     group.add_argument(
         "--kv-memory-gib",
-        type=float,
+        type=gib,
         default=0.5,
         help="memory of the engine's unquantized KV cache (%(default)s)",
     )

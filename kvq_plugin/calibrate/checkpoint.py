@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from kvq_plugin.hub import checkpoint_folder
+from kvq_plugin.inspection import Geometry
 from kvq_plugin.serving.scales.declared import (
     KVScheme,
     declared_scheme,
@@ -24,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 #: Methods whose configuration may hold a KV scheme and nothing else.
 _KV_ONLY = ("compressed-tensors", "kvq")
+#: In config.json, what gives layers, or K and V, head sizes of their own.
+_UNEVEN = ("kv_lora_rank", "v_head_dim", "per_layer_config", "global_head_dim", "block_configs")
 
 
 def is_kv_scale(name: str) -> bool:
@@ -89,24 +92,58 @@ class Source:
         """The ``--kv-cache-dtype`` that ignores it."""
         return unquantized_dtype(self.config, self.folder)
 
-    def without_kv_scheme(self) -> dict[str, Any]:
-        """Arguments that make transformers load the weights and no KV scheme."""
+    def without_kv_scheme(self, trust_remote_code: bool = False) -> dict[str, Any]:
+        """Arguments that make transformers load the weights and no KV scheme; with
+        *trust_remote_code*, the configuration may be of a class that the checkpoint brings."""
         section = dict(quantization_section(self.config))
         if not section.pop("kv_cache_scheme", None):
             return {}
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(self.folder)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
         if section.get("config_groups") or section.get("quant_method") not in _KV_ONLY:
-            config.quantization_config = section
+            _put_section(config, section)
         else:
-            del config.quantization_config
+            _put_section(config, None)
         return {"config": config}
 
     def max_length(self) -> int | None:
         """Positions the model has, where its configuration says so."""
-        text = self.config.get("text_config") or self.config
-        return text.get("max_position_embeddings")
+        return self._text_config.get("max_position_embeddings")
+
+    def layer_count(self) -> int | None:
+        """Layers of the decoder, where its configuration says so."""
+        if self.config.get("is_encoder_decoder"):
+            return None  # the number may be the encoder's
+        text = self._text_config
+        return next((text[key] for key in ("num_hidden_layers", "n_layer") if text.get(key)), None)
+
+    def geometry(self) -> Geometry | None:
+        """Attention of every layer, where its configuration states one for all of them."""
+        if any(self._text_config.get(key) for key in _UNEVEN):
+            return None
+        try:
+            return Geometry.of(self.config, self.folder)
+        except ValueError:
+            return None
+
+    @property
+    def _text_config(self) -> dict[str, Any]:
+        return self.config.get("text_config") or self.config
+
+
+def _put_section(config: Any, section: dict[str, Any] | None) -> None:
+    """Put *section* where transformers' *config* has its quantization, in the order in which
+    :func:`quantization_section` looks; None removes it."""
+    for key in ("quantization_config", "compression_config"):
+        for holder in (config, getattr(config, "text_config", None)):
+            if not getattr(holder, key, None):
+                continue
+            if section is None:
+                delattr(holder, key)
+            else:
+                setattr(holder, key, section)
+            return
 
 
 def _weight_map(index: Path) -> dict[str, str]:

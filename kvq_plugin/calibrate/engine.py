@@ -62,7 +62,7 @@ def observe(
         "windows": list(windows),
     }
     with tempfile.TemporaryDirectory(prefix="kvq-statistics-") as folder:
-        with engine_process(__name__, "that calibrates") as engine:
+        with engine_process(__name__, "that calibrates", load.tensor_parallel) as engine:
             engine.send(message | {"folder": folder})
             modules, loaded = engine.receive()
             tick()
@@ -106,7 +106,13 @@ def _options(source: Source, load: Load, length: int) -> dict[str, Any]:
 
 
 def check_ignored(settings: Settings, modules: Sequence[str]) -> None:
-    """ValueError when ``settings.ignore`` names layers without attention, or leaves none."""
+    """ValueError when ``settings.ignore`` names layers without attention, or leaves none, and
+    where there are none."""
+    if not modules:
+        raise ValueError(
+            "found no attention layer that writes K and V to a cache: expected some; models whose "
+            "attention is all latent (MLA), linear or an encoder's have nothing to calibrate"
+        )
     numbers = {layer_number(module) for module in modules}
     if None in numbers:
         unnumbered = next(m for m in modules if layer_number(m) is None)
@@ -151,7 +157,7 @@ def _gathered(settings: Settings, folder: Path, names: dict[str, str]) -> Observ
     for layer, kind in sorted(parts, key=lambda key: (layer_number(key[0]), key)):
         found = parts[layer, kind]
         states = [found[first] for first in sorted(found)]
-        joined = observer_class(settings).joined(settings, states)
+        joined = observer_class(settings).joined(settings.of_kind(kind), states)
         observers.add(names[layer], kind, joined)
     return observers
 

@@ -46,25 +46,13 @@ def observe(
     windows: Sequence[list[int]],
     tick: Tick = lambda: None,
 ) -> Observers:
-    """As :func:`kvq_plugin.calibrate.engine.observe`, through transformers.
-
-    Raises ValueError for q scales and tensor parallelism, which only the engine driver has.
-    """
-    if settings.q_scale:
-        raise ValueError(
-            "q scales were asked for: transformers' cache never sees the query; use "
-            "--driver engine, or drop --q-scale"
-        )
-    if load.tensor_parallel > 1:
-        raise ValueError(
-            f"--tensor-parallel-size {load.tensor_parallel} was asked for: the hf driver runs on "
-            "one rank; use --driver engine"
-        )
+    """As :func:`kvq_plugin.calibrate.engine.observe`, through transformers: without q scales and
+    on one rank."""
     model = AutoModelForCausalLM.from_pretrained(
         source.folder,
         dtype="auto" if load.dtype == "auto" else getattr(torch, load.dtype),
         trust_remote_code=load.trust_remote_code,
-        **source.without_kv_scheme(),
+        **source.without_kv_scheme(load.trust_remote_code),
     ).eval()
     modules = _attention_modules(model)
     if not modules:

@@ -345,7 +345,8 @@ class Observers:
         key = layer, kind
         if key not in self._all:
             _, heads, head_size = as_tokens(x).shape
-            self._all[key] = observer_class(self.settings)(self.settings, heads, head_size)
+            settings = self.settings.of_kind(kind)
+            self._all[key] = observer_class(settings)(settings, heads, head_size)
         self._all[key].observe(x)
 
     def broken(self) -> list[tuple[str, str, int]]:

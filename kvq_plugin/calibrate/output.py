@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from kvq_plugin.calibrate.checkpoint import CONFIG, INDEX, Source, is_kv_scale
+from kvq_plugin.formats import SERVED
+from kvq_plugin.mapping import LAYERS, SECTION, declared_mapping
 from kvq_plugin.serving.scales.declared import quantization_section
 
 SCALES = "kv_scales.safetensors"
@@ -35,27 +37,39 @@ class Target:
     force: bool = False
     copy: bool = False
 
-    def check(self, source: Source) -> None:
-        """ValueError when the output cannot be written there: before hours of calibration."""
-        out, model = self.folder.resolve(), source.folder.resolve()
+    @property
+    def place(self) -> Path:
+        """Where the output comes to lie: through a link, what it points to is replaced."""
+        return self.folder.resolve()
+
+    def check(self, source: Source, command: str = "kvq calibrate", mark: str = SCALES) -> None:
+        """ValueError when the output cannot be written there: before hours of calibration.
+
+        *mark* is the file by which an earlier output of *command* is told.
+        """
+        out, model = self.place, source.folder.resolve()
         if out == model or out in model.parents:
             raise ValueError(f"the output {self.folder} would replace the model: name another")
         if model in out.parents:
             raise ValueError(f"the output {self.folder} lies inside the model: name another")
-        if self.folder.exists() or self.folder.is_symlink():
-            if not self.force:
-                raise ValueError(f"{self.folder} exists: name another output, or pass --force")
-            if not (self.folder / SCALES).is_file():
-                raise ValueError(
-                    f"--force replaces what `kvq calibrate` wrote, and {self.folder} has no "
-                    f"{SCALES}: remove it yourself, or name another output"
-                )
+        self._check_free(command, mark)
         parent = out.parent
         if not parent.is_dir():
             raise ValueError(f"{parent} is not a directory: create it, or name another output")
         if not os.access(parent, os.W_OK):
             raise ValueError(f"{parent} is not writable: name another output")
         self._check_room(source, parent)
+
+    def _check_free(self, command: str, mark: str) -> None:
+        if not self.folder.exists() and not self.folder.is_symlink():
+            return
+        if not self.force:
+            raise ValueError(f"{self.folder} exists: name another output, or pass --force")
+        if not (self.folder / mark).is_file():
+            raise ValueError(
+                f"--force replaces what `{command}` wrote, and {self.folder} has no {mark}: "
+                "remove it yourself, or name another output"
+            )
 
     def _check_room(self, source: Source, parent: Path) -> None:
         linked = not self.copy and _can_link(source.folder, parent)
@@ -74,23 +88,23 @@ class Target:
     @contextmanager
     def being_written(self) -> Iterator[Path]:
         """A scratch directory that becomes the output when the block ends without an error."""
-        parent = self.folder.resolve().parent
+        place = self.place
         # A temporary directory is its owner's alone; one made within it follows the umask.
-        private = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=parent))
+        private = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
         scratch, old = private / "new", private / "old"
         try:
             scratch.mkdir()
             yield scratch
-            if self.folder.exists():
-                self.folder.rename(old)
+            if place.exists():
+                place.rename(old)
             try:
-                scratch.rename(self.folder)
+                scratch.rename(place)
             except BaseException:
                 if old.exists():
-                    old.rename(self.folder)
+                    old.rename(place)
                 raise
         finally:
-            if self.folder.exists() or not old.exists():  # never the only copy
+            if place.exists() or not old.exists():  # never the only copy
                 shutil.rmtree(private, ignore_errors=True)
 
 
@@ -160,20 +174,56 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]
 
 
 def copy_rest(source: Source, folder: Path) -> None:
-    """Copy the small files: tokenizer, generation settings, code, licence."""
-    for file in source.folder.iterdir():
-        if file.suffix in _WEIGHTS or file.name.startswith(".") or not file.is_file():
-            continue
-        if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
+    """Copy the small files: tokenizer, generation settings, code, licence; and folders of such
+    files, but for those that :func:`left_out` names."""
+    left = left_out(source)
+    for entry in source.folder.iterdir():
+        if entry.name not in left:
+            _copy_small(entry, folder / entry.name)
+
+
+def _copy_small(old: Path, new: Path) -> None:
+    if old.suffix in _WEIGHTS or _is_passing(old.name):
+        return
+    if old.is_dir() and not old.is_symlink():
+        for entry in old.iterdir():
+            _copy_small(entry, new / entry.name)
+    elif old.is_file() and not new.exists():
+        new.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(old, new)
+
+
+def _is_passing(name: str) -> bool:
+    """Whether *name* is that of a hidden entry or of a cache, which no checkpoint needs."""
+    return name.startswith(".") or name == "__pycache__"
+
+
+def left_out(source: Source) -> list[str]:
+    """Names of the source's folders that outputs go without: they hold the weights once more, as
+    ``original`` and ``onnx`` do, or are links."""
+    mine = {Path(file).parts[0] for file in source.shards}
+    folders = [e for e in source.folder.iterdir() if e.is_dir() and not _is_passing(e.name)]
+    return sorted(
+        folder.name
+        for folder in folders
+        if folder.name not in mine and (folder.is_symlink() or _has_weights(folder))
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(file.suffix in _WEIGHTS for file in folder.rglob("*"))
 
 
 def with_scheme(source: Source, scheme: Mapping[str, Any], skipped: list[int]) -> dict[str, Any]:
-    """The source's configuration with the KV scheme added to its quantization.
+    """The source's configuration with the KV scheme added to its quantization, and without a
+    mapping that :func:`drops_mapping` names.
 
     Raises ValueError for a checkpoint that declares its quantization elsewhere.
     """
     config = copy.deepcopy(source.config)
+    if drops_mapping(config):
+        rest = {key: value for key, value in config.pop(SECTION).items() if key != LAYERS}
+        config |= {SECTION: rest} if rest else {}
     section = quantization_section(config)
     if not section:
         if (source.folder / "hf_quant_config.json").is_file():
@@ -195,6 +245,16 @@ def with_scheme(source: Source, scheme: Mapping[str, Any], skipped: list[int]) -
     if skipped:
         section["kv_cache_skip_layers"] = skipped
     return config
+
+
+def drops_mapping(config: Mapping[str, Any]) -> bool:
+    """Whether the output goes without the mapping of layers to KV caches in *config*: ``auto``
+    would follow it, and none of its KV caches takes scales."""
+    mapping = declared_mapping(config)
+    if mapping is None:
+        return False
+    names = mapping.values() if isinstance(mapping, Mapping) else ()
+    return all(name not in SERVED or SERVED[name].is_dynamic for name in names)
 
 
 def write_json(path: Path, content: Any) -> None:

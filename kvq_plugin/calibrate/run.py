@@ -14,7 +14,7 @@ from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.calibrate.data import read_texts, sample_windows
 from kvq_plugin.calibrate.engine import Load, Tick
 from kvq_plugin.calibrate.observers import Observers, scale_and_zero
-from kvq_plugin.calibrate.output import Target, with_scheme, write
+from kvq_plugin.calibrate.output import Target, drops_mapping, left_out, with_scheme, write
 from kvq_plugin.calibrate.scales import LayerScales, compute
 from kvq_plugin.calibrate.settings import DRIVERS, Settings, Strategy
 from kvq_plugin.calibrate.table import scale_table
@@ -22,6 +22,10 @@ from kvq_plugin.evaluate import BUILTIN_TEXT, load_tokenizer
 from kvq_plugin.report import progress
 from kvq_plugin.serving.scales.keys import layer_number
 from kvq_plugin.tables import print_table
+
+#: Fewer tokens than this in all, or in the longest sample, are warned of: ranges of so few say
+#: little about other text, and every sample of one token is at the first position.
+_FEW_TOKENS, _SHORT_WINDOW = 1000, 16
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,10 @@ def run(job: Job, console: Console | None = None) -> list[LayerScales]:
     Raises ValueError, OSError or ServerError, after which nothing is left at the target.
     """
     console = console or Console()
+    _require_driver(job.driver, job.settings, job.load)
     source = Source.find(job.model)
     job.target.check(source)
+    _require_fitting(job.settings, source)
     with_scheme(source, job.settings.kv_cache_scheme(), [])  # refuses early what it refuses
     windows = _windows(job, source)
     with progress(console) as bars:
@@ -65,7 +71,7 @@ def run(job: Job, console: Console | None = None) -> list[LayerScales]:
         layers = calibrate(source, job.target, job.settings, windows, job.load, job.driver, tick)
         bars.update(bar, stage="")
     print_table(console, scale_table(job.settings, layers))
-    for line in _how_to_serve(job):
+    for line in _how_to_serve(job, source) + _few_tokens(windows):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     return layers
 
@@ -83,7 +89,9 @@ def calibrate(
 
     *tick* is called once the model is loaded and after every window.
     """
-    observers = _observe(source, settings, windows, load or Load(), driver, tick)
+    load = load or Load()
+    _require_driver(driver, settings, load)
+    observers = _observe(source, settings, windows, load, driver, tick)
     layers = [
         LayerScales(name, layer_number(name), streams)
         for name, streams in compute(settings, observers).items()
@@ -100,9 +108,38 @@ def calibrate(
     return layers
 
 
-def _observe(source, settings, windows, load, driver, tick) -> Observers:
+def _require_driver(driver: str, settings: Settings, load: Load) -> None:
+    """Raise ValueError for what only the engine driver has, and for no driver."""
     if driver not in DRIVERS:
         raise ValueError(f"driver {driver!r}: expected one of {', '.join(DRIVERS)}")
+    if driver == "engine":
+        return
+    if settings.q_scale:
+        raise ValueError(
+            "q scales were asked for: transformers' cache never sees the query; use "
+            "--driver engine, or drop --q-scale"
+        )
+    if load.tensor_parallel > 1:
+        raise ValueError(
+            f"--tensor-parallel-size {load.tensor_parallel} was asked for: the hf driver runs on "
+            "one rank; use --driver engine"
+        )
+
+
+def _require_fitting(settings: Settings, source: Source) -> None:
+    """Raise ValueError where config.json alone says that *settings* are not for the model."""
+    if geometry := source.geometry():
+        settings.unit(geometry.head_size)
+    count = source.layer_count()
+    beyond = sorted(n for n in settings.ignore if count is not None and n >= count)
+    if beyond:
+        raise ValueError(
+            f"--ignore names {', '.join(map(str, beyond))}: the model has {count} layers, expected "
+            f"numbers from 0 to {count - 1}"
+        )
+
+
+def _observe(source, settings, windows, load, driver, tick) -> Observers:
     if driver == "engine":
         return engine.observe(source, settings, load, windows, tick)
     from kvq_plugin.calibrate import hf  # imports transformers
@@ -133,7 +170,8 @@ def tensors(settings: Settings, layers: Sequence[LayerScales]) -> dict[str, torc
         if settings.prob_scale:
             # Probabilities reach 1 whatever the data (a first token attends to itself alone).
             # Quark's name, for which vLLM has a rule of its own; `prob_scale` it does not know.
-            scale, _ = scale_and_zero(torch.zeros(1), torch.ones(1), settings)
+            symmetric = settings.of_kind("prob")
+            scale, _ = scale_and_zero(torch.zeros(1), torch.ones(1), symmetric)
             found[f"{layer.name}.prob_output_scale"] = scale
     return found
 
@@ -155,10 +193,29 @@ def _provenance(settings: Settings, windows: Sequence[list[int]], driver: str) -
     return {f"kvq_{name}": value for name, value in facts.items()}
 
 
-def _how_to_serve(job: Job) -> list[str]:
+def _few_tokens(windows: Sequence[list[int]]) -> list[str]:
+    """A warning where the scales come from less than attention and channels show themselves in."""
+    total, longest = sum(map(len, windows)), max(map(len, windows))
+    if total >= _FEW_TOKENS and longest >= _SHORT_WINDOW:
+        return []
+    return [
+        f"Warning: the scales are of {total:,} tokens only, in samples of {longest}: other text "
+        f"may saturate them. Expected {_FEW_TOKENS:,} tokens or more, in samples of "
+        f"{_SHORT_WINDOW} or more: raise --length or --samples."
+    ]
+
+
+def _how_to_serve(job: Job, source: Source) -> list[str]:
     out = Path(job.target.folder)
     lines = [f"Wrote {out}. Serve it with:", f"    vllm serve {out}"]
     if job.settings.ignore:
         skipped = ", ".join(map(str, sorted(job.settings.ignore)))
         lines.append(f"Layers {skipped} keep an unquantized cache.")
+    if drops_mapping(source.config):
+        lines.append(
+            "The model's mapping of layers to KV caches, none of which takes scales, was left out "
+            "of its config.json, so that `auto` takes the scales."
+        )
+    if left := left_out(source):
+        lines.append(f"Folders with other weights were left out: {', '.join(left)}.")
     return lines

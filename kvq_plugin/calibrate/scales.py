@@ -59,6 +59,7 @@ def compute(settings: Settings, observers: Observers) -> dict[str, dict[str, Str
 
 def stream_scales(settings: Settings, observer: Observer, kind: str = "k") -> StreamScales:
     """Scales from what *observer* saw; a query's scales are never finer than per head."""
+    settings = settings.of_kind(kind)
     low, high = observer.ranges()
     if kind == "q" and settings.strategy is not Strategy.TENSOR:
         low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
@@ -68,7 +69,7 @@ def stream_scales(settings: Settings, observer: Observer, kind: str = "k") -> St
     return StreamScales(
         scale=_stored(scale, settings, head_size, kind),
         zero_point=_stored(zero, settings, head_size, kind).to(torch.int8)
-        if settings.asymmetric and kind != "q"
+        if settings.asymmetric
         else None,
         amax=float(torch.maximum(-observer.low, observer.high).amax()),
         suspects=tuple(suspects(observer, scale, settings)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from kvq_plugin.formats import FORMATS, Kind, KVFormat, get_format
@@ -10,6 +10,8 @@ from kvq_plugin.formats import FORMATS, Kind, KVFormat, get_format
 #: What ``--scheme`` takes: the formats whose scales come from a checkpoint, one name per code.
 SCHEMES = ("int8", "fp8")
 OBSERVERS = ("minmax", "average", "percentile", "mse")
+#: Of the magnitudes that the percentile observer's range covers, in percent.
+PERCENTILE = 99.99
 DRIVERS = ("engine", "hf")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -48,7 +50,8 @@ class Settings:
         strategy: which elements share a scale; ``group_size`` channels for ``GROUP``, else None.
         observer: one of :data:`OBSERVERS`; None takes the strategy's :data:`BEST`, and says so in
             the attribute.
-        percentile: of the magnitudes that the ``percentile`` observer's range covers, in percent.
+        percentile: of the magnitudes that the ``percentile`` observer's range covers, in percent;
+            None takes :data:`PERCENTILE` for that observer, and stays None for others.
         asymmetric: integer zero points, for integer codes.
         exact: for fp8, scales of amax / 448 as they are, not rounded up to a power of two.
         q_scale, prob_scale: also write scales of the query, and of the softmax's probabilities.
@@ -61,7 +64,7 @@ class Settings:
     strategy: Strategy = Strategy.CHANNEL
     group_size: int | None = None
     observer: str | None = None
-    percentile: float = 99.99
+    percentile: float | None = None
     asymmetric: bool = False
     exact: bool = False
     q_scale: bool = False
@@ -93,10 +96,22 @@ class Settings:
             )
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group size {self.group_size}: expected at least one channel")
-        if not 50 < self.percentile <= 100:
-            raise ValueError(f"percentile {self.percentile:g}: expected more than 50, up to 100")
+        self._check_percentile()
         if any(layer < 0 for layer in self.ignore):
             raise ValueError(f"ignored layers {sorted(self.ignore)}: expected numbers from 0 on")
+
+    def _check_percentile(self) -> None:
+        if self.observer == "percentile" and self.percentile is None:
+            object.__setattr__(self, "percentile", PERCENTILE)
+        if self.percentile is None:
+            return
+        if self.observer != "percentile":
+            raise ValueError(
+                f"percentile {self.percentile:g} was asked for, and the observer {self.observer} "
+                "has none: add --observer percentile, or drop --percentile"
+            )
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile {self.percentile:g}: expected more than 50, up to 100")
 
     @property
     def format(self) -> KVFormat:
@@ -112,6 +127,11 @@ class Settings:
     def rounds(self) -> bool:
         """Whether scales are rounded up to powers of two."""
         return self.is_float and not self.exact
+
+    def of_kind(self, kind: str) -> Settings:
+        """These for a tensor of *kind* k, v, q or prob: only caches have zero points, so that
+        scales of the other two are symmetric whatever K's are."""
+        return self if kind in ("k", "v") else replace(self, asymmetric=False)
 
     def unit(self, head_size: int) -> int:
         """Channels of one head that share a scale. ValueError if they do not divide it."""

@@ -17,7 +17,7 @@ from kvq_plugin.calibrate.observers import Observers
 from kvq_plugin.calibrate.settings import Settings, Strategy
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.scales.keys import layer_number
-from kvq_plugin.serving.scales.shapes import HeadShard
+from kvq_plugin.serving.scales.shapes import HeadShard, own_kv_heads
 
 PATH = f"{__name__}.ObservingWorker"
 
@@ -62,11 +62,13 @@ class ObservingWorker:
             rank = compat.get_tensor_model_parallel_rank()
             world = compat.get_tensor_model_parallel_world_size()
         total = self.vllm_config.model_config.get_total_num_kv_heads()
+        own = own_kv_heads(self.get_model())
         tensors = {}
         for (layer, kind), observer in self._kvq_observers.items():
             heads = observer.low.shape[0]
             # Query heads are always divided; kv heads may be held by several ranks.
-            shard = HeadShard.of(heads, None if kind == "q" else total, rank, world)
+            stated = (None, None) if kind == "q" else (total, own.get(layer))
+            shard = HeadShard.of(heads, stated[0], rank, world, stated[1])
             state = observer.state() | {"first_head": torch.tensor(shard.first)}
             tensors |= {f"{layer}|{kind}|{name}": t.contiguous() for name, t in state.items()}
         save_file(tensors, f"{folder}/{self.rank}.safetensors")

@@ -45,10 +45,12 @@ class KVQCache(Cache):
         scales: str | Path | Mapping[int, Mapping[str, torch.Tensor]] | None = None,
         block_size: int = BLOCK_SIZE,
     ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"KVQCache of {type(config).__name__}: expected model.config")
         self.format = get_format(format)
         step = self.format.block_size_step
-        if block_size <= 0 or block_size % step:
-            raise ValueError(f"block_size={block_size}: expected a multiple of {step}")
+        if type(block_size) is not int or block_size <= 0 or block_size % step:
+            raise ValueError(f"block_size={block_size!r}: expected a multiple of {step}")
         layers = DynamicCache(config=config).layers
         ours = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not ours:
@@ -62,7 +64,7 @@ class KVQCache(Cache):
         text = config.get_text_config(decoder=True)
         is_shared = bool(getattr(text, "num_kv_shared_layers", None))
         for i in ours:
-            layers[i] = KVQLayer(self.format, table, found.get(i), is_shared, text)
+            layers[i] = KVQLayer(self.format, table, found.get(i), is_shared)
         super().__init__(layers=layers)
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from kvq_plugin import hugepages, ops, reference
@@ -37,10 +36,9 @@ class KVQLayer(CacheLayerMixin):
         table: BlockTable,
         scales: dict[str, tuple] | None = None,
         is_shared: bool = False,
-        config: PreTrainedConfig | None = None,
     ) -> None:
         super().__init__()
-        self.format, self.table, self.is_shared, self.config = format, table, is_shared, config
+        self.format, self.table, self.is_shared = format, table, is_shared
         self._scales = scales or {}
         self._static: tuple[StaticScale | None, StaticScale | None] = (None, None)
         self._changes = 0
@@ -272,11 +270,7 @@ class KVQLayer(CacheLayerMixin):
         self._wants_gradient |= torch.is_grad_enabled() and key_states.requires_grad
         self._pending = key_states, value_states
         self.length += self._new
-        pair = Paged.pair(self)
-        # Which compiles itself, with its arguments' types as it finds them.
-        if getattr(self.config, "_attn_implementation", None) == "flex_attention":
-            return pair[0].tensor(), pair[1].tensor()
-        return pair
+        return Paged.pair(self)
 
     @property
     def keys(self) -> Paged | None:
@@ -309,7 +303,7 @@ class KVQLayer(CacheLayerMixin):
         """Forget the last ``-tokens_to_remove`` positions. ValueError for a positive number, and,
         in formats with recent rows, for more than ``SPARE`` and more than the last ``WIDE`` that
         the last update brought."""
-        if tokens_to_remove > 0:
+        if tokens_to_remove > 0 or int(tokens_to_remove) != tokens_to_remove:
             raise ValueError(
                 f"KVQCache.crop({tokens_to_remove}): expected minus the number of tokens to remove"
             )

@@ -61,8 +61,6 @@ class Paged:
     refused: in formats with recent rows each query reads another mix of sealed and recent ones.
     """
 
-    __slots__ = ("layer", "_both", "_which")
-
     @classmethod
     def pair(cls, layer: KVQLayer) -> tuple[Paged, Paged]:
         """K and V of *layer*, dequantized together or not at all."""
@@ -99,6 +97,8 @@ class Paged:
         return function(*_tensors(args), **_tensors(kwargs or {}))
 
     def __getattr__(self, name: str):
+        if "layer" not in self.__dict__:  # made without its constructor, as copy does
+            raise AttributeError(name)
         return getattr(self.tensor(), name)
 
     def __getitem__(self, index) -> torch.Tensor:

@@ -38,7 +38,7 @@ def read(
     found = given
     if given is None:
         found = model if model and Path(model, "config.json").is_file() else {}
-    values = found if isinstance(found, Mapping) else _checkpoint(format, found)
+    values = found if isinstance(found, Mapping) else _checkpoint(format, found, layers)
     if values:
         return {number: _pair(number, values.get(number, {})) for number in layers}
     if format.default_scale is None or given is not None:
@@ -54,12 +54,21 @@ def read(
     return {}
 
 
-def _checkpoint(format: KVFormat, path: str | Path) -> dict[int, Mapping[str, torch.Tensor]]:
+def _checkpoint(
+    format: KVFormat, path: str | Path, layers: list[int]
+) -> dict[int, Mapping[str, torch.Tensor]]:
     checkpoint = inspection.read(path)
     serves, why = inspection.verdict(checkpoint, format.name, format)
     if checkpoint.layers and not serves:
         problems = "; ".join([why, *checkpoint.problems])
         raise ValueError(f"{path} cannot give scales for {format.name}: {problems}")
+    if skipped := checkpoint.skipped.intersection(layers):
+        raise ValueError(
+            f"{path} leaves layers {', '.join(map(str, sorted(skipped)))} unquantized, as `kvq "
+            "calibrate --ignore` noted: expected scales for every full-attention layer, because a "
+            "KVQCache quantizes them all; calibrate without --ignore, or use "
+            "'int8_per_token_head', which needs none"
+        )
     return {layer.number: layer.values for layer in checkpoint.layers}
 
 

@@ -157,9 +157,9 @@ class BlockTable:
         visible = visible.flatten(1, -2).any(1) if visible.dim() > 2 else visible
         if bool((visible & ~self.kept[:, :length]).any()):
             raise ValueError(
-                "KVQCache: the attention mask shows positions that it hid when they came, of which "
-                "nothing is stored: hide them still, or reset() the cache and give it all tokens "
-                "again"
+                "KVQCache: this call sees positions that the attention mask hid when they came, of "
+                "which nothing is stored: pass an attention_mask that hides them still, or reset() "
+                "the cache and give it all tokens again"
             )
 
     def is_news(self, number: int) -> bool:

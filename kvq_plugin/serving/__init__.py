@@ -137,7 +137,7 @@ def _on_model_created(model, vllm_config, model_config) -> None:
 
 
 def _on_config(vllm_config) -> None:
-    from kvq_plugin.serving.checks import check, settle_blocks, settle_drafts
+    from kvq_plugin.serving import checks
     from kvq_plugin.serving.compat import patches
     from kvq_plugin.serving.mapped import settle_layout
     from kvq_plugin.serving.metrics import make_folder
@@ -146,14 +146,15 @@ def _on_config(vllm_config) -> None:
 
     cache = vllm_config.cache_config
     patches.forget_selected_backends()
-    check(vllm_config)
+    checks.settle_draft_blocks(vllm_config)
+    checks.check(vllm_config)
     if not serves(vllm_config):
         return
     asked = cache.cache_dtype
     wrap_quant_config(vllm_config)
     if cache.cache_dtype != asked:  # "auto", and the checkpoint itself asks for a format
-        check(vllm_config)
-    settle_drafts(vllm_config)
-    settle_blocks(vllm_config)
+        checks.check(vllm_config)
+    checks.settle_drafts(vllm_config)
+    checks.settle_blocks(vllm_config)
     make_folder()
     settle_layout(vllm_config)

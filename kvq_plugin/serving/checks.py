@@ -25,6 +25,8 @@ from kvq_plugin.serving.selection import serves
 #: (vLLM 0.32 picks its kernel by the model's dtype, whatever the cache's is).
 _UNQUANTIZED = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SKIP_KINDS = ("sliding_window",)
+#: Ways to draft that need no layers of their own.
+_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
 #: The KV cache of a draft model beside a target with recent rows.
 DRAFT_DTYPE = "int8_per_token_head"
 _WITHOUT_ATTENTION = ("medusa", "mlp_speculator")  # methods whose draft model has no KV cache
@@ -209,11 +211,12 @@ def _check_engine(asked: str, format: KVFormat, vllm_config: Any) -> None:
 
 
 def _check_skip_layers(vllm_config: Any) -> None:
-    if vllm_config.speculative_config is not None:
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method not in _WITHOUT_LAYERS:
         return  # a draft model numbers its layers after the target's
     layers = vllm_config.model_config.get_total_num_hidden_layers()
     for entry in vllm_config.cache_config.kv_cache_dtype_skip_layers:
-        if entry in _SKIP_KINDS or (entry.isdigit() and int(entry) < layers):
+        if entry in _SKIP_KINDS or entry in map(str, range(layers)):  # vLLM compares texts too
             continue
         raise ValueError(
             f"--kv-cache-dtype-skip-layers names {entry!r}, which the model does not have: "
@@ -295,6 +298,16 @@ def settle_drafts(vllm_config: Any) -> None:
         speculation = vllm_config.speculative_config
     if speculation is not None and speculation.kv_cache_dtype is None:
         speculation.kv_cache_dtype = DRAFT_DTYPE
+
+
+def settle_draft_blocks(vllm_config: Any) -> None:
+    """Whose choice the blocks of a draft's configuration are. vLLM 0.33 makes it, for a draft with
+    a KV cache of its own, from the run's; its blocks count as the user's then, whoever chose."""
+    run = compat.get_current_vllm_config_or_none()
+    if run is None or run.speculative_config is None or vllm_config.speculative_config is None:
+        return
+    chosen = run.cache_config.user_specified_block_size
+    vllm_config.cache_config.user_specified_block_size = chosen
 
 
 def settle_blocks(vllm_config: Any) -> None:

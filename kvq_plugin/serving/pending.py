@@ -58,6 +58,13 @@ def settle(layer: Any, vllm_config: Any) -> None:
     """
     if not isinstance(layer.impl, PendingImpl):
         return
+    if layer.attn_backend is not PendingBackend:
+        raise ValueError(
+            f"--kv-cache-dtype {MIXED} was asked for a model whose attention is not only causal "
+            f"(layer {layer.layer_name} is {layer.attn_backend.__name__}: chunked, or in both "
+            "directions): supported are full attention and sliding windows; use one KV cache for "
+            "all layers, --kv-cache-dtype int8_per_token_head"
+        )
     layers = vllm_config.compilation_config.static_forward_context
     if (target := layers.get(layer.impl.target)) is not None:
         name = target.kv_cache_dtype

@@ -66,7 +66,7 @@ class StockImpl(CPUAttentionBackendImpl):
         """vLLM's, into blocks that hold no codes of other layers, which might be read as NaN: it
         multiplies them by probabilities of 0. vLLM zeroes new blocks itself, but on CPUs not those
         of layers that have pages of several sizes."""
-        if self._shares_blocks:
+        if self._shares_blocks and kv_cache.numel():  # encoder-only layers have none
             size = kv_cache.shape[2]
             new = slot_mapping[(slot_mapping >= 0) & (slot_mapping % size == 0)] // size
             kv_cache[new] = 0

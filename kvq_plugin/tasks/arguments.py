@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvq_plugin.tasks.asked import Settings
 from kvq_plugin.tasks.items import TASKS
 
+#: Field of Settings -> the option for it: of generated tasks, and of a file's questions.
+_GENERATED = {
+    "names": "task_set",
+    "lengths": "task_lengths",
+    "contexts": "task_contexts",
+    "seed": "seed",
+}
+_READ = {"prompts": "task_prompts", "room": "tasks_max_length"}
+
 
 def add(command: argparse.ArgumentParser) -> None:
     """Add them to *command*."""
-    every = ",".join(TASKS)
+    every, lengths = ",".join(TASKS), ",".join(map(str, Settings.lengths))
     command.add_argument(
         "--task-set",
         type=_names,
-        default=every,
         metavar="NAME,NAME,...",
-        help="tasks generated from a seed, whose answer is in the prompt (%(default)s)",
+        help=f"tasks generated from a seed, whose answer is in the prompt ({every})",
     )
     command.add_argument("--no-tasks", action="store_true", help="no generated tasks")
     command.add_argument(
         "--task-lengths",
         type=_numbers,
-        default="192,1000",
         metavar="N,N,...",
-        help="tokens of each question with its answer (%(default)s)",
+        help=f"tokens of each question with its answer ({lengths})",
     )
     command.add_argument(
         "--task-contexts",
         type=_positive,
-        default=Settings.contexts,
         metavar="N",
-        help="contexts of each task and length (%(default)s); needle, multikey and tracking ask "
-        "five questions about each, at five depths",
+        help=f"contexts of each task and length ({Settings.contexts}); needle, multikey and "
+        "tracking ask five questions about each, at five depths",
     )
-    command.add_argument(
-        "--seed", type=int, default=Settings.seed, help="of the generated tasks (%(default)s)"
-    )
+    command.add_argument("--seed", type=int, help=f"of the generated tasks ({Settings.seed})")
     command.add_argument(
         "--tasks",
         type=Path,
@@ -60,16 +65,38 @@ def add(command: argparse.ArgumentParser) -> None:
 
 
 def settings(options: argparse.Namespace) -> Settings:
-    """What *options*, parsed with :func:`add`, ask for."""
-    return Settings(
-        () if options.no_tasks else options.task_set,
-        options.task_lengths,
-        options.task_contexts,
-        options.seed,
-        options.tasks,
-        options.task_prompts,
-        options.tasks_max_length,
-    )
+    """What *options*, parsed with :func:`add`, ask for.
+
+    Raises ValueError for options that nothing that is asked would heed, and FileNotFoundError for
+    files that do not exist.
+    """
+    if options.no_tasks:
+        why = "no tasks are generated; leave it out, or --no-tasks"
+        _refuse(options, _GENERATED, f"with --no-tasks {why}")
+    if options.tasks is None:
+        _refuse(
+            options, _READ, "without --tasks there is no file to ask of; name one, or leave it out"
+        )
+    _check_file("--tasks", options.tasks, "questions in LongBench's format, an object a line")
+    _check_file("--task-prompts", options.task_prompts, "a JSON object of templates by dataset")
+    given = {
+        field: value
+        for field, name in (_GENERATED | _READ | {"file": "tasks"}).items()
+        if (value := getattr(options, name)) is not None
+    }
+    return Settings(**given | ({"names": ()} if options.no_tasks else {}))
+
+
+def _check_file(option: str, file: Path | None, holds: str) -> None:
+    if file is not None and not file.exists():
+        raise FileNotFoundError(f"{option} {file}: no such file: expected one with {holds}")
+
+
+def _refuse(options: argparse.Namespace, names: Mapping[str, str], why: str) -> None:
+    """ValueError, which says *why*, when one of *names* was given."""
+    for name in names.values():
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} was asked: {why}")
 
 
 def _names(text: str) -> tuple[str, ...]:

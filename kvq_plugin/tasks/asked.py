@@ -14,6 +14,8 @@ from kvq_plugin.tasks.items import TASKS, Item, make_items
 
 #: Answers of at most so many tokens are asked of the noise floor too, which answers one at a time.
 SHORT = 16
+#: What configurations call the positions that a model has.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,22 @@ class Settings:
         return Asked(items, entries)
 
 
+def positions(model: str) -> int | None:
+    """Tokens that *model* has positions for, by its configuration; None where that does not say."""
+    config = read_json(checkpoint_folder(model, only=["*.json"]) / "config.json")
+    text = config.get("text_config") or config
+    return min((text[key] for key in _POSITIONS if text.get(key) is not None), default=None)
+
+
 def longest(model: str) -> int:
     """Tokens that *model* was made for, by its configuration."""
-    config = read_json(checkpoint_folder(model, only=["*.json"]) / "config.json")
-    text = config.get("text_config", config)
-    if "max_position_embeddings" not in text:
+    found = positions(model)
+    if found is None:
         raise ValueError(
             "expected max_position_embeddings in the model's config.json, found none: say how long "
             "its questions may be with --tasks-max-length"
         )
-    return text["max_position_embeddings"]
+    return found
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,12 @@ def _entry(found: Any, tokenizer, room: int, prompts: Mapping[str, str]) -> Entr
     text = re.sub(r"\{(context|input)\}", lambda field: found[field[1]], template)
     ids = tokenizer(text, verbose=False).input_ids
     if len(ids) > room - tokens:
+        if room - tokens < 2:
+            raise ValueError(
+                f"expected room for {tokens} tokens of {dataset}'s answer and 2 or more of its "
+                f"question, got {room} beside the chat template: raise --tasks-max-length by "
+                f"{tokens + 2 - room} or more, or leave {dataset} out"
+            )
         half = (room - tokens) // 2
         ends = (ids[:half], ids[-half:])
         text = "".join(tokenizer.decode(end, skip_special_tokens=True) for end in ends)

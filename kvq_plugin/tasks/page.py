@@ -76,9 +76,9 @@ def html(figures: Mapping[str, Any], baseline: str) -> list[str]:
                 ["KV cache", "right", "of", "95 % confidence", "lost", "gained", "p"],
                 ([name, *total_cells(of)] for name, of in generated["total"].items()),
             ),
-            '<p class="note">Lost and gained: contexts in which a KV cache has fewer, or '
-            f"more, right answers than {escape(baseline)}; p of an even split (McNemar's exact "
-            "test).</p>",
+            '<p class="note">Confidence is that of as many trials as there are contexts. Lost and '
+            "gained: contexts in which a KV cache has fewer, or more, right answers than "
+            f"{escape(baseline)}; p of an even split (McNemar's exact test).</p>",
         ]
     if found := figures["longbench"]:
         names = list(next(iter(found.values()))["caches"])

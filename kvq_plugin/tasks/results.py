@@ -24,10 +24,11 @@ def figures(
     ``high`` of the share of right answers, and but for *baseline* ``lost``, ``gained`` and ``p``.
     ``total``: as ``caches``, of all rows.
 
-    Lost and gained are contexts, in which a cache has fewer, or more, right answers than
-    *baseline*: items that share a context are not independent, contexts are. Of contexts with a
-    single item each that is McNemar's test. A cache that was not asked all of a row (None) is
-    absent from it.
+    Items that share a context are not independent, contexts are. The interval is that of as many
+    trials as there are contexts: where items do differ within one, it is wider than need be. Lost
+    and gained are contexts, in which a cache has fewer, or more, right answers than *baseline*. Of
+    contexts with a single item each that is McNemar's test. A cache that was not asked all of a row
+    (None) is absent from it.
     """
     right = {
         name: [None if text is None else item.is_right(text) for item, text in pairs]
@@ -74,7 +75,8 @@ def _row(items: Sequence[Item], right: Mapping, baseline: str, places: Sequence[
 def _cache(items, right, name: str, baseline: str, places: Sequence[int]) -> dict[str, Any]:
     own, base = right[name], right[baseline]
     count = sum(own[at] for at in places)
-    low, high = wilson(count, len(places))
+    contexts = len({(items[at].task, items[at].length, items[at].context) for at in places})
+    low, high = wilson(count * contexts / len(places), contexts)
     found = {"items": len(places), "right": count, "low": low, "high": high}
     if name != baseline:
         more: dict[tuple, int] = defaultdict(int)

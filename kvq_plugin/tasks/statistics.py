@@ -8,8 +8,9 @@ import math
 _Z = 1.959963984540054
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of the share that *right* of *count* estimates."""
+def wilson(right: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval of the share that *right* of *count* estimates; *right* may
+    be a sum of shares."""
     if not 0 <= right <= count or count == 0:
         raise ValueError(f"expected 0 to N right answers of N > 0, got {right} of {count}")
     share, spread = right / count, _Z * _Z / count

@@ -36,8 +36,9 @@ def generated_tables(figures: Mapping[str, Any], baseline: str) -> list[Table]:
         by_task.add_row(task, f"{row['length']:,}", f"{count}", *cells)
     total = Table(
         title=f"Generated tasks: all, against {baseline}",
-        caption="95 % confidence; lost, gained: contexts with fewer, or more, right answers than "
-        f"{baseline} has; p of an even split (McNemar's exact test)",
+        caption="95 % confidence, of as many trials as contexts; lost, gained: contexts with "
+        f"fewer, or more, right answers than {baseline} has; p of an even split (McNemar's exact "
+        "test)",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

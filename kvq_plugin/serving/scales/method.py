@@ -25,7 +25,13 @@ from kvq_plugin.serving.compat import AttentionType, CompressedTensorsKVCacheMet
 from kvq_plugin.serving.layers import keep_buffer, require_same_cache
 from kvq_plugin.serving.scales.keys import SCALES, ZERO_POINTS, layer_number
 from kvq_plugin.serving.scales.load import ScaleLoad, Scales
-from kvq_plugin.serving.scales.shapes import ABSENT, HeadShard, ScaleReader
+from kvq_plugin.serving.scales.shapes import (
+    ABSENT,
+    HeadShard,
+    ScaleReader,
+    check_query,
+    own_kv_heads,
+)
 
 logger = compat.init_logger(f"vllm.{__name__}")
 Values = dict[str, torch.Tensor]
@@ -51,9 +57,11 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
 
     Attributes:
         load: what the layers of one model share; None before :func:`begin_load`.
+        own_kv_heads: of this layer over all ranks; None where its model does not say.
     """
 
     load: ScaleLoad | None = None
+    own_kv_heads: int | None = None
 
     def create_weights(self, layer: torch.nn.Module) -> None:
         """Add the placeholders: fp32 scalars, -1 (absent) for scales, 0 for zero points.
@@ -104,7 +112,7 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
             one = torch.tensor(1.0)
             _publish(layer, Scales(one, one, one, one), load)
         else:
-            values = _reader(layer, load).read(placeholders, format)
+            values = _reader(layer, load, self.own_kv_heads).read(placeholders, format)
             if _sharing_target(layer) is not None:
                 load.readers.append((layer, values))
             elif (scales := _reconcile(layer, format, values, load)) is not None:
@@ -138,8 +146,10 @@ def begin_load(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> N
         model_config.get_total_num_kv_heads(),
         lambda key: not whole or layer_number(key) in beyond or key.startswith("mtp."),
     )
+    own = own_kv_heads(model)
     for layer in layers:
         layer.quant_method.load = load
+        layer.quant_method.own_kv_heads = own.get(layer.layer_name)
     stock = model.load_weights
 
     @functools.wraps(stock)
@@ -183,14 +193,14 @@ def _static_format(layer: torch.nn.Module) -> KVFormat | None:
     return None if format.is_dynamic else format
 
 
-def _reader(layer: torch.nn.Module, load: ScaleLoad) -> ScaleReader:
+def _reader(layer: torch.nn.Module, load: ScaleLoad, own_kv_heads: int | None) -> ScaleReader:
     rank, world = 0, 1
     if compat.model_parallel_is_initialized():
         rank = compat.get_tensor_model_parallel_rank()
         world = compat.get_tensor_model_parallel_world_size()
     return ScaleReader(
         layer.layer_name,
-        HeadShard.of(layer.num_kv_heads, load.total_kv_heads, rank, world),
+        HeadShard.of(layer.num_kv_heads, load.total_kv_heads, rank, world, own_kv_heads),
         layer.head_size,
         getattr(layer, "head_size_v", layer.head_size),
         layer.num_heads * world,
@@ -277,12 +287,8 @@ def _query_scales(
             "quantize the query (fp8 attention)."
         )
         q = k.amax()
-    elif values["q_scale"].dim() and not k.dim():
-        raise ValueError(
-            f"{layer.layer_name}: q_scale has {values['q_scale'].numel()} values beside a single "
-            "k_scale: expected a single value; recalibrate with `kvq calibrate`"
-        )
     else:
+        check_query(layer.layer_name, values["q_scale"], k)
         q = values["q_scale"] * factor
     prob = values["prob_scale"] * factor if "prob_scale" in values else torch.tensor(1.0)
     return q, prob

@@ -37,19 +37,26 @@ class HeadShard:
     ranks: int = 1
 
     @classmethod
-    def of(cls, count: int, stated_total: int | None, rank: int, world: int) -> HeadShard:
+    def of(
+        cls,
+        count: int,
+        stated_total: int | None,
+        rank: int,
+        world: int,
+        own_total: int | None = None,
+    ) -> HeadShard:
         """Shard of a layer with *count* kv heads on this rank.
 
-        *stated_total* is the model configuration's number of kv heads. It decides whether a
-        single head per rank is one of ``world`` or a replica (fewer kv heads than ranks);
-        a layer that contradicts it has its own count (models with several kinds of layers)
-        and is evenly divided.
+        *stated_total* is the model configuration's number of kv heads, *own_total* the layer's
+        (:func:`own_kv_heads`), which comes first: models may have several kinds of layers. They
+        decide whether a single head per rank is one of ``world`` or a replica (fewer kv heads
+        than ranks); a layer that contradicts both is evenly divided.
         """
-        if stated_total is None or count != max(1, stated_total // world):
-            stated_total = count * world
-        if stated_total < world:  # each head is held by world / total neighbouring ranks
-            return cls(stated_total, rank * stated_total // world, 1, world)
-        return cls(stated_total, rank * count, count, world)
+        stated = (t for t in (own_total, stated_total) if t and count == max(1, t // world))
+        total = next(stated, count * world)
+        if total < world:  # each head is held by world / total neighbouring ranks
+            return cls(total, rank * total // world, 1, world)
+        return cls(total, rank * count, count, world)
 
     def cut(self, scale: torch.Tensor) -> torch.Tensor:
         """This rank's part of a ``()``, ``(H,)`` or ``(H, D)`` tensor."""
@@ -152,6 +159,27 @@ class ScaleReader:
             f"{self.layer}: cannot use {parameter} of shape {tuple(loaded.shape)}: {values}"
             f"accepted shapes are {accepted}. Recalibrate with `kvq calibrate`, or use a dtype "
             "without static scales, such as int8_per_token_head"
+        )
+
+
+def own_kv_heads(model: torch.nn.Module) -> dict[str, int]:
+    """Name of an attention layer -> kv heads over all ranks, where vLLM's module around it says."""
+    found = {}
+    for module in model.modules():
+        total = getattr(module, "total_num_kv_heads", None)
+        if isinstance(total, int):
+            inner = (getattr(child, "layer_name", None) for child in module.children())
+            found |= dict.fromkeys(filter(None, inner), total)
+    return found
+
+
+def check_query(layer: str, q: torch.Tensor, k: torch.Tensor) -> None:
+    """ValueError unless *layer* may have q_scale *q* beside k_scale *k*, in the forms that
+    :class:`ScaleReader` gives: several values of q need several of k."""
+    if q.dim() and not k.dim():
+        raise ValueError(
+            f"{layer}: q_scale has {q.numel()} values beside a single k_scale: expected a single "
+            "value; recalibrate with `kvq calibrate`"
         )
 
 
