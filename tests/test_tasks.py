@@ -6,7 +6,6 @@ import argparse
 import json
 import random
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
