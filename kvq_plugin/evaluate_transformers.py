@@ -29,7 +29,11 @@ from kvq_plugin.evaluate import (
 from kvq_plugin.hf_cache import NAME, KVQCache
 from kvq_plugin.hf_cache.memory import ARGUMENT, held_bytes
 from kvq_plugin.hub import checkpoint_folder
-from kvq_plugin.serving.scales.declared import declared_scheme, quantization_section
+from kvq_plugin.serving.scales.declared import (
+    declared_scheme,
+    put_section,
+    quantization_section,
+)
 
 #: ``kv_tokens`` of an Evaluation are those of so many bytes: there is no pool to ask.
 MEMORY = 1 << 30
@@ -206,14 +210,5 @@ def _config(folder: Path):
     config = AutoConfig.from_pretrained(folder)
     section = quantization_section(config, folder)
     if section and not section.get("config_groups") and declared_scheme(config) is not None:
-        _delete_section(config)
+        put_section(config, None)
     return config
-
-
-def _delete_section(config) -> None:
-    """Delete what quantization_section found in *config*, wherever it is."""
-    for key in ("quantization_config", "compression_config"):
-        for holder in (config, getattr(config, "text_config", None)):
-            if getattr(holder, key, None):
-                delattr(holder, key)
-                return

@@ -33,9 +33,6 @@ _ATTENTION = re.compile(
     r"\.(?:k_proj|qkv_proj|qkqkv_proj|kv_proj|c_attn|query_key_value|Wqkv)\.(?:weight|qweight)"
 )
 _OTHER = re.compile(r"vision|visual|audio|image", re.I)  # stacks that keep no KV cache
-_PREDICTION = "mtp."  # a stack of layers for multi-token prediction
-#: What says how many such layers lie behind the model's own, as serving/scales/method.py asks.
-_PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "n_predict")
 _INDEX = "model.safetensors.index.json"
 #: A scale this many times the layer's median is one channel (or head) running away: the others
 #: would be left with a tenth of the codes if it set the scale for all.
@@ -179,7 +176,7 @@ def _needs_scales(owner: str, checkpoint: Checkpoint, config: Mapping[str, Any])
     """False for layers that serving leaves unquantized or does not load: those skipped, and those
     for multi-token prediction, behind the model's own or in a stack of theirs."""
     number, count = keys.layer_number(owner), _layer_count(config)
-    if number in checkpoint.skipped or owner.startswith(_PREDICTION):
+    if number in checkpoint.skipped or owner.startswith(keys.PREDICTION):
         return False
     return number is None or count is None or number < count
 
@@ -187,10 +184,10 @@ def _needs_scales(owner: str, checkpoint: Checkpoint, config: Mapping[str, Any])
 def _is_prediction(owner: str, config: Mapping[str, Any]) -> bool:
     """Whether serving passes over scales of *owner*: a layer for multi-token prediction."""
     text, count = config.get("text_config") or config, _layer_count(config)
-    behind = max(int(text.get(name) or 0) for name in _PREDICTION_COUNTS)
+    behind = max(int(text.get(name) or 0) for name in keys.PREDICTION_COUNTS)
     number = keys.layer_number(owner)
     within = None not in (number, count) and count <= number < count + behind
-    return within or owner.startswith(_PREDICTION)
+    return within or owner.startswith(keys.PREDICTION)
 
 
 def _layer_count(config: Mapping[str, Any]) -> int | None:

@@ -15,6 +15,7 @@ from kvq_plugin.inspection import Geometry
 from kvq_plugin.serving.scales.declared import (
     KVScheme,
     declared_scheme,
+    put_section,
     quantization_section,
     read_json,
     unquantized_dtype,
@@ -102,9 +103,9 @@ class Source:
 
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
         if section.get("config_groups") or section.get("quant_method") not in _KV_ONLY:
-            _put_section(config, section)
+            put_section(config, section)
         else:
-            _put_section(config, None)
+            put_section(config, None)
         return {"config": config}
 
     def max_length(self) -> int | None:
@@ -130,20 +131,6 @@ class Source:
     @property
     def _text_config(self) -> dict[str, Any]:
         return self.config.get("text_config") or self.config
-
-
-def _put_section(config: Any, section: dict[str, Any] | None) -> None:
-    """Put *section* where transformers' *config* has its quantization, in the order in which
-    :func:`quantization_section` looks; None removes it."""
-    for key in ("quantization_config", "compression_config"):
-        for holder in (config, getattr(config, "text_config", None)):
-            if not getattr(holder, key, None):
-                continue
-            if section is None:
-                delattr(holder, key)
-            else:
-                setattr(holder, key, section)
-            return
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -257,9 +257,9 @@ class KVQLayer(CacheLayerMixin):
             self.commit()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        batch, heads, self._new, size = key_states.shape
-        expected = self._batch, self._heads, self._new, self._size
-        if (batch, heads, self._new, size) != expected or value_states.shape != expected:
+        new = key_states.shape[2]
+        expected = self._batch, self._heads, new, self._size
+        if key_states.shape != expected or value_states.shape != expected:
             raise ValueError(
                 f"KVQCache: K {list(key_states.shape)} and V {list(value_states.shape)}, expected "
                 f"{list(expected)}: [sequences, kv heads, tokens, head size]; reset() it for "
@@ -268,8 +268,8 @@ class KVQLayer(CacheLayerMixin):
         if key_states.dtype != value_states.dtype:  # under torch.autocast K comes as fp32
             value_states = value_states.to(key_states.dtype)
         self._wants_gradient |= torch.is_grad_enabled() and key_states.requires_grad
-        self._pending = key_states, value_states
-        self.length += self._new
+        self._pending, self._new = (key_states, value_states), new
+        self.length += new
         return Paged.pair(self)
 
     @property

@@ -130,6 +130,16 @@ def quantization_section(config: Any, folder: Path | None = None) -> Any:
     return {}
 
 
+def put_section(config: Any, section: dict[str, Any] | None) -> None:
+    """Put *section* where :func:`quantization_section` finds one in transformers' *config*; None
+    removes that one."""
+    for key in ("quantization_config", "compression_config"):
+        for holder in (config, getattr(config, "text_config", None)):
+            if getattr(holder, key, None):
+                delattr(holder, key) if section is None else setattr(holder, key, section)
+                return
+
+
 def declared_scheme(config: Any, folder: Path | None = None) -> KVScheme | None:
     """What a checkpoint declares about its KV cache; None when it declares nothing.
 

@@ -13,6 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 SCALES = ("q_scale", "k_scale", "v_scale", "prob_scale")
+#: Tensors of a stack of layers for multi-token prediction begin so; what counts such layers where
+#: they lie behind the model's own, in its configuration.
+PREDICTION = "mtp."
+PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "n_predict")
 ZERO_POINTS = ("q_zero_point", "k_zero_point", "v_zero_point")
 
 #: (origin, pattern of what follows the attention module's own name, parameters it is the value

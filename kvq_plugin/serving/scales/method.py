@@ -23,7 +23,13 @@ from kvq_plugin.serving import compat, recent
 from kvq_plugin.serving.base import KVQImpl
 from kvq_plugin.serving.compat import AttentionType, CompressedTensorsKVCacheMethod
 from kvq_plugin.serving.layers import keep_buffer, require_same_cache
-from kvq_plugin.serving.scales.keys import SCALES, ZERO_POINTS, layer_number
+from kvq_plugin.serving.scales.keys import (
+    PREDICTION,
+    PREDICTION_COUNTS,
+    SCALES,
+    ZERO_POINTS,
+    layer_number,
+)
 from kvq_plugin.serving.scales.load import ScaleLoad, Scales
 from kvq_plugin.serving.scales.shapes import (
     ABSENT,
@@ -144,7 +150,7 @@ def begin_load(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> N
         [layer.layer_name for layer in layers],
         layers[0].quant_method.quant_config.kvq_scheme,
         model_config.get_total_num_kv_heads(),
-        lambda key: not whole or layer_number(key) in beyond or key.startswith("mtp."),
+        lambda key: not whole or layer_number(key) in beyond or key.startswith(PREDICTION),
     )
     own = own_kv_heads(model)
     for layer in layers:
@@ -164,8 +170,7 @@ def _prediction_layers(model_config: Any) -> int:
     """Layers for multi-token prediction that checkpoints carry after the model's own."""
     config = model_config.hf_config
     config = getattr(config, "text_config", None) or config
-    counts = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "n_predict")
-    return max(int(getattr(config, name, None) or 0) for name in counts)
+    return max(int(getattr(config, name, None) or 0) for name in PREDICTION_COUNTS)
 
 
 # --- placeholders ----------------------------------------------------------------------

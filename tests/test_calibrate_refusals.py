@@ -1,0 +1,159 @@
+"""What ``kvq calibrate`` refuses or warns of, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_calibrate import by_hf, edited
+from tiny_models import make
+
+from kvq_plugin import cli
+from kvq_plugin.calibrate import output as output_module
+from kvq_plugin.calibrate.checkpoint import Source
+from kvq_plugin.calibrate.engine import broken_message
+from kvq_plugin.calibrate.output import SCALES
+from kvq_plugin.calibrate.run import _few_tokens, _require_fitting
+from kvq_plugin.calibrate.settings import Settings, Strategy
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("model"), "gqa")
+
+
+def test_nan_names_the_layer(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layer 1 .* of K are NaN or infinite in sample 1"):
+        by_hf(model, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == [model]
+
+
+def test_nan_message_counts_what_follows():
+    broken = [("model.layers.3.self_attn.attn", "v", 7), ("model.layers.4.self_attn.attn", "k", 9)]
+    message = broken_message({}, broken, 2)
+    assert "layer 3" in message and "7 values of V" in message and "1 later layers" in message
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt, OSError(28, "No space left on device")))
+def test_nothing_half_written_is_left(tiny, tmp_path, monkeypatch, error):
+    """Neither by the first output nor by one that was to replace an earlier one."""
+    by_hf(tiny, tmp_path / "out")
+    before = (tmp_path / "out" / SCALES).read_bytes()
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(output_module, "copy_rest", fail)
+    for name in ("out", "new"):
+        with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else OSError):
+            by_hf(tiny, tmp_path / name, Settings("fp8"), force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / SCALES).read_bytes() == before
+
+
+def refusal(arguments: list[str], capsys) -> str:
+    """The one line that ``kvq calibrate`` ends with."""
+    assert cli.main(["calibrate", *arguments]) == 1
+    return capsys.readouterr().err
+
+
+def test_output_that_exists_is_refused(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("the only copy")
+    assert "--force" in refusal([str(tiny), "-o", str(out)], capsys)
+    assert "remove it yourself" in refusal([str(tiny), "-o", str(out), "--force"], capsys)
+    assert (out / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    (
+        (["{tmp}/nothing-here", "-o", "{tmp}/out"], "no such model"),
+        (["{tmp}", "-o", "{tmp}/out"], "no config.json"),
+        (["{tiny}", "-o", "{tmp}/no/such/place"], "is not a directory"),
+        (["{tiny}", "-o", "{tiny}"], "would replace the model"),
+        (["{tiny}", "-o", "{tiny}/sub"], "inside the model"),
+        (["{smollm2}", "-o", "{tmp}/out", "--data", "{tmp}/empty.txt"], "is empty"),
+        (["{smollm2}", "-o", "{tmp}/out", "--data", "{tmp}/none.txt"], "none.txt"),
+        (["{smollm2}", "-o", "{tmp}/out", "--length", "99999"], "--length 8191"),
+        (["{tiny}", "-o", "{tmp}/out", "--scheme", "fp8", "--asymmetric"], "no zero point"),
+        (["{tiny}", "-o", "{tmp}/out", "--strategy", "group"], "--group-size"),
+        (["{tiny}", "-o", "{tmp}/out", "--percentile", "99"], "add --observer percentile"),
+        (
+            ["{tiny}", "-o", "{tmp}/out", "--strategy", "group", "--group-size", "7"],
+            "group size 7 does not divide the head size",
+        ),
+        (["{tiny}", "-o", "{tmp}/out", "--ignore", "0,99"], "--ignore names 99: the model has"),
+        (["none", "-o", "{tmp}/out", "--driver", "hf", "--q-scale"], "q scales were asked for"),
+        (
+            ["none", "-o", "{tmp}/out", "--driver", "hf", "--tensor-parallel-size", "2"],
+            "--tensor-parallel-size 2 was asked for",
+        ),
+    ),  # fmt: skip
+)
+def test_bad_input_is_one_line(tiny, smollm2, tmp_path, capsys, arguments, said):
+    (tmp_path / "empty.txt").touch()
+    places = {"tiny": tiny, "tmp": tmp_path, "smollm2": smollm2}
+    message = refusal([a.format(**places) for a in arguments], capsys)
+    assert message.startswith("kvq: ") and said in message
+    assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.parametrize(
+    "changes", ({"head_dim": None, "hidden_size": None}, {"kv_lora_rank": 512})
+)
+def test_a_head_size_that_is_not_stated_is_not_guessed(tiny, tmp_path, changes):
+    source = Source(edited(tiny, tmp_path / "m", **changes))
+    assert Source(tiny).geometry() is not None and source.geometry() is None
+    _require_fitting(Settings(strategy=Strategy.GROUP, group_size=7), source)
+
+
+def test_few_tokens_are_warned_of():
+    assert _few_tokens([[3] * 60] * 17) == []
+    assert "1,000 tokens" in _few_tokens([[3] * 60] * 16)[0]
+    assert "samples of 1:" in _few_tokens([[3]] * 2000)[0]
+
+
+def test_full_disk_is_said_before_anything_runs(tiny, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "no room on disk" in refusal([str(tiny), "-o", str(tmp_path / "out")], capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    (
+        ("config.json", "{", "is not JSON"),
+        ("config.json", "[]", "JSON object"),
+        ("model.safetensors", "not tensors", "no safetensors file"),
+        ("model.safetensors.index.json", "{}", "weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a.b": "gone"}}', "not there: gone"),
+    ),
+)
+def test_damaged_checkpoint_is_refused(tiny, tmp_path, file, content, said):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / file).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        Source.find(str(model))
+
+
+def test_failure_to_write_tensors_is_an_oserror(tmp_path):
+    with pytest.raises(OSError, match="cannot write x"):
+        output_module._save({"a": torch.zeros(1)}, tmp_path / "no" / "x", None)
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="save_pretrained"):
+        Source.find(str(tmp_path))
