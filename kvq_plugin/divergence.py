@@ -49,6 +49,13 @@ class Divergence:
         """Part of the tokens for which both find the same token most likely."""
         return statistics.fmean(self.same)
 
+    def is_at(self, floor: Divergence) -> bool:
+        """Whether it is no larger than *floor*, measured on the first of the same tokens, there.
+
+        The rest of the text may be easier or harder, which says nothing of either.
+        """
+        return statistics.fmean(self.kl[: len(floor.kl)]) <= floor.mean
+
     def summary(self) -> dict[str, float]:
         """The figures of tables and reports; ``kl`` in nats per token."""
         tails = {f"kl_p{p:g}": percentile(self.kl, p) for p in (50, 99, 99.9)}

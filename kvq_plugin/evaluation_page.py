@@ -132,7 +132,7 @@ def collected(
         "dtypes": {
             dtype: {
                 "kv_tokens": evaluation.kv_tokens,
-                "texts": _texts(evaluation, baseline, edges, length),
+                "texts": _texts(evaluation, baseline, edges, length, floor),
             }
             for dtype, evaluation in evaluations.items()
         },
@@ -140,14 +140,23 @@ def collected(
     }
 
 
-def _texts(evaluation: Evaluation, baseline: Evaluation, edges, length: int) -> dict[str, Any]:
+def _texts(
+    evaluation: Evaluation,
+    baseline: Evaluation,
+    edges,
+    length: int,
+    floor: Evaluation | None = None,
+) -> dict[str, Any]:
+    floors = {} if floor is None else floor.scores
     return {
-        text: _figures(score, baseline.scores[text], edges, length)
+        text: _figures(score, baseline.scores[text], edges, length, floors.get(text))
         for text, score in evaluation.scores.items()
     }
 
 
-def _figures(score: Score, baseline: Score, edges, length: int) -> dict[str, Any]:
+def _figures(
+    score: Score, baseline: Score, edges, length: int, floor: Score | None
+) -> dict[str, Any]:
     change, error = score.change(baseline.head(len(score.logprobs)))
     figures = {
         "tokens": len(score.logprobs),
@@ -159,6 +168,8 @@ def _figures(score: Score, baseline: Score, edges, length: int) -> dict[str, Any
     if score.divergence is not None:
         figures["divergence"] = score.divergence.summary()
         figures["kl_by_position"] = by_position(score.divergence.kl, edges, length - 1)
+        if floor is not None:
+            figures["at_noise_floor"] = score.divergence.is_at(floor.divergence)
     return figures
 
 
@@ -279,7 +290,7 @@ def _page(folder: Path, figures: Mapping[str, Any], about: Mapping[str, Any]) ->
         "divergence of the next-token distributions in nats per token, TV total variation, top-1 "
         "how often the same token is the most likely, all against "
         f"{BASELINE}. Noise floor: {BASELINE} against itself, the first windows prefilled in "
-        "chunks of another size; what is not above it (≤) is not told from "
+        "chunks of another size; what is not above it on those (≤) is not told from "
         f"{BASELINE}.</p>"
     )
     if figures["greedy_tokens_in_common"]:
@@ -305,10 +316,8 @@ def _table(figures: Mapping[str, Any], text: str) -> str:
     headings = ("KV cache", "tokens", "perplexity", "change, %")
     headings += ("KL", "p50", "p99", "p99.9", "TV", "top-1")
     rows = [(d, f["kv_tokens"], f["texts"][text]) for d, f in figures["dtypes"].items()]
-    level = None
     if figures["floor"] is not None:
         rows.insert(1, (f"{BASELINE}, noise floor", None, figures["floor"][text]))
-        level = figures["floor"][text]["divergence"]["kl"]
     lines = []
     for name, held, of in rows:
         change = f"{of['change_percent']:+.2f} ± {of['change_error_percent']:.2f}"
@@ -318,7 +327,7 @@ def _table(figures: Mapping[str, Any], text: str) -> str:
         if found := of.get("divergence"):
             kinds = ("kl", "kl_p50", "kl_p99", "kl_p99.9", "tv")
             cells += [*(f"{found[kind]:.5f}" for kind in kinds), f"{found['top1']:.2%}"]
-            mark = "≤ " if name in figures["dtypes"] and found["kl"] <= level else ""
+            mark = "≤ " if of.get("at_noise_floor") else ""
         cells += [""] * (len(headings) - 1 - len(cells))
         lines.append("".join(f"<td>{escape(cell)}</td>" for cell in (mark + name, *cells)))
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)

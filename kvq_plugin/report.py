@@ -103,11 +103,12 @@ class Results:
         }
 
     def is_at_floor(self, dtype: str, text: str) -> bool:
-        """Whether *dtype* diverges no more from the unquantized engine than that from itself."""
+        """Whether *dtype* diverges no more from the unquantized engine than that from itself, on
+        the windows that both ran."""
         if self.floor is None:
             return False
         own = self.evaluations[dtype].scores[text].divergence
-        return own is not None and own.mean <= self.floor.scores[text].divergence.mean
+        return own is not None and own.is_at(self.floor.scores[text].divergence)
 
 
 def window_length(model: str, driver: str, drift: int) -> int:
@@ -285,8 +286,8 @@ def divergence_table(results: Results) -> Table:
         title=f"Next-token distributions against {BASELINE}'s",
         caption="KL divergence in nats per token; TV: total variation; top-1: the same token is "
         f"the most likely. Noise floor: {BASELINE} against itself, its first {FLOOR_WINDOWS} "
-        "windows prefilled in chunks of another size. What is not above it is not told from "
-        f"{BASELINE} (marked ≤)",
+        "windows prefilled in chunks of another size. What is not above it on those is not told "
+        f"from {BASELINE} (marked ≤)",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,

@@ -100,6 +100,22 @@ def test_page_is_whole(tmp_path):
     assert {"auto, noise floor", "≤ int8", "int4", "360", "90.00%", "vLLM 0.32", "*9"} <= cells
 
 
+@pytest.mark.parametrize(("first", "second", "at_floor"), [(0.002, 9.0, True), (0.003, 0.0, False)])
+def test_the_floor_is_compared_on_its_own_windows(tmp_path, first, second, at_floor):
+    """The floor runs the first windows only, and the others may be easier or harder."""
+
+    def of(*kls: float) -> Evaluation:
+        values = tuple(kl for kl in kls for _ in range(LENGTH - 1))
+        divergence = Divergence(values, values, (True,) * len(values))
+        return Evaluation({"t": Score((-1.0,) * len(values), divergence=divergence)}, 100)
+
+    auto = Evaluation({"t": Score((-1.0,) * (2 * LENGTH - 2))}, 100)
+    found, own = {BASELINE: auto, "int8": of(first, second)}, of(0.002)
+    assert report.Results(found, own).is_at_floor("int8", "t") is at_floor
+    evaluation_page.write(tmp_path / "r", found, own, LENGTH, ABOUT)
+    assert ("≤ int8" in (tmp_path / "r" / "index.html").read_text("utf-8")) is at_floor
+
+
 def test_page_needs_no_other_host(tmp_path):
     evaluation_page.write(tmp_path / "r", evaluations(), floor(), LENGTH, ABOUT)
     text = (tmp_path / "r" / "index.html").read_text()
