@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvq_plugin.formats import SERVED, Kind, KVFormat
+from kvq_plugin.geometry import Geometry, geometries, layer_count
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.mapping import MIXED, declared_mapping, parse
 from kvq_plugin.serving.scales import keys
@@ -37,53 +38,6 @@ _INDEX = "model.safetensors.index.json"
 #: A scale this many times the layer's median is one channel (or head) running away: the others
 #: would be left with a tenth of the codes if it set the scale for all.
 OUTLIER = 10.0
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Attention of the model: ``heads`` query heads over ``kv_heads`` of ``head_size``."""
-
-    heads: int
-    kv_heads: int
-    head_size: int
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], folder: Path) -> Geometry:
-        """From config.json, whatever it calls them. ValueError where it says nothing."""
-        text = config.get("text_config") or config
-        heads = _first(text, "num_attention_heads", "n_head", "num_heads")
-        hidden = _first(text, "hidden_size", "n_embd", "d_model")
-        if not heads or not (hidden or text.get("head_dim")):
-            raise ValueError(
-                f"{folder / 'config.json'} does not say how many attention heads the model has: "
-                "expected num_attention_heads, and head_dim or hidden_size"
-            )
-        kv_heads = _first(text, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
-        return cls(heads, kv_heads, text.get("head_dim") or hidden // heads)
-
-
-def _geometries(config: Mapping[str, Any], usual: Geometry) -> dict[int, Geometry]:
-    """Layers whose kv heads or head size are not the *usual* ones, as Gemma 4's global layers."""
-    text = config.get("text_config") or config
-    stated = dict(text.get("per_layer_config") or {})  # since transformers 5
-    if text.get("global_head_dim"):
-        full = {"head_dim": text["global_head_dim"]}
-        if text.get("attention_k_eq_v", True) and text.get("num_global_key_value_heads"):
-            full["num_key_value_heads"] = text["num_global_key_value_heads"]
-        kinds = enumerate(text.get("layer_types") or ())
-        stated |= {str(n): full for n, kind in kinds if kind == "full_attention"}
-    return {
-        int(number): replace(
-            usual,
-            kv_heads=own.get("num_key_value_heads") or usual.kv_heads,
-            head_size=own.get("head_dim") or usual.head_size,
-        )
-        for number, own in stated.items()
-    }
-
-
-def _first(config: Mapping[str, Any], *keys: str) -> int | None:
-    return next((config[key] for key in keys if config.get(key)), None)
 
 
 @dataclass
@@ -133,6 +87,10 @@ class Checkpoint:
     problems: list[str] = field(default_factory=list)
     mapping: list[str] | None = None
 
+    def geometry_of(self, layer: int | None) -> Geometry:
+        """Attention of the layer of that number; the usual one without a number."""
+        return self.geometries.get(layer, self.geometry)
+
 
 def read(path: str | Path) -> Checkpoint:
     """Read the checkpoint in directory *path*, or of the hub model of that name.
@@ -150,7 +108,7 @@ def read(path: str | Path) -> Checkpoint:
         geometry,
         _weights(section),
         declared_scheme(config, folder),
-        geometries=_geometries(config, geometry),
+        geometries=geometries(config, geometry),
         skipped=frozenset(int(n) for n in skipped if n.isdigit()),
     )
     owners, scales = _tensors(folder)
@@ -175,7 +133,7 @@ def read(path: str | Path) -> Checkpoint:
 def _needs_scales(owner: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
     """False for layers that serving leaves unquantized or does not load: those skipped, and those
     for multi-token prediction, behind the model's own or in a stack of theirs."""
-    number, count = keys.layer_number(owner), _layer_count(config)
+    number, count = keys.layer_number(owner), layer_count(config)
     if number in checkpoint.skipped or owner.startswith(keys.PREDICTION):
         return False
     return number is None or count is None or number < count
@@ -183,16 +141,11 @@ def _needs_scales(owner: str, checkpoint: Checkpoint, config: Mapping[str, Any])
 
 def _is_prediction(owner: str, config: Mapping[str, Any]) -> bool:
     """Whether serving passes over scales of *owner*: a layer for multi-token prediction."""
-    text, count = config.get("text_config") or config, _layer_count(config)
+    text, count = config.get("text_config") or config, layer_count(config)
     behind = max(int(text.get(name) or 0) for name in keys.PREDICTION_COUNTS)
     number = keys.layer_number(owner)
     within = None not in (number, count) and count <= number < count + behind
     return within or owner.startswith(keys.PREDICTION)
-
-
-def _layer_count(config: Mapping[str, Any]) -> int | None:
-    text = config.get("text_config") or config
-    return _first(text, "num_hidden_layers", "n_layer", "num_layers")
 
 
 def _read_mapping(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -201,7 +154,7 @@ def _read_mapping(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         return
     text = config.get("text_config") or config
     windows = [kind == "sliding_attention" for kind in text.get("layer_types") or ()]
-    layers = _layer_count(config) or len(windows)
+    layers = layer_count(config) or len(windows)
     try:
         mapping = parse(given, layers)
         sliding = windows or [False] * layers
@@ -267,7 +220,7 @@ def _module(found: keys.ScaleKey, owners: set[str]) -> str:
 
 def _add(checkpoint: Checkpoint, layer: Layer, found: keys.ScaleKey, tensor: torch.Tensor) -> None:
     """Put *tensor* on *layer*, or what is wrong with it among the problems."""
-    g = checkpoint.geometries.get(layer.number, checkpoint.geometry)
+    g = checkpoint.geometry_of(layer.number)
     shard = HeadShard.of(g.kv_heads, g.kv_heads, 0, 1)
     reader = ScaleReader(layer.owner, shard, g.head_size, g.head_size, g.heads)
     for parameter in found.parameters:

@@ -13,7 +13,6 @@ from rich.table import Table
 from kvq_plugin.formats import SERVED
 from kvq_plugin.inspection import (
     Checkpoint,
-    Geometry,
     Layer,
     automatic,
     read,
@@ -102,27 +101,28 @@ def _largest(layer: Layer, name: str) -> str:
 
 def mapping_table(checkpoint: Checkpoint) -> Table:
     """A row per run of layers with one KV cache: bytes per token and bits; then all of them."""
-    g, names = checkpoint.geometry, checkpoint.mapping
-    sizes = [g.kv_heads * bytes_per_token(name, g.head_size) for name in names]
+    names = checkpoint.mapping
+    shapes = [checkpoint.geometry_of(number) for number in range(len(names))]
     table = Table(title="KV cache of each layer", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layers", justify="right")
     table.add_column("KV cache", no_wrap=True)
     table.add_column("cost", justify="right", no_wrap=True)
     table.add_column("bits", justify="right")
+
+    def cells(begin: int, end: int) -> tuple[str, str]:
+        held = list(zip(names[begin:end], shapes[begin:end], strict=True))
+        size = sum(g.kv_heads * bytes_per_token(name, g.head_size) for name, g in held)
+        values = sum(g.kv_heads * g.head_size for _, g in held)
+        return f"{size:,} bytes a token", f"{bits(size, values):.3f}"
+
     begin = 0
     for layers, name in compact(names).items():
         end = begin + sum(1 for _ in takewhile(lambda n, x=name: n == x, names[begin:]))
-        each = sum(sizes[begin:end])
-        table.add_row(layers, name, f"{each:,} bytes a token", _bits(each, end - begin, g))
+        table.add_row(layers, name, *cells(begin, end))
         begin = end
     table.add_section()
-    total = sum(sizes)
-    table.add_row("all", MIXED, f"{total:,} bytes a token", _bits(total, len(names), g))
+    table.add_row("all", MIXED, *cells(0, len(names)))
     return table
-
-
-def _bits(size: int, layers: int, geometry: Geometry) -> str:
-    return f"{bits(size, layers * geometry.kv_heads * geometry.head_size):.3f}"
 
 
 def dtypes_table(checkpoint: Checkpoint) -> Table:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from kvq_plugin import inspection, inspection_report
 from kvq_plugin.formats import SERVED
+from kvq_plugin.geometry import Geometry
 
 CONFIG = {
     "num_attention_heads": 4,
@@ -68,7 +69,7 @@ def test_reads_scales_as_serving_does(write):
         kv_cache_scheme=INT8,
     )
     checkpoint = inspection.read(path)
-    assert checkpoint.geometry == inspection.Geometry(4, 2, 32)
+    assert checkpoint.geometry == Geometry(4, 2, 32)
     assert checkpoint.weights is None and checkpoint.scheme.type == "int"
     first = checkpoint.layers[0]
     assert torch.equal(first.values["k_scale"], CHANNEL.view(2, 32))
@@ -156,6 +157,17 @@ def test_layers_may_have_heads_of_their_own(write, stated):
     checkpoint = inspection.read(write(own, config))
     assert not checkpoint.problems
     assert [tuple(x.values["k_scale"].shape) for x in checkpoint.layers] == [(2, 32), (1, 64)]
+
+
+def test_a_mapping_costs_what_each_layers_heads_do(write):
+    """As in Gemma 4, whose global layers have fewer and wider heads."""
+    stated = {"global_head_dim": 64, "num_global_key_value_heads": 1, "num_hidden_layers": 2}
+    stated |= {"kvq": {"layers": {"0": "int8_per_token_head", "1": "int8_per_token_head"}}}
+    stated |= {"layer_types": ["sliding_attention", "full_attention"]}
+    text = report(write({}, CONFIG | stated))[0]
+    # A token's two scales take 8 bytes a head: two heads in the one layer, one in the other.
+    sizes = 2 * (2 * 32 + 8) + (2 * 64 + 8)
+    assert f"{sizes} bytes a token" in text and f"{sizes * 8 / 256:.3f}" in text
 
 
 def test_skipped_layers_need_no_scales(write):

@@ -10,8 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from kvq_plugin.geometry import Geometry
 from kvq_plugin.hub import checkpoint_folder
-from kvq_plugin.inspection import Geometry
 from kvq_plugin.serving.scales.declared import (
     KVScheme,
     declared_scheme,
