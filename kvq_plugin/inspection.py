@@ -293,10 +293,25 @@ def _is_asymmetric(checkpoint: Checkpoint) -> bool:
     return any(name.endswith("zero_point") for layer in used for name in layer.values)
 
 
+def mixed(checkpoint: Checkpoint) -> tuple[bool, str]:
+    """As :func:`verdict`, for the mapping that the checkpoint declares."""
+    scaled = {layer.number for layer in checkpoint.layers}
+    for name in set(checkpoint.mapping) & SERVED.keys():
+        if SERVED[name].is_dynamic or SERVED[name].default_scale is not None:
+            continue
+        layers = [n for n, own in enumerate(checkpoint.mapping) if own == name]
+        if bare := [str(n) for n in layers if n not in scaled]:
+            which = f"layer {bare[0]} keeps" if len(bare) == 1 else f"layers {', '.join(bare)} keep"
+            remedy = "needs calibrated scales; add them with `kvq calibrate`"
+            return False, f"refused: {which} {name}, which {remedy}"
+    return True, "each layer's own"
+
+
 def automatic(checkpoint: Checkpoint) -> tuple[bool, str]:
     """As :func:`verdict`, for ``auto``."""
     if checkpoint.mapping is not None:
-        return True, f"takes {MIXED}, as the checkpoint declares"
+        serves, how = mixed(checkpoint)
+        return serves, f"takes {MIXED}, as the checkpoint declares; {how}"
     if checkpoint.scheme is None:
         return True, "unquantized: the checkpoint declares no KV scheme"
     try:
@@ -328,9 +343,11 @@ def check_dtypes(model: str, dtypes: Iterable[str]) -> None:
 def _asked(checkpoint: Checkpoint, dtype: str) -> tuple[bool, str]:
     """As :func:`verdict`, for the mapping too, with the problems and a remedy."""
     if dtype == MIXED:
+        serves, why = False, "refused: the checkpoint has no KV cache for each layer"
         if checkpoint.mapping is not None:
-            return True, "each layer's own"
-        why = "refused: the checkpoint has no KV cache for each layer"
+            serves, why = mixed(checkpoint)
+        if serves:
+            return True, why
         remedy = "make a checkpoint with them with `kvq allocate`"
     else:
         serves, why = verdict(checkpoint, dtype, SERVED[dtype])

@@ -15,6 +15,7 @@ from kvq_plugin.inspection import (
     Checkpoint,
     Layer,
     automatic,
+    mixed,
     read,
     remarks,
     verdict,
@@ -133,7 +134,7 @@ def dtypes_table(checkpoint: Checkpoint) -> Table:
     table.add_column("scales")
     rows = {"auto": automatic(checkpoint)}
     if checkpoint.mapping is not None:
-        rows[MIXED] = True, "each layer's own, as listed above"
+        rows[MIXED] = mixed(checkpoint)
     rows |= {name: verdict(checkpoint, name, format) for name, format in SERVED.items()}
     for name, (serves, how) in rows.items():
         table.add_row(name, "yes" if serves else "no", how)

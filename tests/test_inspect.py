@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -286,6 +287,18 @@ def test_dtypes_of_a_calibrated_checkpoint(write):
 def test_dtypes_of_a_mapping(write):
     mapping = {"num_hidden_layers": 2, "kvq": {"layers": {"0": "int4", "1": "k8v4"}}}
     inspection.check_dtypes(str(write({}, CONFIG | mapping)), ["auto", "kvq_mixed"])
+
+
+def test_a_mappings_int8_needs_scales_of_its_layers(write):
+    mapping = CONFIG | {"num_hidden_layers": 2, "kvq": {"layers": {"0": "int4", "1": "int8"}}}
+    says = "layer 1 keeps int8, which needs calibrated scales; add them with `kvq calibrate`"
+    path = write({}, mapping)
+    text = report(path)[0]
+    assert text.count(says) == 2 and re.search(r"auto +no +takes kvq_mixed", text)
+    with pytest.raises(ValueError, match=f"kvq_mixed was asked of .*{says}"):
+        inspection.check_dtypes(str(path), ["kvq_mixed"])
+    own = {f"model.layers.1.self_attn.{k}": 0.5 for k in ("k_scale", "v_scale")}
+    inspection.check_dtypes(str(write(own, mapping)), ["kvq_mixed"])
 
 
 @pytest.mark.parametrize("config", ["{}", '{"num_attention_heads": [1, 2], "hidden_size": 8}'])
