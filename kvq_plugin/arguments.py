@@ -6,8 +6,6 @@ before GPUs and the reference are asked.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from kvq_plugin.calls import Attend, Store
@@ -15,17 +13,23 @@ from kvq_plugin.formats import GROUP, KVFormat
 from kvq_plugin.layout import MAX_HEAD_SIZES, page_layout
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+#: What fp32 computes: ``csrc/cpu/checks.h`` says how well, and what came of others.
+SOFTCAPS = (1e-4, 1e4)
 
 
 def check_store(call: Store) -> None:
     cache, format, slots, recent_slots = (
         call.cache, call.format, call.slot_mapping, call.recent_slot_mapping,
     )  # fmt: skip
+    _check_rows("key", call.key)
     _check_pages(cache, call.key, format)
+    _check_apart("cache", cache)
     _check_recent(call, recent_slot_mapping=recent_slots)
+    if call.recent_cache is not None:
+        _check_apart("recent_cache", call.recent_cache)
     _check_device(cache, key=call.key, value=call.value, slot_mapping=slots)
+    _check_rows("value", call.value)
     for name, x in (("key", call.key), ("value", call.value)):
-        _check_rows(name, x)
         if x.shape[1] != cache.shape[1]:
             raise ValueError(f"{name} has {x.shape[1]} kv heads, the cache {cache.shape[1]}")
     if call.value.shape != call.key.shape or call.value.dtype != call.key.dtype:
@@ -54,22 +58,24 @@ def check_store(call: Store) -> None:
 
 def check_attend(call: Attend) -> None:
     out, query, cache, format = call.out, call.query, call.cache, call.format
+    _check_rows("query", query)
     _check_pages(cache, query, format)
     _check_recent(call, recent_block_table=call.recent_block_table)
     if format.recent is not None and not call.causal:
         raise ValueError(f"{format.name} has recent rows, which serve causal attention only")
     names = ("query", "out", "block_table", "seq_lens", "query_start_loc", "alibi_slopes", "sinks")
     _check_device(cache, **{name: getattr(call, name) for name in names})
-    _check_rows("query", query)
     _check_rows("out", out)
     if out.shape != query.shape or out.dtype != query.dtype:
         raise ValueError(f"query {_describe(query)} and out {_describe(out)} must agree")
+    _check_apart("out", out)
+    _check_in_place(out, query)
     if query.shape[1] % cache.shape[1]:
         raise ValueError(
             f"{query.shape[1]} query heads do not divide into {cache.shape[1]} kv heads"
         )
-    sequences = call.seq_lens.shape[0]
     _check_vector("seq_lens", call.seq_lens, torch.int32)
+    sequences = call.seq_lens.shape[0]
     _check_vector("query_start_loc", call.query_start_loc, torch.int32)
     if call.query_start_loc.shape[0] < sequences + 1:
         raise ValueError(
@@ -90,8 +96,11 @@ def check_attend(call: Attend) -> None:
             _check_vector(name, x, torch.float32)
             if x.shape[0] != query.shape[1]:
                 raise ValueError(f"{name} has {x.shape[0]} entries for {query.shape[1]} heads")
-    if not 0.0 <= call.softcap < math.inf:
-        raise ValueError(f"softcap must be a finite number, 0 (none) or more, got {call.softcap}")
+    if call.softcap != 0.0 and not SOFTCAPS[0] <= call.softcap <= SOFTCAPS[1]:
+        raise ValueError(
+            f"softcap must be 0 (none) or between {SOFTCAPS[0]:g} and {SOFTCAPS[1]:g}, "
+            f"got {call.softcap}"
+        )
     _check_static(call)
 
 
@@ -104,6 +113,28 @@ def _check_rows(name: str, x: torch.Tensor) -> None:
         raise ValueError(
             f"{name} must be bfloat16, float16 or float32 [tokens, heads, head size] with "
             f"contiguous head size, got {_describe(x)}"
+        )
+
+
+def _check_apart(name: str, x: torch.Tensor) -> None:
+    """*x* is written, by many threads at once."""
+    steps = x.stride()
+    if 0 in steps and any(n > 1 and step == 0 for n, step in zip(x.shape, steps, strict=True)):
+        raise ValueError(
+            f"{name} is written, but repeats memory (Tensor.expand), got {_describe(x)}; pass a "
+            f"tensor of its own, as {name}.clone() makes one"
+        )
+
+
+def _check_in_place(out: torch.Tensor, query: torch.Tensor) -> None:
+    """As torch's own operators, this looks at tensors without gaps only. Of GPUs' it asks nothing:
+    what traces a call has no addresses."""
+    if out.device.type != "cpu" or not (out.is_contiguous() and query.is_contiguous()):
+        return
+    apart = abs(out.data_ptr() - query.data_ptr())
+    if 0 < apart < out.numel() * out.element_size():
+        raise ValueError(
+            f"out overlaps query {apart} bytes away: pass query itself, or memory of its own"
         )
 
 

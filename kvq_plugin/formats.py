@@ -129,6 +129,9 @@ class KVFormat:
     recent: KVFormat | None = None
     window: int = 0
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # of all fields it takes longer than what is looked up with it
+
     @property
     def is_dynamic(self) -> bool:
         """True when neither K nor V takes scales from a checkpoint."""

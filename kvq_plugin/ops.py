@@ -147,13 +147,14 @@ def attend(
     ``format.sealed_before(p)`` and ``recent_cache`` from there on.
 
     Args:
-        out, query: ``[T, heads, D]`` of one dtype; D contiguous, other strides free.
+        out, query: ``[T, heads, D]`` of one dtype; D contiguous, other strides free. *out* may be
+            *query*, and must not overlap it otherwise.
         cache: as in :func:`store`.
         block_table: ``[S, blocks]`` int32; seq_lens: ``[S]`` int32; query_start_loc: ``[S+1]``
             int32.
         scale: factor of q . k before softcap and softmax.
         window: 0, or the number of tokens a query sees, itself included.
-        softcap: 0, or a positive number: ``s -> softcap * tanh(s / softcap)``.
+        softcap: 0, or 1e-4 to 1e4: ``s -> softcap * tanh(s / softcap)``.
         alibi_slopes, sinks: ``[heads]`` fp32; a sink is a logit that joins the denominator.
         recent_cache, recent_block_table: of formats with recent rows: as in :func:`store`, and
             ``[S, blocks]`` int32, in which only blocks that hold rows some query reads need to be

@@ -266,13 +266,13 @@ def attend(
             visible &= distance < window
             if not causal:
                 visible &= -distance < window
+        lowest = int(visible.any(0).int().argmax()) if bool(visible.any()) else length
         if format.recent is None:
-            k, v = (_gather(x, block_table[s], 0, length) for x in loaded)
+            k, v = (_gather(x, block_table[s], lowest, length) for x in loaded)
         else:
             # The two ranges side by side, as if the context were twice as long.
             limits = torch.tensor([format.sealed_before(int(p)) for p in position])
             seals = torch.arange(length)[None] < limits[:, None]
-            lowest = int(visible.any(0).int().argmax()) if bool(visible.any()) else length
             old = [_gather(x, block_table[s], lowest, int(limits[-1]), length)
                    for x in sealed_rows[:2]]  # fmt: skip
             if lowest == 0 and limits[-1] > 0:
@@ -293,9 +293,10 @@ def attend(
         if sinks is not None:
             sink = sinks.to(dtype)[:, None, None].expand(-1, count, 1)
             scores = torch.cat([scores, sink], -1)
-        # A query that sees nothing gets zeros, where softmax alone would give NaN.
+        # A query that sees nothing gets zeros, where softmax alone would give NaN: with no sink, or
+        # one of -inf.
         weights = torch.softmax(scores, -1)
-        blind = ~visible.any(-1)[None, :, None] & (sinks is None)
+        blind = ~visible.any(-1)[None, :, None]
         weights = weights.masked_fill(blind, 0.0)
         out[begin:end] = _mix(weights[..., : k.shape[0]], v, visible)
     return out

@@ -75,8 +75,9 @@ class Layer(torch.nn.Module):
         self.forwards.append((query.shape[0], metadata))
 
 
-def builder_of(speculated=None, device="meta", format=FORMATS["fp8"], layers=(), **changes):
+def builder_of(speculated=None, device="meta", format=FORMATS["fp8"], layers=None, **changes):
     speculative, suffix = None, changes.get("suffix", "")
+    layers = [Layer(device, format)] if layers is None else layers
     if speculated:
         speculative = SimpleNamespace(num_speculative_tokens=speculated, parallel_drafting=False)
     config = SimpleNamespace(
@@ -84,16 +85,15 @@ def builder_of(speculated=None, device="meta", format=FORMATS["fp8"], layers=(),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1, use_ubatching=changes.get("use_ubatching", False)
         ),
-        model_config=SimpleNamespace(
-            dtype=torch.bfloat16, enable_sleep_mode=changes.get("enable_sleep_mode", False)
-        ),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
         compilation_config=SimpleNamespace(
             static_forward_context={f"layers.{i}.attn{suffix}": x for i, x in enumerate(layers)}
         ),
         use_v2_model_runner=True,
     )
-    names = [f"layers.{i}.attn{suffix}" for i in range(max(1, len(layers)))]
-    return gpu.GPUBuilder(spec_of(format), names, config, torch.device(device))
+    names = list(config.compilation_config.static_forward_context)
+    builder = changes.get("builder", gpu.GPUBuilder)
+    return builder(spec_of(format), names, config, torch.device(device))
 
 
 def ranges_of(metadata):

@@ -34,7 +34,11 @@ def run_config(dtype=DYNAMIC, model=None, cache=None, parallel=None, **top):
         num_speculative_tokens=top.pop("drafts", 0),
         use_v2_model_runner=False,
         parallel_config=SimpleNamespace(
-            **{"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+            **{
+                "decode_context_parallel_size": 1,
+                "prefill_context_parallel_size": 1,
+                "pipeline_parallel_size": 1,
+            }
             | (parallel or {})
         ),
         model_config=SimpleNamespace(

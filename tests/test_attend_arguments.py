@@ -100,6 +100,18 @@ WRONG = {
     ),
     "softcap below 0": ({"softcap": -30.0}, ("softcap", "-30")),
     "softcap of NaN": ({"softcap": float("nan")}, ("softcap", "nan")),
+    "softcap beyond fp32": ({"softcap": 1e300}, ("softcap", "1e+300", "10000")),
+    "softcap of noise": ({"softcap": 1e8}, ("softcap", "100000000", "10000")),
+    "softcap of nothing": ({"softcap": 1e-50}, ("softcap", "1e-50", "0.0001")),
+    "out repeats memory": (
+        {"out": torch.full((1, 8, 64), 7.0).expand(4, 8, 64)},
+        ("out", "strides [0, 64, 1]", "clone"),
+    ),
+    "lengths rank": (
+        {"seq_lens": torch.tensor(40, dtype=torch.int32)},
+        ("seq_lens", "[]", "vector"),
+    ),
+    "query of rank 0": ({"query": torch.tensor(1.0)}, ("query", "[]", "[tokens, heads, head")),
     "sinks strided": ({"sinks": torch.zeros(16)[::2]}, ("sinks", "strides [2]")),
     "head size 0": (
         {
@@ -137,6 +149,19 @@ def test_wrong_arguments_are_named_and_nothing_is_written(changes, named):
     missing = [fact for fact in named if fact not in str(error.value)]
     assert not missing, f"{error.value} does not say {missing}"
     assert (call["out"] == 7.0).all()
+
+
+@pytest.mark.parametrize("rows", (-1, 1))
+def test_out_that_overlaps_other_queries_is_refused(rows):
+    """Queries that another thread had yet to read would be outputs by then."""
+    call = arguments()
+    memory = torch.full((6, 8, 64), 7.0)
+    query, out = memory[1:5], memory[1 + rows : 5 + rows]
+    query.copy_(call["query"])
+    before = memory.clone()
+    with pytest.raises(ValueError, match="out overlaps query 2048 bytes away"):
+        ops.attend(**{**call, "query": query, "out": out})
+    assert torch.equal(memory, before)
 
 
 @pytest.mark.parametrize("name", ("scale", "zero_point"))
@@ -309,6 +334,7 @@ RAW = {
     "store block size 0": (raw_store, {"cache": cache_of(3, 2, 0, 136)}),
     "store cache heads": (raw_store, {"cache": cache_of(3, 1, 16, 136)}),
     "store page strides": (raw_store, {"cache": cache_of(3, 2, 16, 200)[..., :136]}),
+    "store cache expanded": (raw_store, {"cache": cache_of(1, 2, 16, 136).expand(3, -1, -1, -1)}),
     "store slots dtype": (raw_store, {"slots": torch.arange(4).int()}),
     "store slots rank": (raw_store, {"slots": torch.arange(4)[None]}),
     "store slots strided": (raw_store, {"slots": torch.arange(8)[::2]}),
@@ -359,6 +385,9 @@ RAW = {
     "attend sinks count": (raw_attend, {"sinks": torch.zeros(7)}),
     "attend slopes dtype": (raw_attend, {"alibi_slopes": torch.zeros(8).double()}),
     "attend softcap": (raw_attend, {"softcap": -1.0}),
+    "attend softcap 1e300": (raw_attend, {"softcap": 1e300}),
+    "attend softcap 1e-40": (raw_attend, {"softcap": 1e-40}),
+    "attend out expanded": (raw_attend, {"out": torch.zeros(1, 8, 64).expand(4, 8, 64)}),
     "attend scale expanded": (
         raw_attend,
         {

@@ -263,6 +263,26 @@ def test_queries_of_a_sequence_without_context_are_zero(isa):
 
 
 @every_isa
+def test_a_sink_of_minus_infinity_is_none(isa):
+    """For queries without context too: the reference made NaN of them."""
+    batch = ((20, 1), (5, 7), (600, 3))
+    p = oracle.build(get_format("int8_per_token_head"), batch)
+    no_sink = replace(p, options={"sinks": torch.full((8,), -torch.inf)})
+    assert torch.equal(run(no_sink, isa), run(p, isa))
+    assert torch.equal(no_sink.expected(), p.expected())
+    assert (run(no_sink, isa)[1:3] == 0).all()
+
+
+@every_isa
+@every_format
+def test_out_may_be_the_query(format, isa):
+    """In chunks of several threads, for several heads."""
+    p = oracle.build(format, ((3000, 1), (700, 70)))
+    query = p.query.clone()
+    assert torch.equal(run(replace(p, query=query), isa, query), run(p, isa))
+
+
+@every_isa
 @every_format
 def test_no_sequences_at_all(format, isa):
     p = oracle.build(format, ((5, 1),))

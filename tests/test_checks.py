@@ -286,6 +286,26 @@ def test_only_recent_rows_beside_other_pages_need_packed_blocks():
     assert uniform.cache_config.kv_cache_layout is None
 
 
+def test_a_layout_of_the_users_own_is_not_overruled(monkeypatch):
+    recent, plain = _mixed({"default": "int4"}), _mixed({"default": "k8v4"})
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "NHD")
+    mapped.settle_layout(plain)  # vLLM looks at it itself
+    with pytest.raises(ValueError, match="LAYOUT=NHD.*supported is BLHNC; unset it"):
+        mapped.settle_layout(recent)
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", mapped.PACKED_LAYOUT)
+    mapped.settle_layout(recent)
+    assert recent.cache_config.kv_cache_layout == mapped.PACKED_LAYOUT
+
+
+def test_pipeline_stages_of_a_mapping_have_no_recent_rows():
+    """A stage without any would end in vLLM's StopIteration."""
+    stages = {"pipeline_parallel_size": 2}
+    check(run_config("int4", parallel=stages))
+    check(_mixed({"0": "int8_per_token_head", "default": "k8v4"}, parallel=stages))
+    with pytest.raises(ValueError, match="stages with int4 .*; drop --pipeline-parallel-size"):
+        check(_mixed({"0": "int4", "default": "k8v4"}, parallel=stages))
+
+
 def test_a_draft_model_beside_a_mapping_has_one_kv_cache():
     drafting = _mixed({"default": "k8v4"}, speculative_config=SimpleNamespace(kv_cache_dtype=None))
     settle_drafts(drafting)

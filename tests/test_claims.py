@@ -173,6 +173,16 @@ def test_two_pipeline_stages_with_static_scales(folder, gqa):
     assert _change(alone.batches[0], stages.batches[0]) < 0.01
 
 
+def test_two_pipeline_stages_with_recent_rows(gqa):
+    base = {"model": str(gqa), "kv_cache_dtype": "int4", "dtype": "float32"}
+    batch = Batch(PROMPTS, {"prompt_logprobs": 0, "max_tokens": NEW})
+    (alone,) = only(run([Job(base, [batch])]))
+    staged = Job({**base, "pipeline_parallel_size": 2, "enforce_eager": False}, [batch])
+    (stages,) = only(run([staged], multiprocess=True, env=TWO))
+    assert [o.tokens for o in alone.batches[0]] == [o.tokens for o in stages.batches[0]]
+    assert _change(alone.batches[0], stages.batches[0]) < 0.01
+
+
 def test_run_batch(smollm2, tmp_path):
     # Both answers lead by more than 2 nats, at every word up to the one asked for.
     questions = {

@@ -27,6 +27,7 @@ ATTEND = (
     *((row, 128, "90a") for row in (7, 8, 9)),
     (8, 64, "80"),
     (9, 256, "100"),
+    (8, 128, "120"),
 )
 #: Rows with recent rows: a loop over sealed tiles, and one over int8 rows, which may keep what
 #: it needs once in a tile on the stack. So many bytes of it, at most.
@@ -84,6 +85,15 @@ def test_the_build_compiles_every_format():
     text = (CUDA / "CMakeLists.txt").read_text()
     assert f"\nforeach(format RANGE {len(ALL_ROWS) - 1})" in text
     assert "\nproject(kvq_cuda LANGUAGES CXX)\n" in text
+
+
+def test_every_family_of_gpus_has_machine_code():
+    """Code runs on later GPUs of its family alone; PTX has to be compiled where the engine starts,
+    75 s long."""
+    text = (CUDA / "CMakeLists.txt").read_text()
+    [names] = re.findall(r"set\(CMAKE_CUDA_ARCHITECTURES (.*)\)", text)
+    real = {name.removesuffix("-real") for name in names.split()}
+    assert real >= {"80", "89", "90", "100", "120"} and {"100"} & set(names.split())
 
 
 def test_entry_points_compile():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from cases import BATCHES, DYNAMIC_ROWS, OUTPUT_ROUNDING, PLAIN_ROWS, STATIC_ROWS, name_of
 
-from kvq_plugin import reference
+from kvq_plugin import kernels, reference
 from kvq_plugin.calls import Attend, Store
 from kvq_plugin.formats import CODES, FORMATS, Granularity, get_format
 from kvq_plugin.kernels import Workspace, cuda, structs
@@ -311,7 +311,7 @@ def test_attend_brings_its_workspace_or_takes_one(monkeypatch):
         call(small)
 
 
-def test_refusals_say_what_to_do():
+def test_refusals_say_what_to_do(monkeypatch):
     format = FORMATS["int4_per_token_head"]
     assert cuda.shape_refusal(format, 128, 16) is None
     assert "Triton" in cuda.shape_refusal(format, 80, 16)
@@ -319,8 +319,9 @@ def test_refusals_say_what_to_do():
     assert "--block-size" in cuda.shape_refusal(format, 128, 8)
     cache = torch.empty(1, 1, 16, format.bytes_per_token(128), dtype=torch.uint8)
     rows = torch.zeros(1, 1, 128)
+    monkeypatch.setattr(kernels, "_choice", lambda: "cuda")
     with pytest.raises(ValueError, match="KVQ_GPU_KERNELS=triton"):
-        cuda.store(Store(rows, rows, cache, torch.zeros(1, dtype=torch.int64), format))
+        kernels.store(Store(rows, rows, cache, torch.zeros(1, dtype=torch.int64), format))
 
 
 def test_caches_of_more_slots_than_stores_can_count(monkeypatch):

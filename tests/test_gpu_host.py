@@ -13,9 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+
 from kvq_plugin import kernels
 from kvq_plugin.calls import Attend, Store
-from kvq_plugin.kernels import triton_attend, triton_seal, triton_sealed, triton_store
+from kvq_plugin.kernels import (
+    cuda,
+    launch,
+    prefill,
+    triton_attend,
+    triton_seal,
+    triton_sealed,
+    triton_store,
+)
 from kvq_plugin.layout import GPU_V1
 
 
@@ -86,6 +96,35 @@ def test_nothing_is_built_again(launches, monkeypatch, format):
     with Constructions() as constructions:
         step(problem, None, out)
     assert len(constructions.made) > slots  # the check itself notices
+
+
+def test_reasons_against_a_kernel_are_looked_for_once_a_call(monkeypatch):
+    noted_kernels(monkeypatch, "cuda")
+    monkeypatch.setattr(kernels, "_choice", lambda: "auto")
+    asked, refusal = [], cuda.refusal
+    monkeypatch.setattr(cuda, "refusal", lambda *args: asked.append(args) or refusal(*args))
+    problem = oracle.build(ROWS[0], ((700, 1), (30, 1)), kind=GPU_V1)
+    step(problem, None, torch.empty_like(problem.query))
+    assert len(asked) == 2  # of a store, and of attention
+
+
+def test_prefills_of_most_batches_share_a_kernel():
+    steps = {n: prefill._steps(n) for n in range(1, 1000)}
+    assert set(steps.values()) == {4, 8, 12} and all(n < 1 << k for n, k in steps.items())
+
+
+def test_the_host_does_not_divide_as_kernels_do(launches, monkeypatch):
+    """Triton's functions for both take 100 times as long as these."""
+    numbers = [(a, b) for a in (0, 1, 31, 32, 33) for b in (1, 16, 32)]
+    assert all(launch.cdiv(*pair) == triton.cdiv(*pair) for pair in numbers)
+    assert all(launch.power_of_2(n) == triton.next_power_of_2(n) for n in range(1, 70))
+    problem = oracle.build(ROWS[1], ((700, 9), (30, 1)), kind=GPU_V1)
+    step(problem, None, torch.empty_like(problem.query))
+    launches.clear()
+    for name in ("cdiv", "next_power_of_2"):
+        monkeypatch.setattr(triton, name, None)
+    step(problem, None, torch.empty_like(problem.query))
+    assert launches
 
 
 #: Arguments whose value, or alignment, is another one in another batch.

@@ -29,6 +29,10 @@ from gpu_batch import (  # noqa: E402
     ranges_of,
     small_workspaces,
 )
+from vllm.v1.attention.backends.utils import create_fast_prefill_custom_backend  # noqa: E402
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
+from vllm.v1.worker.ubatch_utils import UBatchSlice  # noqa: E402
+from vllm.v1.worker.utils import AttentionGroup  # noqa: E402
 
 from kvq_plugin import kernels as gpu_kernels  # noqa: E402
 from kvq_plugin import ops  # noqa: E402
@@ -198,6 +202,7 @@ class _Allocations(TorchDispatchMode):
 
 def test_capture_and_update_allocate_nothing_on_the_device():
     builder, batch = builder_of(), batch_of()
+    builder.build_for_cudagraph_capture(batch)  # launches what is to be captured
     with _Allocations() as allocations:
         metadata = builder.build_for_cudagraph_capture(batch)
         builder.update_draft_decode_metadata(metadata)
@@ -220,14 +225,37 @@ def test_workspace_is_reserved_once_and_shared_by_all_batches():
     assert not layers[0].state_dict()
 
 
-def test_batches_beside_each_other_have_workspaces_of_their_own():
-    layers = [Layer()]
-    found = [
-        builder_of(layers=layers, use_ubatching=True).build(0, batch_of()).workspace for _ in "ab"
-    ]
-    assert len({id(w.counters) for w in (*found, layers[0].impl.workspace)}) == 3
-    with pytest.raises(ValueError, match="drop --enable-dbo or --enable-sleep-mode"):
-        builder_of(layers=layers, use_ubatching=True, enable_sleep_mode=True)
+def test_each_microbatch_has_its_own_lengths_and_all_one_workspace():
+    """As vLLM's V1 model runner, which has a step's microbatches by default, describes them."""
+    layers = [Layer("cpu")]
+    builders = [builder_of(layers=layers, device="cpu", use_ubatching=True) for _ in "ab"]
+    spec, batch = builders[0].kv_cache_spec, batch_of(device="cpu")
+    lengths = batch.seq_lens
+    group = AttentionGroup(gpu.BACKENDS[FORMATS["fp8"]], ["layer"], spec, 0)
+    group.metadata_builders = builders
+    tables = SimpleNamespace(get_device_tensor=lambda n: batch.block_table_tensor[:n])
+    runner = SimpleNamespace(
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)]),
+        attn_groups=[[group]],
+        query_start_loc=SimpleNamespace(gpu=batch.query_start_loc, cpu=batch.query_start_loc_cpu),
+        seq_lens=lengths, optimistic_seq_lens_cpu=lengths, positions=torch.arange(TOKENS),
+        input_batch=SimpleNamespace(
+            block_table=[tables], num_computed_tokens_cpu_tensor=lengths,
+            num_prompt_tokens_cpu_tensor=lengths,
+        ),
+        is_mm_prefix_lm=False, model_config=SimpleNamespace(rswa_window=None),
+        cache_config=SimpleNamespace(use_replayssm=False), dcp_world_size=1,
+        speculative_config=None, _get_encoder_seq_lens=lambda *args, **options: (None, None),
+    )  # fmt: skip
+    slices = [UBatchSlice(slice(0, 3), slice(0, 3)), UBatchSlice(slice(3, 5), slice(3, TOKENS))]
+    found, _ = GPUModelRunner._build_attention_metadata(
+        runner, TOKENS, 5, 17, ubatch_slices=slices, slot_mappings={0: batch.slot_mapping}
+    )
+    first, second = (of["layer"] for of in found)
+    assert first.seq_lens.tolist() == [40, 3, 70] and ranges_of(first) == [(0, 3, 1)]
+    assert second.seq_lens.tolist() == [21, 17] and ranges_of(second) == [(0, 2, 17)]
+    assert second.query_start_loc.tolist() == [0, 5, TOKENS - 3]
+    assert first.workspace is second.workspace is layers[0].impl.workspace
 
 
 def test_the_workspace_is_made_while_weights_are_loaded(monkeypatch):
@@ -249,6 +277,16 @@ def test_block_table_of_another_group():
     assert [p.block_table.shape for p in after.parts] == [(3, 3), (2, 3)]
     assert ranges_of(after) == ranges_of(before) and after.slot_mapping.shape == (9,)
     assert before.parts[0].block_table.shape == (3, 8)  # the cached one is not changed
+
+
+def test_block_table_of_another_group_in_a_class_of_vllms_around_ours():
+    """Of layers that read another's cache, with --kv-sharing-fast-prefill."""
+    backend = create_fast_prefill_custom_backend("FastPrefill", gpu.BACKENDS[FORMATS["fp8"]])
+    builder = builder_of(builder=backend.get_builder_cls())
+    before = builder.build(0, batch_of())
+    after = builder.update_block_table(before, torch.ones(5, 3, device="meta"), None)
+    assert type(after) is type(before) is not gpu.GPUMetadata
+    assert after.parts[0].block_table.shape == (3, 3) and after.logits_indices_padded is None
 
 
 def test_a_batch_causal_in_part_is_refused():

@@ -13,7 +13,7 @@ import oracle
 import pytest
 import torch
 from attending import run
-from cases import ISAS, ROWS, name_of, use_isa
+from cases import ALL_ROWS, ISAS, ROWS, name_of, use_isa
 
 from kvq_plugin import _native, ops, reference
 from kvq_plugin.formats import get_format
@@ -259,6 +259,39 @@ def test_caches_beyond_32_bits(format):
     assert slots.max() >= 2**31
     assert torch.equal(outputs[0][1], outputs[1][1])
     assert torch.equal(outputs[0][0], outputs[1][0])
+
+
+@pytest.mark.parametrize("format", [f for f in ALL_ROWS if f.recent or f.is_dynamic], ids=name_of)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_block_of_more_than_2_to_the_29_tokens(isa, format):
+    """Where scales lie was an int of bytes: those of the far end went 4 GiB before their places.
+    Rows of formats with recent rows are sealed within one such block."""
+    heads, head_size, tokens = 1, 64, 40
+    formats = [format] if format.recent is None else [format, format.recent]
+    size = 2**29 + 2**28
+    big = [virtual(size * f.bytes_per_token(head_size, size)).view(1, heads, size, -1)
+           for f in formats]  # fmt: skip
+    small = [torch.zeros(1, heads, 128, f.bytes_per_token(head_size, 128), dtype=torch.uint8)
+             for f in formats]  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(tokens, heads, head_size, generator=g).bfloat16() for _ in "kv")
+    query = torch.randn(1, 4, head_size, generator=g).bfloat16()
+    outputs = []
+    for caches, end in ((small, 128), (big, size)):
+        slots, more, tables = torch.arange(end - tokens, end), {}, {}
+        table = torch.zeros(1, 1, dtype=torch.int32)
+        if format.recent is not None:
+            more = {"recent_cache": caches[1], "recent_slot_mapping": slots}
+            tables = {"recent_cache": caches[1], "recent_block_table": table}
+        out = torch.empty_like(query)
+        with use_isa(isa):
+            ops.store(key, value, caches[0], slots, format, **more)
+            ops.attend(
+                out, query, caches[0], table, torch.tensor([end], dtype=torch.int32),
+                torch.tensor([0, 1], dtype=torch.int32), format, 0.25, window=tokens, **tables,
+            )  # fmt: skip
+        outputs.append(out)
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -54,6 +54,7 @@ def served(tmp_path, monkeypatch):
     metrics.add_to(registry)
     metrics.add_to(registry)  # vLLM asks for it more than once
     files = metrics.Files(str(tmp_path), 20)
+    memory = files.gauge(metrics.BYTES, engine="0"), {}
 
     def meter(name, offset=0):
         format = get_format(name)
@@ -68,7 +69,6 @@ def served(tmp_path, monkeypatch):
                 )
                 for kind in ("key", "value")
             ]
-        memory = files.gauge(metrics.BYTES, engine="0"), set()
         recent = files.gauge(metrics.RECENT, engine="0") if format.recent else None
         return metrics.Meter(impl, offset, figures, memory, recent)
 
@@ -101,6 +101,17 @@ def test_a_meter_samples_the_first_store_and_every_so_manyth(served):
     assert found["kvq:cache_bytes", ""] == cache[0].nbytes
 
 
+def test_bytes_are_those_of_the_cache_that_stays(served):
+    """vLLM measures graphs on a GPU over small ones before."""
+    meters = [served.meter("int8_per_token_head", offset) for offset in range(2)]
+    rows = torch.zeros(3, HEADS, HEAD_SIZE)
+    for size in (1 << 10, 1 << 16):
+        layers = torch.zeros(size, dtype=torch.uint8).split(size // 2)
+        for meter, pages in zip(meters, layers, strict=True):
+            meter.store(rows, rows, (pages,), 3, (None, None))
+        assert served.read()["kvq:cache_bytes", ""] == size
+
+
 def test_bytes_in_use_and_recent_rows_follow_vllm(served):
     meter = served.meter("int4")
     pages = torch.zeros(1 << 20, dtype=torch.uint8)
@@ -118,6 +129,20 @@ def test_bytes_in_use_and_recent_rows_follow_vllm(served):
     served.running.set(0)
     assert served.read()["kvq:recent_rows", ""] == 0
     assert not any("sampled" in name for name, _ in found)
+
+
+@pytest.mark.parametrize("on_cpu", (True, False))
+def test_recent_rows_are_not_told_where_they_are_not_counted(tmp_path, monkeypatch, on_cpu):
+    layer, format = torch.nn.Module(), get_format("int4")
+    layer.impl = SimpleNamespace(format=format, kernel_format=format)
+    monkeypatch.setattr(metrics.compat, "Attention", torch.nn.Module, raising=False)
+    monkeypatch.setattr(metrics.base, "KVQImpl", SimpleNamespace)
+    monkeypatch.setattr(metrics.compat, "is_cpu", lambda: on_cpu)
+    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0))
+    metrics.attach(layer, config)
+    families = metrics.Collector(CollectorRegistry(), str(tmp_path)).collect()
+    assert (metrics.RECENT in {f.name for f in families}) == on_cpu
 
 
 def test_without_room_there_are_no_metrics(tmp_path, monkeypatch):

@@ -154,6 +154,14 @@ def test_attend_batches(name):
     )
 
 
+@pytest.mark.parametrize("format", PLAIN_ROWS, ids=name_of)
+def test_entries_of_a_block_table_before_the_window_may_be_anything(format):
+    p = oracle.build(format, ((90, 1), (20, 3)), window=30)
+    want = p.expected()
+    p.block_table[0, 0] = 10**6  # tokens 60 to 89 of blocks of 32
+    assert torch.equal(p.expected(), want)
+
+
 @pytest.mark.parametrize("format", SIGNED_STATIC_ROWS, ids=name_of)
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=name_of)
 def test_attend_with_zero_points(format, granularity):

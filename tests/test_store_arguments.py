@@ -46,6 +46,11 @@ WRONG = {
         ("slot_mapping", "int32", "int64"),
     ),
     "key rank": ({"key": torch.zeros(4, 64)}, ("key", "[4, 64]", "[tokens, heads, head size]")),
+    "key of rank 0": ({"key": torch.tensor(1.0)}, ("key", "[]", "[tokens, heads, head size]")),
+    "cache that repeats memory": (
+        {"cache": torch.zeros(1, 2, 16, 136, dtype=torch.uint8).expand(3, -1, -1, -1)},
+        ("cache", "strides [0, 2176, 136, 1]", "clone"),
+    ),
     "value shape": (
         {"value": torch.zeros(4, 2, 32)},
         ("value", "[4, 2, 32]", "[4, 2, 64]"),

@@ -126,7 +126,7 @@ def called(monkeypatch):
 
         return SimpleNamespace(store=note, seal=note, attend=note, serves=serves, **more)
 
-    cuda = module("cuda", supports=lambda call: call.rows.shape[-1] != 80)
+    cuda = module("cuda", refusal=lambda format, size, *caches: "no 80" if size == 80 else None)
     monkeypatch.setitem(sys.modules, "kvq_plugin.kernels.cuda", cuda)
     monkeypatch.setattr(kernels, "cuda", cuda, raising=False)
     monkeypatch.setattr(kernels, "_triton", module)
@@ -153,13 +153,18 @@ def attend(head_size, max_query_len):
         ("auto", 80, 1, "triton_paged"),
         ("triton", 64, 1, "triton_paged"),
         ("cuda", 64, 500, "cuda"),
-        ("cuda", 80, 1, "cuda"),  # which then says why it cannot
     ),
 )
 def test_choice_of_attention(called, monkeypatch, choice, head_size, max_query_len, expected):
     monkeypatch.setenv("KVQ_GPU_KERNELS", choice)
     attend(head_size, max_query_len)
     assert called == [expected]
+
+
+def test_kernels_that_cannot_do_what_they_were_told_to(called, monkeypatch):
+    monkeypatch.setenv("KVQ_GPU_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="KVQ_GPU_KERNELS=cuda: no 80; unset it"):
+        attend(80, 1)
 
 
 @pytest.mark.parametrize(("choice", "expected"), (("auto", "cuda"), ("triton", "triton_store")))

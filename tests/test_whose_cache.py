@@ -66,6 +66,29 @@ def test_on_cpus_fp8_of_vllms_own_can_be_named():
     assert serves(config)  # vLLM has no such kernel
 
 
+def test_on_cpus_fp8_is_not_vllms_for_one_kind_of_layers():
+    config, stock = run_config("fp8"), compat.AttentionBackendEnum.CPU_ATTN
+    config.attention_config.backend_per_kind = {"sliding_window": stock}
+    with pytest.raises(ValueError, match="CPU_ATTN for some kinds.*--attention-backend CPU_ATTN"):
+        check(config)
+    config.cache_config.cache_dtype = DYNAMIC  # nobody else's
+    check(config)
+
+
+@pytest.mark.parametrize("field", ["backend", "per kind"])
+def test_on_cpus_a_backend_of_other_platforms_is_named(monkeypatch, field):
+    said = []
+    logger = SimpleNamespace(warning_once=lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(compat, "init_logger", lambda name: logger, raising=False)
+    config, other = run_config(DYNAMIC), compat.AttentionBackendEnum.TRITON_ATTN
+    if field == "backend":
+        config.attention_config.backend = other
+    else:
+        config.attention_config.backend_per_kind = {"full_attention": other}
+    check(config)
+    assert len(said) == 1 and "no attention backend TRITON_ATTN on CPUs" in said[0]
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_on_cpus_our_names_are_ours(dtype):
     assert serves(run_config(dtype))

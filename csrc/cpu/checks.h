@@ -4,7 +4,6 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
 #include <optional>
 
 #include "../formats.h"
@@ -20,6 +19,10 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxInt = 0x7FFFFFFF;
+
+// fp32 holds softcap * tanh(score / softcap) to 4e-4 at the largest one; at 10^8 it was noise, and
+// at 10^300 or 10^-40 no number.
+constexpr double kLeastSoftcap = 1e-4, kMostSoftcap = 1e4;
 
 const Format& format_of(int64_t format) {
   KVQ_CHECK(0 <= format && format < kNumFormats, "unknown format");
@@ -44,6 +47,24 @@ void check_same(const Tensor& a, const Tensor& b) {
   KVQ_CHECK(b.dim() == 3 && a.scalar_type() == b.scalar_type() && a.size(0) == b.size(0) &&
                 a.size(1) == b.size(1) && a.size(2) == b.size(2),
             "shapes and dtypes of a pair of activations must agree");
+}
+
+// Of what is written: threads, and rows of one thread, would write the same places in any order.
+void check_apart(const Tensor& written) {
+  for (int64_t i = 0; i < written.dim(); ++i) {
+    KVQ_CHECK(written.size(i) < 2 || written.stride(i) != 0,
+              "what is written must not repeat memory (expand)");
+  }
+}
+
+// Outputs may take the place of their own queries, which nothing else reads, but not of others'.
+// As torch's own operators, this asks tensors without gaps only.
+void check_in_place(const Tensor& out, const Tensor& query) {
+  if (out.data_ptr() == query.data_ptr() || !out.is_contiguous() || !query.is_contiguous()) return;
+  const char* const a = static_cast<const char*>(out.data_ptr());
+  const char* const b = static_cast<const char*>(query.data_ptr());
+  const int64_t bytes = out.numel() * (out.scalar_type() == ScalarType::Float ? 4 : 2);
+  KVQ_CHECK(a + bytes <= b || b + bytes <= a, "out may be query, but not overlap other rows of it");
 }
 
 // [blocks, kv heads, block size, bytes per token]; pages contiguous, their tokens a multiple of

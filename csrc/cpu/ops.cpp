@@ -43,6 +43,7 @@ void store(const Tensor& key, const Tensor& value, const Tensor& cache, const Te
   p.value = rows_of(value);
   check_same(key, value);
   p.cache = cache_of(cache, f, key.size(2));
+  check_apart(cache);
   KVQ_CHECK(key.size(1) == p.cache.num_kv_heads, "rows and cache differ in kv heads");
   p.slots = vector_of<int64_t>(slots, ScalarType::Long);
   p.num_tokens = slots.size(0);
@@ -56,6 +57,7 @@ void store(const Tensor& key, const Tensor& value, const Tensor& cache, const Te
   check_recent(f, recent_cache, recent_slots);
   if (f.recent) {
     p.recent = cache_of(*recent_cache, kFormats[kRecentFormat], key.size(2), kSealed);
+    check_apart(*recent_cache);
     KVQ_CHECK(p.recent.num_kv_heads == p.cache.num_kv_heads, "the caches differ in kv heads");
     p.recent_slots = vector_of<int64_t>(*recent_slots, ScalarType::Long);
     KVQ_CHECK(recent_slots->size(0) == p.num_tokens, "slots and recent slots differ in number");
@@ -83,6 +85,8 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& cache, const T
   p.query = rows_of(query);
   const Rows to = rows_of(out);
   check_same(query, out);
+  check_apart(out);
+  check_in_place(out, query);
   p.out = out.data_ptr();
   p.out_token_stride = to.token_stride;
   p.out_head_stride = to.head_stride;
@@ -103,7 +107,8 @@ void attend(const Tensor& out, const Tensor& query, const Tensor& cache, const T
   p.value_scale = static_scale(f.value, value_scale, value_zero, p.cache);
   p.alibi_slopes = per_head(alibi_slopes, p.num_heads);
   p.sinks = per_head(sinks, p.num_heads);
-  KVQ_CHECK(softcap >= 0.0 && std::isfinite(softcap), "softcap must be a number, 0 or more");
+  KVQ_CHECK(softcap == 0.0 || (softcap >= kLeastSoftcap && softcap <= kMostSoftcap),
+            "softcap must be 0 (none) or between 0.0001 and 10,000");
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   p.window = window < kMaxInt ? window : kMaxInt;  // longer than any sequence

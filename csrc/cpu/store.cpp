@@ -231,7 +231,7 @@ struct Writer {
   void copy_rows(const uint8_t* rows, const PageLayout& at, const Run& run, long head) const {
     uint8_t* const to = page(run, head);
     const auto copy = [&](long to_codes, long from_codes, long to_scales, long from_scales) {
-      const long codes = run.position * d, scales = run.position * 4;
+      const long codes = run.position * d, scales = run.position * 4L;
       for (long i = 0; i < kSealed * d; i += 64) {
         put16<kStream>(to + to_codes + codes + i, load<U16>(rows + from_codes + i));
       }
@@ -253,7 +253,7 @@ struct Writer {
   template <bool kStream>
   void write_rows(Batch& b, const Run& run, const Run* next, long begin, long end) const {
     const size_t metadata = static_cast<size_t>(run.count) * 4;
-    const long position = run.position * 4;
+    const long position = run.position * 4L;
     encode<kKey.code, kKey.per_token, kKey.rotated>(b, p.key, p.key_scale, run, begin, end);
     for (long h = begin; h < end; ++h) {
       uint8_t* to = page(run, h);

@@ -35,12 +35,17 @@ def _choice() -> str:
 
 
 def _cuda_serves(call: Store | Attend) -> bool:
-    """Whether the CUDA C++ kernels shall run; told to, they raise themselves if they cannot."""
-    if _choice() == "auto":
-        from kvq_plugin.kernels import cuda
+    """Whether the CUDA C++ kernels shall run. Raises ValueError if told that they shall, and they
+    cannot."""
+    choice = _choice()
+    if choice == "triton":
+        return False
+    from kvq_plugin.kernels import cuda
 
-        return cuda.supports(call)
-    return _choice() == "cuda"
+    reason = cuda.refusal(call.format, call.rows.shape[-1], call.cache, call.recent_cache)
+    if reason is not None and choice == "cuda":
+        raise ValueError(f"KVQ_GPU_KERNELS=cuda: {reason}; unset it, or set KVQ_GPU_KERNELS=triton")
+    return reason is None
 
 
 @memoize

@@ -120,22 +120,6 @@ def refusal(
     return reason
 
 
-def _refusal(call: Store | Attend) -> str | None:
-    return refusal(call.format, call.rows.shape[-1], call.cache, call.recent_cache)
-
-
-def supports(call: Store | Attend) -> bool:
-    """Whether :func:`store` or :func:`attend` can serve *call*."""
-    return _refusal(call) is None
-
-
-def _require(call: Store | Attend) -> ctypes.CDLL:
-    reason = _refusal(call)
-    if reason is None:
-        return _load()
-    raise ValueError(f"KVQ_GPU_KERNELS=cuda: {reason}; unset it, or set KVQ_GPU_KERNELS=triton")
-
-
 def _check(error: int) -> None:
     if error:
         message = _load().kvq_cuda_error(error).decode()
@@ -188,11 +172,8 @@ def _place(params: AttendParams, need: int, workspace: Workspace | None, device)
 
 def store(call: Store) -> None:
     """As :func:`kvq_plugin.ops.store`, into pages of layout ``gpu-v1``. Of two rows for one slot
-    either may stay.
-
-    Raises ValueError where :func:`refusal` names a reason.
+    either may stay. For a call that :func:`refusal` has no reason against.
     """
-    _require(call)
     _launch("kvq_cuda_store", store_params(call), call.cache.device)
 
 
@@ -205,9 +186,10 @@ def attend(call: Attend) -> None:
     The workspace has ``scratch`` of up to :func:`workspace_size` bytes, 16-byte aligned, and
     COUNTERS ``counters``; None: allocated for the call.
 
-    Raises ValueError where :func:`refusal` names a reason, and for a workspace that is too small.
+    For a call that :func:`refusal` has no reason against. Raises ValueError for a workspace that is
+    too small.
     """
-    library, device = _require(call), call.cache.device
+    library, device = _load(), call.cache.device
     params = attend_params(call)
     need = plan(library, params, call.max_seq_len, _multiprocessors(device))
     kept = _place(params, need, call.workspace, device) if need else None

@@ -87,6 +87,16 @@ STORE = ((256, StoreChoice(block_t=1, warps=1)), (None, StoreChoice(block_t=16, 
 SEAL = ((256, StoreChoice(block_t=1, warps=4)), (None, StoreChoice(block_t=GROUP, warps=4)))
 
 
+def cdiv(a: int, b: int) -> int:
+    """As triton.cdiv, which takes the host 100 times as long because kernels may call it too."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The next one, as of triton.next_power_of_2."""
+    return 1 << (n - 1).bit_length()
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
     return triton.knobs.runtime.interpret
@@ -123,7 +133,7 @@ def multiprocessors(device: torch.device) -> int:
 def split_count(programs: int, max_seq_len: int, device: torch.device, long: bool) -> int:
     """Splits of the context for a grid of *programs* over contexts of up to *max_seq_len*."""
     target = PROGRAMS_PER_SM[long] * multiprocessors(device)
-    return max(1, min(target // programs, triton.cdiv(max_seq_len, MIN_SPLIT_TOKENS)))
+    return max(1, min(target // programs, cdiv(max_seq_len, MIN_SPLIT_TOKENS)))
 
 
 @dataclass(frozen=True)
@@ -147,19 +157,19 @@ class Rows:
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.group, self.heads)
+        return cdiv(self.group, self.heads)
 
 
 def rows(group: int, max_query_len: int, most: int = MAX_ROWS) -> tuple[Rows, ...]:
     """Launches for *group* query heads per kv head and queries of up to *max_query_len* tokens, a
     tile of long ones having *most* rows, or those of one token."""
-    heads = triton.cdiv(group, triton.cdiv(group, MAX_ROWS))
+    heads = cdiv(group, cdiv(group, MAX_ROWS))
     fits = heads * max_query_len <= MAX_ROWS
-    block_m = max(16, triton.next_power_of_2(heads * max_query_len if fits else heads))
+    block_m = max(16, power_of_2(heads * max_query_len if fits else heads))
     short = Rows(group, heads, block_m, block_m // heads, long=False)
     if fits:
         return (short,)
-    return short, replace(short, block_m=max(most, triton.next_power_of_2(heads)), long=True)
+    return short, replace(short, block_m=max(most, power_of_2(heads)), long=True)
 
 
 def workspace_size(head_size: int, device: torch.device) -> int:

@@ -14,7 +14,6 @@ Nothing here looks at data on the device: a CUDA graph may capture every call.
 from __future__ import annotations
 
 import torch
-import triton
 
 from kvq_plugin.calls import Attend, statics
 from kvq_plugin.kernels import launch
@@ -46,9 +45,10 @@ def flash_attention(query, keys, values, query_start, key_start, most_queries, m
 
 
 def available(device: torch.device) -> bool:
-    """Whether :func:`attend` is for *device*. ROCm has a FlashAttention too, which none of our
-    tests ran."""
-    return device.type == "cuda" and torch.version.hip is None
+    """Whether :func:`attend` is for *device*, and this PyTorch has what it calls. ROCm has a
+    FlashAttention too, which none of our tests ran."""
+    built = torch.backends.cuda.is_flash_attention_available()
+    return device.type == "cuda" and torch.version.hip is None and built
 
 
 def workspace_size(head_size: int, device: torch.device) -> int:
@@ -63,7 +63,13 @@ def calls(batch: int, kv_heads: int, head_size: int, tokens: int, max_seq_len: i
     share = min(rows // max(batch, 1), past)
     if rows < tokens or (past and not share):
         return 0, 0
-    return 1 + (triton.cdiv(past, share) if past else 0), share
+    return 1 + (launch.cdiv(past, share) if past else 0), share
+
+
+def _steps(batch: int) -> int:
+    """Of a search among sequences, in fours: each number of them is a kernel of its own, to be
+    compiled in the middle of serving."""
+    return launch.cdiv(batch.bit_length(), 4) * 4
 
 
 def serves(call: Attend) -> bool:
@@ -121,10 +127,10 @@ def attend(call: Attend, flash=flash_attention) -> None:
         total, lse = None, None
         for nth in range(count):
             most = tokens if nth == 0 else share * batch
-            gather_kernel[triton.cdiv(most, BLOCK_T), kv_heads, 2](
+            gather_kernel[launch.cdiv(most, BLOCK_T), kv_heads, 2](
                 keys, values, cache, table, starts[nth], firsts[nth], *statics(call, "scale"),
                 batch, cache.stride(0), cache.stride(1), table.stride(0),
-                PAGE=page_of(format, d, cache.shape[2]), HEADS=kv_heads, STEPS=batch.bit_length(),
+                PAGE=page_of(format, d, cache.shape[2]), HEADS=kv_heads, STEPS=_steps(batch),
                 BLOCK_T=BLOCK_T, ISA=launch.decoder(device), INTERPRETED=launch.interpreted(),
                 num_warps=4,
             )  # fmt: skip
@@ -140,8 +146,8 @@ def attend(call: Attend, flash=flash_attention) -> None:
                     continue
                 part = part_lse = None
             target = out if last else total
-            combine_kernel[(triton.cdiv(tokens * heads, ROWS),)](
+            combine_kernel[(launch.cdiv(tokens * heads, ROWS),)](
                 target, None if last else lse, total, lse, part, part_lse, query_start_loc, batch,
-                tokens, heads, *target.stride()[:2], D=d, WIDTH=triton.next_power_of_2(d),
+                tokens, heads, *target.stride()[:2], D=d, WIDTH=launch.power_of_2(d),
                 ROWS=ROWS, INTERPRETED=launch.interpreted(), num_warps=4,
             )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from kvq_plugin import rotation
 from kvq_plugin.calls import Attend, statics
@@ -41,7 +40,7 @@ def attend(call: Attend) -> None:
         common = {
             "PAGE": page, "ROWS": rows, "WINDOW": call.window > 0, "SOFTCAP": call.softcap != 0.0,
             "SPLIT": splits > 1, "ISA": launch.decoder(cache.device),
-            "MIN_TILES": triton.cdiv(launch.MIN_SPLIT_TOKENS, choice.block_n),
+            "MIN_TILES": launch.cdiv(launch.MIN_SPLIT_TOKENS, choice.block_n),
             "EXACT_DOT": launch.interpreted(),
             "num_warps": choice.warps, "num_stages": choice.stages,
         }  # fmt: skip
@@ -67,8 +66,8 @@ def attend(call: Attend) -> None:
                 merge_kernel[blocks, query.shape[1]](
                     out, call.query_start_loc, call.seq_lens, partial, lse, sequences, splits,
                     out.stride(0), out.stride(1), ROWS=rows,
-                    D=query.shape[2], WIDTH=triton.next_power_of_2(query.shape[2]),
-                    SPLITS=triton.next_power_of_2(splits), BLOCK_S=launch.MERGE_BLOCK,
+                    D=query.shape[2], WIDTH=launch.power_of_2(query.shape[2]),
+                    SPLITS=launch.power_of_2(splits), BLOCK_S=launch.MERGE_BLOCK,
                     INTERPRETED=launch.interpreted(), num_warps=launch.MERGE_WARPS,
                 )  # fmt: skip
 

@@ -180,7 +180,7 @@ def seal(call: Store) -> None:
     if not tokens or not cache.shape[1]:
         return
     choice = launch.store_choice(tokens, launch.SEAL)
-    grid = (triton.cdiv(tokens, choice.block_t), cache.shape[1], 2)
+    grid = (launch.cdiv(tokens, choice.block_t), cache.shape[1], 2)
     with launch.on_device_of(cache):
         seal_kernel[grid](
             cache, recent, call.slot_mapping, call.recent_slot_mapping, tokens,

@@ -153,7 +153,7 @@ def store(call: Store) -> None:
     if not tokens or not heads:
         return
     choice = launch.store_choice(tokens)
-    grid = (triton.cdiv(tokens, choice.block_t), heads, 2)
+    grid = (launch.cdiv(tokens, choice.block_t), heads, 2)
     with launch.on_device_of(cache):
         store_kernel[grid](
             key, value, cache, slots, *statics(call, "inverse"),

@@ -19,7 +19,7 @@ from kvq_plugin.serving.mapped import run_formats
 from kvq_plugin.serving.pages import min_block_size
 from kvq_plugin.serving.scales import keys
 from kvq_plugin.serving.scales.declared import declared_scheme, tensor_names
-from kvq_plugin.serving.selection import serves
+from kvq_plugin.serving.selection import chosen_backends, is_ours_alone, serves
 
 #: Cache dtypes vLLM's CPU backend stores unquantized, and the model dtype each one needs
 #: (vLLM 0.32 picks its kernel by the model's dtype, whatever the cache's is).
@@ -58,6 +58,7 @@ def check(vllm_config: Any) -> None:
     formats = run_formats(vllm_config)
     hugepages.enabled()  # raises for a bad value, here rather than in a worker
     _check_device(asked)
+    _check_backends(asked, vllm_config)
     _check_served(asked, vllm_config)
     for format in formats:
         _check_shape(asked, format, model)
@@ -160,6 +161,28 @@ def _check_device(asked: str) -> None:
     )
 
 
+def _check_backends(asked: str, vllm_config: Any) -> None:
+    """What the user named for the layers, where it would not be what they get: on CPUs vLLM has one
+    backend beside ours, and tells those who name another."""
+    if not compat.is_cpu():
+        return  # there the layers' selection looks at it
+    stock = compat.AttentionBackendEnum.CPU_ATTN
+    chosen, *kinds = chosen_backends(vllm_config)
+    if stock in kinds and not is_ours_alone(asked):
+        _refuse(
+            asked,
+            f"{stock.name} for some kinds of layers (backend_per_kind)",
+            "one backend for all of them",
+            f"use --attention-backend {stock.name} for vLLM's own KV cache, or name none",
+        )
+    for other in {chosen, *kinds} - {None, stock}:
+        compat.init_logger(f"vllm.{__name__}").warning_once(
+            "There is no attention backend %s on CPUs: --kv-cache-dtype %s is kvq_plugin's own.",
+            other.name,
+            asked,
+        )
+
+
 def _check_served(asked: str, vllm_config: Any) -> None:
     why = unserved.reason(vllm_config)
     if why is not None:
@@ -251,6 +274,14 @@ def _check_recent(asked: str, format: KVFormat, vllm_config: Any) -> None:
             "an engine without the hybrid KV cache manager, which frees the recent rows",
             "engines with it",
             "drop --disable-hybrid-kv-cache-manager, or use --kv-cache-dtype int8_per_token_head",
+        )
+    if asked == MIXED and vllm_config.parallel_config.pipeline_parallel_size > 1:
+        # A stage without such layers has an empty group of them, whose cache vLLM looks for.
+        _refuse(
+            asked,
+            f"pipeline stages with {format.name} in the mapping, which has recent rows",
+            "one stage, and mappings to formats without",
+            "drop --pipeline-parallel-size, or use one KV cache for all layers, int4 for one",
         )
     if getattr(model, "attention_chunk_size", None) is not None:  # set late
         _refuse(

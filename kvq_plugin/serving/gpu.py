@@ -6,7 +6,8 @@ Layers that stay unquantized keep whichever of vLLM's backends it would choose w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -95,37 +96,26 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
-    supports_update_block_table = True
     # All tensors are vLLM's persistent ones, so there is nothing to update between drafts.
     supports_draft_decode_metadata_update = True
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        context = vllm_config.compilation_config.static_forward_context
-        # Recent rows are attended to with the sealed ones, in whose workspace that is.
-        recent = bool(layer_names) and all(name.endswith(SUFFIX) for name in layer_names)
-        names = () if recent else layer_names
-        self._layers = [context[name] for name in names if name in context]
-        self._workspace = None if recent else self._reserved()
+        # vLLM's V1 model runner would give all microbatches of a step the first one's lengths.
+        self.supports_update_block_table = not vllm_config.parallel_config.use_ubatching
         self._captured: set[tuple[int, ...]] = set()
-
-    def _reserved(self) -> Workspace:
-        """The workspace of the layers, or, of batches that run beside each other, one of this
-        builder's own. Raises ValueError for those where the engine may sleep."""
-        if not self._layers:
-            return new_workspace(self.kv_cache_spec.head_size, self.device)
-        if self.vllm_config.parallel_config.use_ubatching:
-            if self.vllm_config.model_config.enable_sleep_mode:
-                raise ValueError(
-                    "dual batch overlap and sleep mode were asked for together: expected one of "
-                    "them; drop --enable-dbo or --enable-sleep-mode, or use --kv-cache-dtype auto"
-                )
-            return new_workspace(self.kv_cache_spec.head_size, self.device)
-        workspace = self._layers[0].impl.workspace
+        self._layers, self._workspace = [], None
+        # Recent rows are attended to with the sealed ones, in whose workspace that is.
+        if all(name.endswith(SUFFIX) for name in layer_names):
+            return
+        context = vllm_config.compilation_config.static_forward_context
+        self._layers = [context[name] for name in layer_names]
+        # One for all batches: attention of microbatches is on one stream, one after the other.
+        self._workspace = self._layers[0].impl.workspace
         # A buffer, so that it outlives sleep(level=2) as scales do.
-        self._layers[0].register_buffer("_kvq_counters", workspace.counters, persistent=False)
-        return workspace
+        counters = self._workspace.counters
+        self._layers[0].register_buffer("_kvq_counters", counters, persistent=False)
 
     def _describe(self, batch: CommonAttentionMetadata) -> GPUMetadata:
         return GPUMetadata.of(batch, workspace=self._workspace)
@@ -182,7 +172,8 @@ class GPUBuilder(AttentionMetadataBuilder[GPUMetadata]):
         self, metadata: GPUMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> GPUMetadata:
         """*metadata* for another KV cache group of the same batch."""
-        changed = replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
+        changed = copy(metadata)  # vLLM's classes around ours keep more in it
+        changed.block_table, changed.slot_mapping = blk_table, slot_mapping
         return changed.split(*((p.begin, p.end, p.max_query_len) for p in metadata.parts))
 
     def update_draft_decode_metadata(self, metadata: GPUMetadata) -> None:

@@ -7,6 +7,7 @@ gives the layers of a mapping their formats.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvq_plugin.serving.scales.keys import layer_number
 #: The one order of vLLM's in which pages of several sizes lie side by side in a block, whatever
 #: groups of layers share the blocks: blocks outermost, then layers.
 PACKED_LAYOUT = "BLHNC"
+_LAYOUT_VARIABLE = "VLLM_KV_CACHE_LAYOUT"
 #: For messages.
 EXAMPLE = json.dumps({SECTION: {LAYERS: {"0": "int8_per_token_head", "default": "int4"}}})
 
@@ -72,7 +74,16 @@ def settle_layout(vllm_config: Any) -> None:
 
     vLLM would make all pages as large as the largest, otherwise, and groups of as many layers as
     the rarest kind has. Without recent rows there is one group, which any layout serves.
+
+    Raises ValueError where the user asked for another layout, which vLLM would not look at then.
     """
     cache = vllm_config.cache_config
-    if cache.cache_dtype == MIXED and any(f.recent for f in run_formats(vllm_config)):
-        cache.kv_cache_layout = PACKED_LAYOUT
+    if cache.cache_dtype != MIXED or not any(f.recent for f in run_formats(vllm_config)):
+        return
+    asked = os.environ.get(_LAYOUT_VARIABLE)
+    if asked and asked != PACKED_LAYOUT:
+        raise ValueError(
+            f"{_LAYOUT_VARIABLE}={asked} was asked for beside a mapping of layers that have recent "
+            f"rows: supported is {PACKED_LAYOUT}; unset it, or use one KV cache for all layers"
+        )
+    cache.kv_cache_layout = PACKED_LAYOUT

@@ -169,7 +169,7 @@ class Meter:
     Args:
         offset: of the stores that are sampled; layers differ in it, so that no step samples all.
         figures: (sampled, saturated) for K and V, in that order; None for dynamic scales.
-        memory: the gauge of cache bytes, and the allocations already in it, of all layers.
+        memory: the gauge of cache bytes, and what is in it: address -> bytes, of all layers.
         recent: the gauge of recent rows, where this layer is the one that reports them.
     """
 
@@ -180,14 +180,14 @@ class Meter:
         self._format = impl.format
         self._until = offset % EVERY
         self._figures, self._memory, self._recent = figures, memory, recent
-        self._first = True
+        self._counted, self._addresses = None, set()  # the caches in the gauge, and their memory
 
     def store(self, key, value, caches, count: int, statics) -> None:
         """Before ``key``, ``value [T, H, D]`` are stored, of which *count* rows are not padding."""
-        if self._first:
-            self._first = False
-            for cache in caches:
-                self._count_memory(cache)
+        counted = caches[0].data_ptr(), caches[0].shape[0]
+        if counted != self._counted:
+            self._counted = counted
+            self._count_memory(caches)
         elif self._until:
             self._until -= 1
             return
@@ -204,17 +204,21 @@ class Meter:
 
     def rows(self, seq_lens: torch.Tensor) -> None:
         """Before a step over sequences of ``seq_lens [requests]`` int32 tokens."""
-        if self._recent is None or seq_lens.device.type != "cpu":
+        if self._recent is None:
             return
         sealed = (seq_lens - self._format.window).clamp(min=0) // GROUP * GROUP
         put(self._recent, int((seq_lens - sealed).sum()))
 
-    def _count_memory(self, cache: torch.Tensor) -> None:
+    def _count_memory(self, caches) -> None:
+        """With the first store into *caches*. On GPUs there are others before: vLLM captures a few
+        graphs over small ones, to see how much memory graphs take."""
         gauge, known = self._memory
-        storage = cache.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            add(gauge, storage.nbytes())
+        sizes = {s.data_ptr(): s.nbytes() for s in (c.untyped_storage() for c in caches)}
+        for address in self._addresses | sizes.keys():
+            size = sizes.get(address, 0)
+            add(gauge, size - known.get(address, 0))
+            known[address] = size
+        self._addresses = set(sizes)
 
 
 def beyond(x: torch.Tensor, static: StaticScale, limit: float) -> int:
@@ -241,8 +245,8 @@ def attach(model: torch.nn.Module, vllm_config: Any) -> None:
         _go_without(error)
         return
     engine = str(vllm_config.parallel_config.data_parallel_index)
-    memory = files.gauge(BYTES, engine=engine), set()
-    recent = None
+    memory = files.gauge(BYTES, engine=engine), {}
+    recent, counts_rows = None, compat.is_cpu() and _is_first_rank()  # GPUs would have to wait
     for number, layer in enumerate(layers):
         impl = layer.impl
         format = impl.kernel_format
@@ -255,7 +259,7 @@ def attach(model: torch.nn.Module, vllm_config: Any) -> None:
                 tuple(files.counter(name, **labels, kind=kind) for name in (SAMPLED, SATURATED))
                 for kind in ("key", "value")
             ]
-        if recent is None and format.recent is not None and _is_first_rank():
+        if recent is None and format.recent is not None and counts_rows:
             recent = files.gauge(RECENT, engine=engine)
             impl.meter = Meter(impl, number, figures, memory, recent)
         else:

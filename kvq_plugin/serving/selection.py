@@ -42,7 +42,7 @@ def serves(vllm_config: Any) -> bool:
     if name is None:
         return False
     if not compat.is_cpu():
-        backends = _chosen_backends(vllm_config)
+        backends = chosen_backends(vllm_config)
         return _is_named(backends) or (is_ours_alone(name) and None in backends)
     if is_ours_alone(name):
         return True
@@ -59,7 +59,7 @@ def is_ours_alone(kv_cache_dtype: str) -> bool:
     return additions.is_own_dtype(kv_cache_dtype)
 
 
-def _chosen_backends(vllm_config: Any) -> tuple:
+def chosen_backends(vllm_config: Any) -> tuple:
     """What the user named, for all layers and by kind of layer; None for "auto"."""
     attention = vllm_config.attention_config
     return (attention.backend, *attention.backend_per_kind.values())
@@ -75,7 +75,7 @@ def _declared(vllm_config: Any) -> str | None:
     try:
         return declared_dtype(vllm_config)
     except ValueError:
-        if compat.is_cpu() or _is_named(_chosen_backends(vllm_config)):
+        if compat.is_cpu() or _is_named(chosen_backends(vllm_config)):
             raise
         return None  # vLLM's own business
 

@@ -175,7 +175,7 @@ def compiled_kernels() -> None:
     from kvq_plugin.kernels import codec, cuda, launch
     from kvq_plugin.serving import base, gpu
 
-    cuda.supports = lambda *args: True
+    cuda.refusal = lambda *args: None
     cuda.store = cuda.attend = lambda *args, **kwargs: None
     cuda._multiprocessors = launch.multiprocessors = lambda device: 132
     launch.decoder = lambda device: codec.SM89.value

@@ -109,8 +109,10 @@ def test_a_scratch_too_small_for_the_step():
         run(p, workspace=Workspace(torch.empty(64, dtype=torch.uint8), None))
 
 
-def test_which_calls_it_serves():
+def test_which_calls_it_serves(monkeypatch):
     """On a GPU; here the device is only claimed."""
+    built = [True]
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built[-1])
 
     class Cache:
         device, shape = torch.device("cuda"), (9, 8, 16, 264)
@@ -132,6 +134,9 @@ def test_which_calls_it_serves():
     assert not serves(max_query_len=prefill.MIN_QUERY - 1)
     assert not serves(batch=4096, max_seq_len=1 << 20)
     assert not serves(workspace=Workspace(torch.empty(1 << 10, dtype=torch.uint8), None))
+    assert prefill.workspace_size(128, Cache.device) == prefill.SCRATCH
+    built.append(False)  # a PyTorch without it, as some for ARM boards are
+    assert not serves() and not prefill.workspace_size(128, Cache.device)
 
 
 def test_gpu_check_knows_from_where_it_serves():

@@ -75,7 +75,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     ),
     "vllm.config.model:ModelConfig": (
         "dtype",
-        "enable_sleep_mode",
         "get_head_size",
         "get_total_num_hidden_layers",
         "get_total_num_kv_heads",
