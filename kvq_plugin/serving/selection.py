@@ -154,8 +154,8 @@ def _require_known(selected: Any, kv_cache_dtype: str) -> None:
         raise ValueError(
             f"--kv-cache-dtype {kv_cache_dtype} was asked together with --attention-backend "
             f"{selected.name}, which has no such KV cache: supported is {kv_cache_dtype} by "
-            f"{BACKEND_NAME} (CUSTOM before vLLM 0.32); drop --attention-backend, or use "
-            "--kv-cache-dtype auto"
+            f"{BACKEND_NAME} (CUSTOM before vLLM 0.32); drop --attention-backend, or, where it is "
+            "vLLM that wants it for this model, use --kv-cache-dtype auto"
         )
 
 
