@@ -155,32 +155,29 @@ def test_async_engine_with_two_data_parallel_ranks(results, gqa):
     assert tokens == expected * 2
 
 
-def test_two_pipeline_stages_with_static_scales(folder, gqa):
-    """Each stage loads the scales of its own layers.
+def in_two_stages(model, dtype):
+    """Two pipeline stages answer as one engine does.
 
     Compiled: vLLM's CPU worker skips the warm-up of an eager model, in which a later stage makes
     its buffers, and then fails with any KV cache.
     """
-    model = add_scales(
-        make(folder, "gqa"), folder / "scaled", PROMPTS, "int", [("channel", "tensor")] * 2
-    )
-    base = {"model": str(model), "kv_cache_dtype": "int8", "dtype": "float32"}
+    base = {"model": str(model), "kv_cache_dtype": dtype, "dtype": "float32"}
     batch = Batch(PROMPTS, {"prompt_logprobs": 0, "max_tokens": NEW})
     (alone,) = only(run([Job(base, [batch])]))
     staged = Job({**base, "pipeline_parallel_size": 2, "enforce_eager": False}, [batch])
     (stages,) = only(run([staged], multiprocess=True, env=TWO))
     assert [o.tokens for o in alone.batches[0]] == [o.tokens for o in stages.batches[0]]
     assert _change(alone.batches[0], stages.batches[0]) < 0.01
+
+
+def test_two_pipeline_stages_with_static_scales(folder, gqa):
+    """Each stage loads the scales of its own layers."""
+    granularities = [("channel", "tensor")] * 2
+    in_two_stages(add_scales(gqa, folder / "scaled", PROMPTS, "int", granularities), "int8")
 
 
 def test_two_pipeline_stages_with_recent_rows(gqa):
-    base = {"model": str(gqa), "kv_cache_dtype": "int4", "dtype": "float32"}
-    batch = Batch(PROMPTS, {"prompt_logprobs": 0, "max_tokens": NEW})
-    (alone,) = only(run([Job(base, [batch])]))
-    staged = Job({**base, "pipeline_parallel_size": 2, "enforce_eager": False}, [batch])
-    (stages,) = only(run([staged], multiprocess=True, env=TWO))
-    assert [o.tokens for o in alone.batches[0]] == [o.tokens for o in stages.batches[0]]
-    assert _change(alone.batches[0], stages.batches[0]) < 0.01
+    in_two_stages(gqa, "int4")
 
 
 def test_run_batch(smollm2, tmp_path):
