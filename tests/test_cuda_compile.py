@@ -88,8 +88,8 @@ def test_the_build_compiles_every_format():
 
 
 def test_every_family_of_gpus_has_machine_code():
-    """Code runs on later GPUs of its family alone; PTX has to be compiled where the engine starts,
-    75 s long."""
+    """Code runs on later GPUs of its family alone; PTX has to be compiled where the engine
+    starts."""
     text = (CUDA / "CMakeLists.txt").read_text()
     [names] = re.findall(r"set\(CMAKE_CUDA_ARCHITECTURES (.*)\)", text)
     real = {name.removesuffix("-real") for name in names.split()}
