@@ -18,7 +18,7 @@ from kvq_plugin.layout import CPU_V1, MAX_HEAD_SIZES, PageLayout
 
 ROOT = Path(__file__).parent.parent
 #: Every instruction set there is a build of, best first.
-KNOWN_ISAS = ["amx", "avx512_bf16", "avx512", "avx2_vnni", "avx2", "generic"]
+KNOWN_ISAS = ["amx", "avx512_bf16", "avx512", "avx2_vnni", "avx2", "neon_dotprod", "generic"]
 
 pytestmark = pytest.mark.skipif(
     ISAS == ["reference"], reason="KVQ_KERNELS=reference: there is no library to compare with"

@@ -8,6 +8,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(KVQ_ARM) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 #include "kernels.h"
@@ -21,6 +24,7 @@ extern const KernelTable kAvx512Kernels __attribute__((weak));
 extern const KernelTable kAvx512Bf16Kernels __attribute__((weak));
 extern const KernelTable kAmxKernels __attribute__((weak));
 extern const KernelTable kAmxEmulatedKernels __attribute__((weak));
+extern const KernelTable kNeonDotprodKernels __attribute__((weak));
 extern const KernelTable kGenericKernels __attribute__((weak));
 
 namespace {
@@ -61,6 +65,14 @@ bool has_amx() {
          __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
          may_use_tiles();
 }
+#elif defined(KVQ_ARM)
+bool has_dotprod() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 // Best first; null past the last.
@@ -68,16 +80,18 @@ struct Supported {
   const KernelTable* tables[7] = {};
   Supported() {
     int n = 0;
-#if defined(KVQ_X86)
-    const auto add = [&](const KernelTable* table, bool runs) {
+    [[maybe_unused]] const auto add = [&](const KernelTable* table, bool runs) {
       if (table != nullptr && runs) tables[n++] = table;
     };
+#if defined(KVQ_X86)
     __builtin_cpu_init();
     add(&kAmxKernels, has_amx());
     add(&kAvx512Bf16Kernels, has_avx512_bf16());
     add(&kAvx512Kernels, has_avx512());
     add(&kAvx2VnniKernels, has_avx2_vnni());
     add(&kAvx2Kernels, has_avx2());
+#elif defined(KVQ_ARM)
+    add(&kNeonDotprodKernels, has_dotprod());
 #endif
     tables[n] = &kGenericKernels;
   }
@@ -97,6 +111,8 @@ const KernelTable* compiled_kernels(int i) {
 #if defined(KVQ_X86)
   const KernelTable* all[] = {&kAmxKernels,      &kAvx512Bf16Kernels, &kAvx512Kernels,
                               &kAvx2VnniKernels, &kAvx2Kernels,       &kGenericKernels};
+#elif defined(KVQ_ARM)
+  const KernelTable* all[] = {&kNeonDotprodKernels, &kGenericKernels};
 #else
   const KernelTable* all[] = {&kGenericKernels};
 #endif

@@ -287,8 +287,8 @@ struct FoldedValue {
                                  F16* /*bias*/) {
     unroll<N>([&](auto r) KVQ_UNROLLED {
       unit[r] = splat(1.0f);
-      unroll<kGroups>([&](auto g)
-                          KVQ_UNROLLED { save16(s.p + (row + r) * kTile + g * kLanes, w[r][g]); });
+      each_group([&](auto g)
+                     KVQ_UNROLLED { save16(s.p + (row + r) * kTile + g * kLanes, w[r][g]); });
     });
   }
 

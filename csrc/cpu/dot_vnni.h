@@ -116,7 +116,7 @@ struct VnniDot : N {
     if constexpr (kScaled) {
       unroll<R>([&](auto r) KVQ_UNROLLED {
         most[r] = F16{};
-        unroll<kGroups>([&](auto g) KVQ_UNROLLED { most[r] = max16(most[r], w[r][g]); });
+        each_group([&](auto g) KVQ_UNROLLED { most[r] = max16(most[r], w[r][g]); });
       });
       peak_two(most);
     }

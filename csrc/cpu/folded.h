@@ -45,10 +45,14 @@ struct FoldedLimbs {
                               const int8_t* q, const int8_t* beside, const Next& next) {
     Ints codes[kVectors];
     unroll<kVectors>([&](auto v) KVQ_UNROLLED { codes[v] = Step::template operand<P>(line[v]); });
-    TwoLimbs<C>::multiply_codes(sums, codes, q + P * 4, next, beside - q);
+    constexpr int kAt = P / 2 * 8;
+    TwoLimbs<C>::multiply_codes(
+        sums, codes, [&](auto r) KVQ_UNROLLED { return word<P % 2>(q + kAt + next(r)); },
+        [&](auto r) KVQ_UNROLLED { return word<P % 2>(beside + kAt + next(r)); });
   }
 };
 
+#if defined(KVQ_NIBBLES)
 // nibbles.h's bytes: [row][d/8][x, z] of each part, [row][d/8][part] y of two in the first one's.
 struct FoldedNibbles {
   using Step = KeyStep<Code::kInt4>;
@@ -89,6 +93,7 @@ struct FoldedNibbles {
     Nibbles::multiply<P>(sums, lines, P == 2 ? beside : q + P * 4, next);
   }
 };
+#endif
 
 }  // namespace
 }  // namespace kvq

@@ -90,6 +90,7 @@ extern const KernelTable kAvx2VnniKernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAvx512Bf16Kernels;
 extern const KernelTable kAmxKernels;
+extern const KernelTable kNeonDotprodKernels;
 extern const KernelTable kAmxEmulatedKernels;  // kAmxKernels with the tiles in plain C++
 
 // The i-th table of this build, best first, for any processor; null past the end.

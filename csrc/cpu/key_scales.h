@@ -41,6 +41,33 @@ KVQ_HD void save_words(long n, int16_t* to, const Rounded& rounded) {
     _mm512_store_si512(to + i + 32, _mm512_permutex2var_epi16(low, second, high));
   }
 }
+#elif defined(__aarch64__)
+template <class N>
+struct WordOrder {
+  alignas(16) uint8_t first[16], second[16];  // in words of channels 0, 4, 1, 5, ..., 8, 12, ...
+  constexpr WordOrder() : first(), second() {
+    for (int i = 0; i < 16; ++i) {
+      first[i] = at(N::place(i / 2, false), i % 2);
+      second[i] = at(N::place(i / 2, true), i % 2);
+    }
+  }
+  static constexpr uint8_t at(int channel, int byte) {
+    return static_cast<uint8_t>((channel / 8 * 8 + channel % 4 * 2 + channel / 4 % 2) * 2 + byte);
+  }
+};
+
+template <class N, class Rounded>
+KVQ_HD void save_words(long n, int16_t* to, const Rounded& rounded) {
+  static constexpr WordOrder<N> kOrder;
+  const uint8x16_t first = vld1q_u8(kOrder.first), second = vld1q_u8(kOrder.second);
+  for (long i = 0; i < n; i += kVector) {
+    Ints w[4];
+    unroll<4>([&](auto v) KVQ_UNROLLED { w[v] = Ints(rounded(i + v * kVectorLanes)); });
+    const uint8x16x2_t words = {{Native(low_halves(w[0], w[1])), Native(low_halves(w[2], w[3]))}};
+    save(to + i, vqtbl2q_u8(words, first));
+    save(to + i + kVector / 2, vqtbl2q_u8(words, second));
+  }
+}
 #else
 template <class N, class Rounded>
 KVQ_HD void save_words(long n, int16_t* to, const Rounded& rounded) {

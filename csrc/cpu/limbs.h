@@ -50,7 +50,7 @@ struct TwoLimbs : VnniLimbs {
   static constexpr float kMost = kLimbMax;
   static constexpr int kWord = 32 / code_bits(C);
   static constexpr int kOperands = kWord / 4;  // byte operands in one line
-  static constexpr int kOffset = C == Code::kInt8 ? 128 : 0;
+  static constexpr int kOffset = kUnsignedCodes && C == Code::kInt8 ? 128 : 0;
   static constexpr float kMiddle = 0.0f;
 
   // Numbers of q: [row/4][dim/4][row%4][limb][4 dims]; weights: [row/2][token/4][row%2][limb][4].
@@ -66,7 +66,7 @@ struct TwoLimbs : VnniLimbs {
   template <int P>
   static KVQ_HD Ints operand(Ints line) {
     if constexpr (kOperands == 1) {
-      return line;
+      return kUnsignedCodes ? line : line ^ static_cast<int>(0x80808080u);
     } else {
       constexpr int kBits = code_bits(C);
       return (line >> (P * kBits)) & (0x01010101 * ((1 << kBits) - 1));
@@ -93,17 +93,19 @@ struct TwoLimbs : VnniLimbs {
                               const Next& next) {
     Ints codes[vectors(R)];
     unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { codes[v] = operand<P>(line[v]); });
-    multiply_codes(sums, codes, at, next);
+    multiply_codes(
+        sums, codes, [&](auto r) KVQ_UNROLLED { return word<0>(at + next(r)); },
+        [&](auto r) KVQ_UNROLLED { return word<1>(at + next(r)); });
   }
 
-  // `low` bytes behind a high limb is its low one.
-  template <int R, class Next>
+  // high(r), low(r): row r's limbs.
+  template <int R, class High, class Low>
   static KVQ_HD void multiply_codes(Sums<R>& sums, const Ints (&codes)[vectors(R)],
-                                    const int8_t* at, const Next& next, long low = 4) {
+                                    const High& high, const Low& low) {
     unroll<R>([&](auto r) KVQ_UNROLLED {
-      const Ints high = broadcast(at + next(r)), low_limb = broadcast(at + next(r) + low);
-      unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { dpbusd(sums.high[r][v], codes[v], high); });
-      unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { dpbusd(sums.low[r][v], codes[v], low_limb); });
+      const auto h = high(r), l = low(r);
+      unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { add_dots(sums.high[r][v], codes[v], h); });
+      unroll<vectors(R)>([&](auto v) KVQ_UNROLLED { add_dots(sums.low[r][v], codes[v], l); });
     });
   }
 
@@ -126,7 +128,7 @@ struct TwoLimbs : VnniLimbs {
   static KVQ_HD void save_weights(int8_t* all, int row, const F16 (&w)[N][kGroups],
                                   const Floats (&factor)[2], Words (&total)[2]) {
     int8_t* out = all + weight_row<false>(row);
-    unroll<kGroups>([&](auto g) KVQ_UNROLLED {
+    each_group([&](auto g) KVQ_UNROLLED {
       unroll<kPerLine>([&](auto i) KVQ_UNROLLED {
         const Floats a = vector_of(w[0][g], i), b = vector_of(w[N - 1][g], i);
         save(out + g * 64 + i * kVector, limbs(a, factor[0], b, factor[1], total[0], total[1]));

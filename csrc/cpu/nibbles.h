@@ -8,7 +8,9 @@
 
 #include "vnni.h"
 
-#if defined(KVQ_VNNI)
+// The bytes take all eight bits, so codes have to be unsigned.
+#if defined(KVQ_VNNI) && !defined(__aarch64__)
+#define KVQ_NIBBLES 1
 
 namespace kvq {
 namespace {
@@ -109,7 +111,7 @@ struct Nibbles {
     unroll<R>([&](auto r) KVQ_UNROLLED {
       const Ints numbers = broadcast(at + next(r));
       unroll<vectors(R)>([&](auto v) KVQ_UNROLLED {
-        dpbusd(sums.sum[r][v][P % Sums<R>::kChains], codes[v], numbers);
+        add_dots(sums.sum[r][v][P % Sums<R>::kChains], codes[v], numbers);
       });
     });
   }
@@ -193,4 +195,4 @@ struct Nibbles {
 
 }  // namespace
 }  // namespace kvq
-#endif  // KVQ_VNNI
+#endif

@@ -27,12 +27,19 @@ using SealedKey = AmxFoldedKey<C, G>;
 template <Code C>
 using SealedValue = AmxFoldedValue<C>;
 #elif defined(KVQ_VNNI)
+#if defined(KVQ_NIBBLES)
 // Numbers of 12 bits for codes of 4.
 template <Code C>
 using IntegerDot = VnniDot<C, std::conditional_t<C == Code::kInt4, Nibbles, TwoLimbs<C> > >;
 template <Code C, Grouping G>
 using SealedKey =
     FoldedKey<C, G, std::conditional_t<C == Code::kInt4, FoldedNibbles, FoldedLimbs<C> > >;
+#else
+template <Code C>
+using IntegerDot = VnniDot<C>;
+template <Code C, Grouping G>
+using SealedKey = FoldedKey<C, G>;
+#endif
 template <Code C>
 using SealedValue = FoldedValue<C>;
 #else

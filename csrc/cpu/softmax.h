@@ -93,7 +93,7 @@ struct TileSoftmax {
     if constexpr (kValue.per_token) {
       value.load<kValue.code>(tile.now.value_metadata, tile.next.value_metadata);
       if constexpr (kValueAffine && kMiddleOf<ValueDot> != 0.0f) {
-        unroll<kGroups>([&](auto g) KVQ_UNROLLED {
+        each_group([&](auto g) KVQ_UNROLLED {
           value.minimum[g] = fma(value.scale[g], splat(kMiddleOf<ValueDot>), value.minimum[g]);
         });
       }
@@ -110,7 +110,7 @@ struct TileSoftmax {
     }
     if constexpr (kScalesMayBeNan) {
       poison = F16{};
-      unroll<kGroups>([&](auto g) KVQ_UNROLLED { poison += nan(g); });
+      each_group([&](auto g) KVQ_UNROLLED { poison += nan(g); });
     }
   }
 
@@ -159,7 +159,7 @@ struct TileSoftmax {
   KVQ_HD F16 weigh(F16 peak, F16 (&x)[kGroups], F16& bias) const {
     F16 sum{};
     bias = F16{};
-    unroll<kGroups>([&](auto g) KVQ_UNROLLED {
+    each_group([&](auto g) KVQ_UNROLLED {
       // A token that some row must not see may hold stale metadata, NaN even.
       const auto shown = [&, hidden = x[g] == kMinusInf](F16 y)
                              KVQ_UNROLLED { return kMasked ? select(hidden, F16{}, y) : y; };
@@ -181,7 +181,7 @@ struct TileSoftmax {
     F16 most[kPassRows] = {};
     unroll<R>([&](auto r) KVQ_UNROLLED {
       most[r] = splat(kNothing);
-      unroll<kGroups>([&](auto g) KVQ_UNROLLED {
+      each_group([&](auto g) KVQ_UNROLLED {
         most[r] = max16(most[r], prepared<kMasked, kShaped>(row + r, t0, g));
       });
     });
@@ -192,8 +192,8 @@ struct TileSoftmax {
       constexpr int r = 2 * decltype(pair)::value, n = r + 1 < R ? 2 : 1;
       F16 x[n][kGroups], unit[n];
       unroll<n>([&](auto i) KVQ_UNROLLED {
-        unroll<kGroups>(
-            [&](auto g) KVQ_UNROLLED { x[i][g] = prepared<kMasked, kShaped>(row + r + i, t0, g); });
+        each_group([&](auto g)
+                       KVQ_UNROLLED { x[i][g] = prepared<kMasked, kShaped>(row + r + i, t0, g); });
         sum[r + i] = weigh<kMasked>(splat(peaks[r + i.value]), x[i], bias[r + i]);
       });
       ValueDot::template set_weights<n, kValue.per_token>(weights, row + r, x, unit, &bias[r]);

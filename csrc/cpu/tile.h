@@ -64,6 +64,17 @@ KVQ_HD void unroll(const F& body) {
   unroll_list(body, typename MakeIndices<N>::type{});
 }
 
+// body(g) for a tile's groups. Where their vectors do not fit the registers a loop: it is as fast
+// and a tenth of the code.
+template <class F>
+KVQ_HD void each_group(const F& body) {
+#if defined(__AVX512F__)
+  unroll<kGroups>(body);
+#else
+  for (int g = 0; g < kGroups; ++g) body(g);
+#endif
+}
+
 // visit(Int<R>, first row) for every N rows and for what is left of them.
 template <int N = kPassRows, class Visit>
 KVQ_HD void for_each_pass(int rows, const Visit& visit) {

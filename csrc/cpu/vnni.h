@@ -1,11 +1,13 @@
 // The vectors that integer dot products run on: a whole line (zmm) with AVX-512 VNNI, half a line
-// (ymm) with AVX-VNNI.
+// (ymm) with AVX-VNNI, a quarter with ARM's SDOT.
 #pragma once
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 #define KVQ_VNNI 1
 
+#if !defined(__aarch64__)
 #include <immintrin.h>
+#endif
 
 #include "amx_tiles.h"
 #include "tile.h"
@@ -19,7 +21,11 @@ namespace {
 
 // One pass over lines serves kVnniRows rows and takes vectors(rows) vectors at once: 16
 // accumulators of 32 registers, or 8 of 16.
-#if defined(__AVX512VNNI__)
+#if defined(__aarch64__)
+typedef uint8x16_t Native;
+constexpr int kVnniRows = 2;
+constexpr int vectors(int rows) { return rows == 1 ? 8 : 4; }
+#elif defined(__AVX512VNNI__)
 typedef __m512i Native;
 constexpr int kVnniRows = 4;
 constexpr int vectors(int /*rows*/) { return 2; }
@@ -28,6 +34,8 @@ typedef __m256i Native;
 constexpr int kVnniRows = 2;
 constexpr int vectors(int rows) { return rows == 1 ? 4 : 2; }
 #endif
+// SDOT multiplies signed bytes with signed ones; the others unsigned codes with signed numbers.
+constexpr bool kUnsignedCodes = sizeof(Native) > 16;
 constexpr int kVector = sizeof(Native);
 constexpr int kPerLine = 64 / kVector;
 constexpr int kVectorLanes = kVector / 4;
@@ -44,9 +52,18 @@ constexpr bool kVnniPairs = false;
 typedef int32_t Ints __attribute__((vector_size(kVector)));
 typedef uint32_t Words __attribute__((vector_size(kVector)));
 typedef float Floats __attribute__((vector_size(kVector)));
+// Words of sixteen bits.
+typedef int16_t Shorts __attribute__((vector_size(kVector)));
+typedef uint16_t Halves __attribute__((vector_size(kVector)));
 
 // Vector i of sixteen lanes; and sixteen lanes, zeros behind a vector's own.
-#if defined(__AVX512VNNI__)
+#if defined(__aarch64__)
+KVQ_HD Floats vector_of(F16 x, int i) {
+  const Pair<F4> half = i < 2 ? x.low : x.high;
+  return i % 2 == 0 ? half.low : half.high;
+}
+KVQ_HD F16 widened(Floats x) { return {{x, Floats{}}, {Floats{}, Floats{}}}; }
+#elif defined(__AVX512VNNI__)
 KVQ_HD Floats vector_of(F16 x, int /*i*/) { return x; }
 KVQ_HD F16 widened(Floats x) { return x; }
 #else
@@ -57,93 +74,13 @@ KVQ_HD F16 widened(Floats x) { return {x, Floats{}}; }
 // 1.5 * 2^23 rounds to an integer in the mantissa.
 constexpr float kRounds = 12582912.0f;
 
-KVQ_HD Ints broadcast(const int8_t* p) {
-  int32_t w;
-  memcpy(&w, p, 4);
-  return Ints{} + w;
-}
-
-// acc += u8 . s8. Written as asm because gcc 12 shuffles sixteen accumulators through register
-// copies when the intrinsic builds them (a quarter of the loop; seen in its disassembly).
-KVQ_HD void dpbusd(Ints& acc, Ints u8, Ints s8) {
-#if defined(__AVX512VNNI__)
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
-#else
-  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(u8), "x"(s8));
-#endif
-}
-
-// The same four words in every 16 bytes.
-KVQ_HD Ints quads(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  const __m128i q = reinterpret_cast<__m128i>(U4{a, b, c, d});
-#if defined(__AVX512VNNI__)
-  return reinterpret_cast<Ints>(_mm512_broadcast_i32x4(q));
-#else
-  return reinterpret_cast<Ints>(_mm256_broadcastsi128_si256(q));
-#endif
-}
-
-// The low halves of x's words, with those of y above them.
-KVQ_HD Ints low_halves(Ints x, Ints y) {
-  const Native a = reinterpret_cast<Native>(x);
-  const Native b = reinterpret_cast<Native>(reinterpret_cast<Words>(y) << 16);
-#if defined(__AVX512VNNI__)
-  return reinterpret_cast<Ints>(_mm512_mask_blend_epi16(0xAAAAAAAAu, a, b));
-#else
-  return reinterpret_cast<Ints>(_mm256_blend_epi16(a, b, 0xAA));
-#endif
-}
-
-KVQ_HD Ints shuffle_bytes(Ints x, Ints order) {
-  const Native a = reinterpret_cast<Native>(x), b = reinterpret_cast<Native>(order);
-#if defined(__AVX512VNNI__)
-  return reinterpret_cast<Ints>(_mm512_shuffle_epi8(a, b));
-#else
-  return reinterpret_cast<Ints>(_mm256_shuffle_epi8(a, b));
-#endif
-}
-
-// Sixteen-bit words, a vector of them.
-typedef int16_t Shorts __attribute__((vector_size(kVector)));
-typedef uint16_t Halves __attribute__((vector_size(kVector)));
-
-// Words times fractions of 2^15, rounded.
-KVQ_HD Shorts multiply_rounded(Shorts x, Shorts y) {
-  const Native a = reinterpret_cast<Native>(x), b = reinterpret_cast<Native>(y);
-#if defined(__AVX512VNNI__)
-  return reinterpret_cast<Shorts>(_mm512_mulhrs_epi16(a, b));
-#else
-  return reinterpret_cast<Shorts>(_mm256_mulhrs_epi16(a, b));
-#endif
-}
-
-// Bytes at even places of x, at odd ones of y.
-KVQ_HD Ints zip_bytes(Halves x, Halves y) {
-  const Native a = reinterpret_cast<Native>(x), b = reinterpret_cast<Native>(y);
-#if defined(__AVX512VNNI__)
-  return reinterpret_cast<Ints>(_mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAu, a, b));
-#else
-  return reinterpret_cast<Ints>(_mm256_blendv_epi8(a, b, _mm256_set1_epi16(-256)));
-#endif
-}
-
-// Modulo 2^32.
-KVQ_HD uint32_t total_of(Words x) {
-#if defined(__AVX512VNNI__)
-  // gcc's own reduction adds signed integers, whose overflow is undefined.
-  const Native v = reinterpret_cast<Native>(x);
-  const U8 half = reinterpret_cast<U8>(_mm512_castsi512_si256(v)) +
-                  reinterpret_cast<U8>(_mm512_extracti64x4_epi64(v, 1));
-  const U4 sum = reinterpret_cast<U4>(_mm256_castsi256_si128(reinterpret_cast<__m256i>(half))) +
-                 reinterpret_cast<U4>(_mm256_extracti128_si256(reinterpret_cast<__m256i>(half), 1));
-  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
-#else
-  uint32_t sum = 0;
-  for (int i = 0; i < kVectorLanes; ++i) sum += x[i];
-  return sum;
-#endif
-}
-
 }  // namespace
 }  // namespace kvq
+
+#if defined(__aarch64__)
+#include "vnni_neon.h"
+#else
+#include "vnni_x86.h"
+#endif
+
 #endif
