@@ -128,6 +128,7 @@ def messages() -> list[str]:
 
 FOREIGN = (
     "PackageNotFoundError", "torchvision::nms", "InvalidCxxCompiler", "desired CPU memory",
+    "CPU Generator",
 )  # fmt: skip
 HEADINGS = re.findall(
     r"^### (`.+`)$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.M

@@ -64,11 +64,12 @@ KVQ_HD void unroll(const F& body) {
   unroll_list(body, typename MakeIndices<N>::type{});
 }
 
-// body(g) for a tile's groups. Where their vectors do not fit the registers a loop: it is as fast
-// and a tenth of the code.
+// body(g) for a tile's groups. A loop where their vectors do not fit the registers: as fast (0.97
+// to 1.01 of the time, portable prefill of int4 0.88), and the portable kernels take 40 s to
+// compile and not 155. Under a sanitizer it saves a third.
 template <class F>
 KVQ_HD void each_group(const F& body) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
   unroll<kGroups>(body);
 #else
   for (int g = 0; g < kGroups; ++g) body(g);
