@@ -225,9 +225,10 @@ def _add(checkpoint: Checkpoint, layer: Layer, found: keys.ScaleKey, tensor: tor
     reader = ScaleReader(layer.owner, shard, g.head_size, g.head_size, g.heads)
     for parameter in found.parameters:
         if parameter in layer.keys:
+            before = layer.keys[parameter]
+            where = "in two of its files" if before == found.key else f"and as {found.key}"
             checkpoint.problems.append(
-                f"{layer.owner}: {parameter} is given twice, as {layer.keys[parameter]} and as "
-                f"{found.key}"
+                f"{layer.owner}: {parameter} is given twice, as {before} {where}"
             )
             continue
         layer.keys[parameter] = found.key
@@ -259,11 +260,16 @@ def _compare(checkpoint: Checkpoint, owners: set[str], config: Mapping[str, Any]
     if owners and extra:
         checkpoint.problems.append(f"no weights for the scales of {', '.join(extra)}")
     promised = checkpoint.scheme is not None and checkpoint.scheme.is_complete
-    if checkpoint.bare and (promised or checkpoint.layers):
+    if checkpoint.bare and (promised or _has_scales(checkpoint)):
         checkpoint.problems.append(f"no K or V scale for {', '.join(checkpoint.bare)}")
 
 
 # --- what it means ---------------------------------------------------------------------
+
+
+def _has_scales(checkpoint: Checkpoint) -> bool:
+    """Whether any layer has a scale of K or V: -1 says that there is none, as serving reads it."""
+    return any({"k_scale", "v_scale"} & layer.values.keys() for layer in checkpoint.layers)
 
 
 def verdict(checkpoint: Checkpoint, dtype: str, format: KVFormat) -> tuple[bool, str]:
@@ -280,7 +286,7 @@ def verdict(checkpoint: Checkpoint, dtype: str, format: KVFormat) -> tuple[bool,
         return False, f"refused: {format.name} codes are symmetric, and the scales have zero points"
     if checkpoint.problems:
         return False, f"refused: {len(checkpoint.problems)} problem(s), listed below"
-    if checkpoint.layers:
+    if _has_scales(checkpoint):
         return True, f"uses the checkpoint's scales ({granularities(checkpoint)})"
     if format.default_scale is None:
         return False, "refused: needs calibrated scales; add them with `kvq calibrate`"

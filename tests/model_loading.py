@@ -58,18 +58,23 @@ def engine_free(tmp_path_factory):
 
 @pytest.fixture
 def load(checkpoint, engine_free, tmp_path):
-    """``load(dtype, tensors, **engine_args)`` -> (model, its attention layers, vllm_config)."""
+    """``load(dtype, tensors, **engine_args)`` -> (model, its attention layers, vllm_config).
+
+    ``prepare(names)`` is called once the checkpoint is written, with its tensors' names.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
-    def run(dtype, tensors, quantization=None, model="gqa", **engine_args):
+    def run(dtype, tensors, quantization=None, model="gqa", prepare=None, **engine_args):
         weights, config = checkpoint(model)
         if quantization is not None:
             config = config | {"quantization_config": quantization}
         (tmp_path / "config.json").write_text(json.dumps(config))
         tensors = {k: torch.as_tensor(v).contiguous().clone() for k, v in tensors.items()}
         save_file({**weights, **tensors}, tmp_path / "model.safetensors", {"format": "pt"})
+        if prepare is not None:
+            prepare([*weights, *tensors])
         vllm_config = EngineArgs(
             model=str(tmp_path),
             **{

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from kvq_plugin.formats import FORMATS, SERVED
 from kvq_plugin.mapping import MIXED
-from kvq_plugin.serving import checks, mapped
-from kvq_plugin.serving.checks import check, settle_drafts
+from kvq_plugin.serving import checks, defaults, mapped
+from kvq_plugin.serving.checks import check
 from kvq_plugin.serving.selection import serves
 
 pytest.importorskip("vllm")
@@ -93,7 +93,7 @@ def test_recent_rows_that_cannot_be_kept(dtype, change, says):
 @pytest.mark.parametrize("dtype", ["auto", DYNAMIC, "k8v4", "int4"])
 def test_a_draft_model_keeps_no_recent_rows(dtype):
     speculation = SimpleNamespace(kv_cache_dtype=None)
-    settle_drafts(run_config(dtype, speculative_config=speculation))
+    defaults.settle_drafts(run_config(dtype, speculative_config=speculation))
     assert speculation.kv_cache_dtype == (DYNAMIC if dtype == "int4" else None)
 
 
@@ -151,11 +151,13 @@ def test_only_a_draft_model_has_more_layers(method, refused):
 @pytest.mark.parametrize("chosen", [True, False])
 def test_blocks_of_a_draft_are_the_users_where_those_of_the_run_are(monkeypatch, chosen):
     both = {"speculative_config": SimpleNamespace(kv_cache_dtype=None)}
-    run = run_config("int4", cache={"user_specified_block_size": chosen}, **both)
+    blocks = {"user_specified_block_size": chosen, "kv_cache_layout": "BLHNC"}
+    run = run_config("int4", cache=blocks, **both)
     monkeypatch.setattr(checks.compat, "get_current_vllm_config_or_none", lambda: run)
     draft = run_config(cache={"block_size": 16}, **both)
-    checks.settle_draft_blocks(draft)
+    defaults.settle_draft_blocks(draft)
     assert draft.cache_config.user_specified_block_size is chosen
+    assert draft.cache_config.kv_cache_layout == "BLHNC"  # which vLLM leaves out of a copy
 
 
 def test_skip_layers_that_exist():
@@ -308,5 +310,24 @@ def test_pipeline_stages_of_a_mapping_have_no_recent_rows():
 
 def test_a_draft_model_beside_a_mapping_has_one_kv_cache():
     drafting = _mixed({"default": "k8v4"}, speculative_config=SimpleNamespace(kv_cache_dtype=None))
-    settle_drafts(drafting)
+    defaults.settle_drafts(drafting)
     assert drafting.speculative_config.kv_cache_dtype == "int8_per_token_head"
+
+
+def test_the_configuration_of_a_draft_model_carries_the_targets_mapping(monkeypatch):
+    """vLLM makes it of the run's, and a KV cache of the draft's own goes with no mapping."""
+    both = {"speculative_config": SimpleNamespace(kv_cache_dtype=None, method="eagle")}
+    run = _mixed({"default": "k8v4"}, **both)
+    draft = run_config(DYNAMIC, additional_config=run.additional_config, **both)
+    with pytest.raises(ValueError, match="expected kvq_mixed"):
+        check(draft)
+    monkeypatch.setattr(checks.compat, "get_current_vllm_config_or_none", lambda: run)
+    check(draft)
+
+
+@pytest.mark.parametrize("dtype", [DYNAMIC, "int4", "fp8"])
+def test_hidden_states_are_not_quantized(dtype):
+    """vLLM would end in an AssertionError once the weights are loaded."""
+    speculation = SimpleNamespace(kv_cache_dtype=None, method="extract_hidden_states")
+    with pytest.raises(ValueError, match="extract_hidden_states.*--kv-cache-dtype auto"):
+        check(run_config(dtype, speculative_config=speculation))

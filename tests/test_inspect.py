@@ -130,6 +130,21 @@ def test_problems_are_named_and_fail(write, broken, says):
     assert text.count(" no ") >= 4 and " yes " in text
 
 
+def test_a_scale_in_two_files_is_given_twice(write):
+    path = write(scales(k_scale=0.25, v_scale=0.5))
+    again = {"model.layers.0.self_attn.k_scale": torch.tensor(0.5)}
+    save_file(again, path / "more.safetensors")
+    text, error = report(path)
+    assert "k_scale is given twice" in text and "two of its files" in text and "problem" in error
+
+
+def test_minus_one_says_that_there_is_no_scale(write):
+    """As serving reads it: fp8 has its default, int8 lacks what it needs, and nothing is wrong."""
+    path = write(scales(k_scale=-1.0, v_scale=-1.0))
+    assert verdicts(path) == {n: f.is_dynamic or bool(f.default_scale) for n, f in SERVED.items()}
+    assert not inspection.read(path).problems
+
+
 def test_layers_behind_the_models_own_need_no_scales(write):
     """Layers for multi-token prediction, which serving passes over."""
     config = CONFIG | {"num_hidden_layers": 1, "num_nextn_predict_layers": 1}

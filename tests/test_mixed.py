@@ -12,6 +12,7 @@ from pathlib import Path
 import exact_engine
 import pytest
 from engine_jobs import Batch, Job, only, run
+from scaled import eagle_draft
 from tiny_models import make
 
 from kvq_plugin.mapping import MIXED, bytes_per_token, parse
@@ -100,6 +101,20 @@ def test_a_mapping_to_one_format_is_that_format(model):
     ]
     uniform, mixed = only(run(jobs, script=exact_engine.__file__, env=CORES))
     assert _answers(uniform.batches[0]) == _answers(mixed.batches[0])
+
+
+@pytest.mark.parametrize("layers", [KINDS, PLAIN_KINDS], ids=["recent", "plain"])
+def test_an_eagle_draft_has_a_cache_of_its_own(model, layers, tmp_path):
+    """Whose configuration vLLM makes of the target's, with the mapping in it."""
+    draft = {"method": "eagle", "model": str(eagle_draft(model, tmp_path / "eagle"))}
+    base = {"model": str(model), "dtype": "float32", **_mixed(layers)}
+    jobs = [
+        Job({**base, **more}, [Batch(PROMPTS, ASKED)])
+        for more in ({}, {"speculative_config": {**draft, "num_speculative_tokens": 2}})
+    ]
+    plain, drafted = only(run(jobs, script=exact_engine.__file__, env=CORES))
+    assert drafted.counters["vllm:spec_decode_num_drafts"] > 0
+    assert _answers(plain.batches[0]) == _answers(drafted.batches[0])
 
 
 @pytest.mark.parametrize("layers", [{"default": "int8_per_token_head"}, {"0": "int4"}])

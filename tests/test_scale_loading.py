@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import uuid
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("vllm")
 
@@ -182,6 +184,31 @@ def test_load_ignores_extra_scales_where_none_are_used(load):
 def test_load_refuses_a_scale_given_twice(load):
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.attn.*twice.*k_proj\.k_scale"):
         load("fp8", both({"k_scale": 0.5, "v_scale": 0.5, "k_proj.k_scale": 0.25}))
+
+
+@pytest.mark.parametrize("indexed", [None, 0, 1])
+def test_load_refuses_a_scale_in_two_files(indexed, load, tmp_path):
+    """The last one would win, whichever file an index names."""
+    scales = both({"k_scale": 0.5, "v_scale": 0.5})
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    key = ATTENTION.format(0) + "k_scale"
+    save_file({key: torch.tensor(0.25)}, tmp_path / names[1], {"format": "pt"})
+
+    def shards(written):  # what load wrote in one file becomes the first of two
+        (tmp_path / "model.safetensors").rename(tmp_path / names[0])
+        if indexed is not None:
+            places = dict.fromkeys(written, names[0]) | {key: names[indexed]}
+            places |= {"unused": names[1]}
+            index = tmp_path / "model.safetensors.index.json"
+            index.write_text(json.dumps({"weight_map": places}))
+
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.attn.*k_scale twice.*two of its"):
+        load("fp8", scales, prepare=shards)
+
+
+@pytest.mark.parametrize("dtype", ["int8_per_token_head", "int4"])
+def test_load_ignores_scales_given_twice_where_none_are_used(dtype, load):
+    load(dtype, both({"k_scale": 0.5, "v_scale": 0.5, "k_proj.k_scale": 0.25}))
 
 
 def test_load_without_scales(load):

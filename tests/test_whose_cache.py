@@ -13,8 +13,9 @@ from kvq_plugin import kernels
 from kvq_plugin.formats import FORMATS, SERVED
 from kvq_plugin.kernels import cuda
 from kvq_plugin.serving import compat, selection
-from kvq_plugin.serving.checks import check, settle_blocks
+from kvq_plugin.serving.checks import check
 from kvq_plugin.serving.compat import additions
+from kvq_plugin.serving.defaults import settle_blocks
 from kvq_plugin.serving.selection import serves
 
 pytest.importorskip("vllm")

@@ -137,7 +137,7 @@ def _on_model_created(model, vllm_config, model_config) -> None:
 
 
 def _on_config(vllm_config) -> None:
-    from kvq_plugin.serving import checks
+    from kvq_plugin.serving import checks, defaults
     from kvq_plugin.serving.compat import patches
     from kvq_plugin.serving.mapped import settle_layout
     from kvq_plugin.serving.metrics import make_folder
@@ -146,7 +146,7 @@ def _on_config(vllm_config) -> None:
 
     cache = vllm_config.cache_config
     patches.forget_selected_backends()
-    checks.settle_draft_blocks(vllm_config)
+    defaults.settle_draft_blocks(vllm_config)
     checks.check(vllm_config)
     if not serves(vllm_config):
         return
@@ -154,7 +154,7 @@ def _on_config(vllm_config) -> None:
     wrap_quant_config(vllm_config)
     if cache.cache_dtype != asked:  # "auto", and the checkpoint itself asks for a format
         checks.check(vllm_config)
-    checks.settle_drafts(vllm_config)
-    checks.settle_blocks(vllm_config)
+    defaults.settle_drafts(vllm_config)
+    defaults.settle_blocks(vllm_config)
     make_folder()
     settle_layout(vllm_config)

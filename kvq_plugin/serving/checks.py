@@ -15,6 +15,7 @@ from kvq_plugin import hugepages
 from kvq_plugin.formats import SERVED, KVFormat
 from kvq_plugin.mapping import LAYERS, MIXED, NAMES, SECTION
 from kvq_plugin.serving import compat, platforms, unserved
+from kvq_plugin.serving.defaults import DRAFT_DTYPE, is_drafts
 from kvq_plugin.serving.mapped import run_formats
 from kvq_plugin.serving.pages import min_block_size
 from kvq_plugin.serving.scales import keys
@@ -27,8 +28,6 @@ _UNQUANTIZED = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float
 _SKIP_KINDS = ("sliding_window",)
 #: Ways to draft that need no layers of their own.
 _WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
-#: The KV cache of a draft model beside a target with recent rows.
-DRAFT_DTYPE = "int8_per_token_head"
 _WITHOUT_ATTENTION = ("medusa", "mlp_speculator")  # methods whose draft model has no KV cache
 
 
@@ -39,7 +38,8 @@ def check(vllm_config: Any) -> None:
     but for dtypes that its CPU platform takes and has no kernels for.
     """
     asked = vllm_config.cache_config.cache_dtype
-    _check_options(vllm_config.additional_config, asked)
+    if not is_drafts(vllm_config):  # beside a mapping, which is the target's
+        _check_options(vllm_config.additional_config, asked)
     model = vllm_config.model_config
     if model is None:
         return
@@ -63,6 +63,7 @@ def check(vllm_config: Any) -> None:
     for format in formats:
         _check_shape(asked, format, model)
     _check_attention(asked, model)
+    _check_method(asked, vllm_config.speculative_config)
     for format in formats:
         _check_engine(asked, format, vllm_config)
     _check_skip_layers(vllm_config)
@@ -219,6 +220,19 @@ def _check_attention(asked: str, model: Any) -> None:
         )
 
 
+def _check_method(asked: str, speculation: Any) -> None:
+    """The one speculative method whose layer has a cache that holds no keys and values: vLLM ends
+    in an AssertionError there, once the weights are loaded."""
+    if getattr(speculation, "method", None) == "extract_hidden_states":
+        _refuse(
+            asked,
+            "the speculative method extract_hidden_states, which keeps hidden states in a cache "
+            "like the layers'",
+            "methods that draft",
+            "use another method in --speculative-config, or --kv-cache-dtype auto",
+        )
+
+
 def _check_engine(asked: str, format: KVFormat, vllm_config: Any) -> None:
     # Only what the user chose is final here. vLLM chooses later (0.33: once the model has its
     # backends) out of get_supported_kernel_block_sizes, and refuses there what does not fit.
@@ -320,40 +334,6 @@ def _check_drafts(asked: str, format: KVFormat, vllm_config: Any) -> None:
             f'model share one block table; use {DRAFT_DTYPE} as "kv_cache_dtype" in '
             "--speculative-config, or leave it out"
         )
-
-
-def settle_drafts(vllm_config: Any) -> None:
-    """Give a draft model, where the target has recent rows or a mapping, a KV cache of its own."""
-    speculation = None
-    if vllm_config.cache_config.cache_dtype == MIXED or _sealed(vllm_config):
-        speculation = vllm_config.speculative_config
-    if speculation is not None and speculation.kv_cache_dtype is None:
-        speculation.kv_cache_dtype = DRAFT_DTYPE
-
-
-def settle_draft_blocks(vllm_config: Any) -> None:
-    """Whose choice the blocks of a draft's configuration are. vLLM 0.33 makes it, for a draft with
-    a KV cache of its own, from the run's; its blocks count as the user's then, whoever chose."""
-    run = compat.get_current_vllm_config_or_none()
-    if run is None or run.speculative_config is None or vllm_config.speculative_config is None:
-        return
-    chosen = run.cache_config.user_specified_block_size
-    vllm_config.cache_config.user_specified_block_size = chosen
-
-
-def settle_blocks(vllm_config: Any) -> None:
-    """Blocks of sealed rows that hold enough of them, unless the user chose: GPUs' default of 16
-    tokens is less than a group, and vLLM would take the smallest that all layers' backends have."""
-    sealed, cache = _sealed(vllm_config), vllm_config.cache_config
-    if compat.is_cpu() or not sealed or cache.user_specified_block_size:
-        return
-    cache.block_size = platforms.backends()[sealed[0]].default_block_size
-    cache.user_specified_block_size = True  # to vLLM, which keeps it then
-
-
-def _sealed(vllm_config: Any) -> list[KVFormat]:
-    """The run's formats that have recent rows."""
-    return [format for format in run_formats(vllm_config) if format.recent is not None]
 
 
 # --- static scales ---------------------------------------------------------------------

@@ -69,6 +69,8 @@ class ScaleLoad:
         self._by_tail: dict[tuple[str, ...], str] = {}  # end of a parameter's name -> its key
         self._untaken: dict[str, None] = {}  # keys, in the checkpoint's order
         self._taken: dict[str, dict[str, str]] = {}  # layer -> parameter -> key
+        self._repeated: set[str] = set()  # keys that are in several of the checkpoint's files
+        self._twice: dict[str, str] = {}  # layer -> what the checkpoint gives it twice
         self._lacking: dict[str, tuple[list[str], KVFormat]] = {}  # layer -> parameters, format
         self._some_given = False
 
@@ -82,11 +84,15 @@ class ScaleLoad:
         their own about those.
         """
         numbers = {layer_number(layer) for layer in self.layers} | {None}
+        seen: set[str] = set()
         for key, tensor in weights:
             found = parse(key)
             if found is None:
                 yield key, tensor
                 continue
+            if key in seen:  # of two files; not by take, which online quantization calls twice
+                self._repeated.add(key)
+            seen.add(key)
             self._keys[id(tensor)] = key, tensor
             targets = found.targets(self.layers)
             self._by_tail |= {_tail(target): key for target in targets}
@@ -100,25 +106,34 @@ class ScaleLoad:
     def take(self, layer: str, parameter: str, tensor: torch.Tensor) -> None:
         """*tensor* is being loaded as *parameter* of *layer*.
 
-        Raises ValueError when the checkpoint gives that parameter under another key too.
+        A parameter that was given before is an error later, where scales are used at all
+        (:meth:`require_once`).
         """
         target = f"{layer}.{parameter}"
         key, _ = self._keys.get(id(tensor), (None, None))
         key = key or self._by_tail.get(_tail(target), target)  # some loaders copy the tensor
         self._untaken.pop(key, None)
         before = self._taken.setdefault(layer, {}).setdefault(parameter, key)
-        if before != key:
+        if before != key or key in self._repeated:
+            where = "in two of its files" if before == key else f"and as {key}"
+            self._twice.setdefault(layer, f"{parameter} twice, as {before} {where}")
+
+    def require_once(self, layer: str) -> None:
+        """Raise ValueError when *layer*, which uses its scales, was given one of them twice."""
+        if (what := self._twice.get(layer)) is not None:
             raise ValueError(
-                f"{layer}: the checkpoint gives {parameter} twice, as {before} and as {key}: "
-                "expected one of them; remove the other from the checkpoint"
+                f"{layer}: the checkpoint gives {what}: expected one of them; remove the other "
+                f"from the checkpoint, or use a dtype without static scales: {NO_SCALES_NEEDED}"
             )
 
     def taken(self, layer: str) -> dict[str, str]:
         """parameter -> key, of what *layer* was given since it was last asked about."""
         taken = self._taken.pop(layer, {})
+        self._twice.pop(layer, None)
         if not self._taken:
             self._keys.clear()
             self._by_tail.clear()
+            self._repeated.clear()
         return taken
 
     def has_both(self, layer: str, format: KVFormat, values: dict[str, torch.Tensor]) -> bool:

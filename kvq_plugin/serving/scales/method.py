@@ -118,6 +118,7 @@ class KVQCacheMethod(CompressedTensorsKVCacheMethod):
             one = torch.tensor(1.0)
             _publish(layer, Scales(one, one, one, one), load)
         else:
+            load.require_once(layer.layer_name)
             values = _reader(layer, load, self.own_kv_heads).read(placeholders, format)
             if _sharing_target(layer) is not None:
                 load.readers.append((layer, values))
