@@ -319,7 +319,10 @@ def automatic(checkpoint: Checkpoint) -> tuple[bool, str]:
         serves, how = mixed(checkpoint)
         return serves, f"takes {MIXED}, as the checkpoint declares; {how}"
     if checkpoint.scheme is None:
-        return True, "unquantized: the checkpoint declares no KV scheme"
+        how = "unquantized: the checkpoint declares no KV scheme"
+        if checkpoint.layers:  # Llama's of vLLM 0.32 ends in "There is no module or parameter …"
+            how += ", and vLLM's own loaders may fail at its scales"
+        return True, how
     try:
         dtype = checkpoint.scheme.dtype()
     except ValueError as error:

@@ -145,6 +145,12 @@ def test_minus_one_says_that_there_is_no_scale(write):
     assert not inspection.read(path).problems
 
 
+def test_scales_that_no_scheme_declares_are_not_for_auto(write):
+    for tensors, said in (({}, False), (scales(k_scale=0.25, v_scale=0.5), True)):
+        serves, how = inspection.automatic(inspection.read(write(tensors)))
+        assert serves and ("loaders may fail" in how) is said
+
+
 def test_layers_behind_the_models_own_need_no_scales(write):
     """Layers for multi-token prediction, which serving passes over."""
     config = CONFIG | {"num_hidden_layers": 1, "num_nextn_predict_layers": 1}

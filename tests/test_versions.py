@@ -97,8 +97,10 @@ def outcome(models):
     jobs["alone"] = Job(alone, [SCORED])
     others = {what: Job({"model": models.plain, **llm}) for what, (llm, _) in REFUSALS.items()}
     eagle = {"method": "eagle", "model": models.draft, "num_speculative_tokens": 2}
-    for dtype, own in (("int4", {}), ("auto", {"kv_cache_dtype": "fp8"})):
+    for dtype, own in (("int4", {}), (MIXED, {}), ("auto", {"kv_cache_dtype": "fp8"})):
         llm = {"model": models.plain, "kv_cache_dtype": dtype, "speculative_config": eagle | own}
+        if dtype == MIXED:
+            llm["additional_config"] = MAPPING
         others[f"drafts for {dtype}"] = Job(llm, [AGAIN])
 
     @cache
@@ -211,7 +213,7 @@ def test_a_prefix_hit_equals_a_miss(results, name):
         assert a.logprobs == pytest.approx(b.logprobs, abs=MAX_HIT_DRIFT)
 
 
-@pytest.mark.parametrize("dtype", ["int4", "auto"])
+@pytest.mark.parametrize("dtype", ["int4", MIXED, "auto"])
 def test_a_draft_with_a_cache_of_its_own(results, dtype):
     """Of int8 beside recent rows, of fp8 beside vLLM's own. vLLM 0.33 makes its configuration from
     the run's, with blocks that look like the user's choice."""
