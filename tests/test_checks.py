@@ -323,6 +323,9 @@ def test_the_configuration_of_a_draft_model_carries_the_targets_mapping(monkeypa
         check(draft)
     monkeypatch.setattr(checks.compat, "get_current_vllm_config_or_none", lambda: run)
     check(draft)
+    monkeypatch.setattr(checks.compat, "get_current_vllm_config_or_none", lambda: draft)
+    with pytest.raises(ValueError, match="expected kvq_mixed"):
+        check(draft)  # a run's own
 
 
 @pytest.mark.parametrize("dtype", [DYNAMIC, "int4", "fp8"])

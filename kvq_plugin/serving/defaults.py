@@ -39,7 +39,9 @@ def settle_draft_blocks(vllm_config: Any) -> None:
 def is_drafts(vllm_config: Any) -> bool:
     """Whether this is a draft model's configuration, which vLLM makes of the run's, in force."""
     run = compat.get_current_vllm_config_or_none()
-    return run is not None and None not in (run.speculative_config, vllm_config.speculative_config)
+    if run is None or run is vllm_config:
+        return False
+    return None not in (run.speculative_config, vllm_config.speculative_config)
 
 
 def settle_blocks(vllm_config: Any) -> None:
