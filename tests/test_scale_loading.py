@@ -211,6 +211,16 @@ def test_load_ignores_scales_given_twice_where_none_are_used(dtype, load):
     load(dtype, both({"k_scale": 0.5, "v_scale": 0.5, "k_proj.k_scale": 0.25}))
 
 
+@pytest.mark.parametrize("dtype", ["int8_per_token_head", "int4", "fp8", "auto"])
+def test_layers_that_were_not_told_are_no_silent_fallback(dtype, load):
+    """vLLM's Falcon makes its layers without a cache configuration."""
+    if dtype == "auto":
+        load(dtype, {}, model="falcon")
+        return
+    with pytest.raises(ValueError, match=f"{dtype} was asked for FalconForCausalLM.*auto"):
+        load(dtype, {}, model="falcon")
+
+
 def test_load_without_scales(load):
     assert results(load("fp8_e5m2", {})[1][0]) == [1.0, 1.0, 1.0, 1.0]
 

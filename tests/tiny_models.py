@@ -56,6 +56,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text",
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    # Whose layers are made without a cache configuration by vLLM.
+    "falcon": {
+        **{k: _BASE[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")},
+        "model_type": "falcon",
+        "num_attention_heads": 4,
+        "initializer_range": STD,
+    },
     "alibi": {
         "model_type": "bloom",
         "vocab_size": VOCAB,

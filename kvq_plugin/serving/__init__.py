@@ -120,8 +120,9 @@ def _on_model_created(model, vllm_config, model_config) -> None:
     from kvq_plugin.serving import compat, metrics
     from kvq_plugin.serving.recent import prepare
     from kvq_plugin.serving.scales.method import begin_load
-    from kvq_plugin.serving.selection import require_own_backends
+    from kvq_plugin.serving.selection import require_own_backends, require_told
 
+    require_told(model, vllm_config)
     # Layers of a model that gives them no quantization config are not settled yet.
     layers = [m for m in model.modules() if isinstance(m, compat.Attention)]
     for layer in layers:

@@ -16,10 +16,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvq_plugin.formats import SERVED
-from kvq_plugin.mapping import MIXED, NAMES
+from kvq_plugin.mapping import MIXED, NAMES, PLAIN
 from kvq_plugin.serving import compat, platforms, unserved
 from kvq_plugin.serving.compat import additions
 from kvq_plugin.serving.scales.declared import declared_dtype
+from kvq_plugin.serving.scales.keys import layer_number
 
 if TYPE_CHECKING:
     import torch
@@ -178,3 +179,23 @@ def require_own_backends(model: torch.nn.Module, vllm_config: Any) -> None:
                 f"gives vLLM's {layer.attn_backend.get_name()}: kvq_plugin does not serve it; use "
                 "--kv-cache-dtype auto"
             )
+
+
+def require_told(model: torch.nn.Module, vllm_config: Any) -> None:
+    """Raise ValueError when the model's code did not tell a layer which KV cache was asked for, so
+    that it would stay unquantized without a word: vLLM's Falcon with rotary positions or alibi."""
+    if not serves(vllm_config):
+        return
+    cache = vllm_config.cache_config
+    skipped = cache.kv_cache_dtype_skip_layers or ()
+    for layer in (m for m in model.modules() if isinstance(m, compat.Attention)):
+        if layer.kv_cache_dtype != PLAIN or layer.attn_type != compat.AttentionType.DECODER:
+            continue
+        windowed = layer.sliding_window is not None and "sliding_window" in skipped
+        if windowed or str(layer_number(layer.layer_name)) in skipped:
+            continue
+        raise ValueError(
+            f"--kv-cache-dtype {cache.cache_dtype} was asked for {type(model).__name__}, whose code "
+            f"in vLLM makes {layer.layer_name} without a cache configuration, so that its KV cache "
+            "stays unquantized: supported are models that pass it on; use --kv-cache-dtype auto"
+        )
