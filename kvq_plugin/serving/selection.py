@@ -195,7 +195,7 @@ def require_told(model: torch.nn.Module, vllm_config: Any) -> None:
         if windowed or str(layer_number(layer.layer_name)) in skipped:
             continue
         raise ValueError(
-            f"--kv-cache-dtype {cache.cache_dtype} was asked for {type(model).__name__}, whose code "
-            f"in vLLM makes {layer.layer_name} without a cache configuration, so that its KV cache "
-            "stays unquantized: supported are models that pass it on; use --kv-cache-dtype auto"
+            f"--kv-cache-dtype {cache.cache_dtype} was asked for {type(model).__name__}, whose "
+            f"code in vLLM makes {layer.layer_name} without a cache configuration, so that its KV "
+            "cache stays unquantized: supported are models that pass it on; use --kv-cache-dtype auto"
         )
