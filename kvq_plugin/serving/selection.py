@@ -197,5 +197,6 @@ def require_told(model: torch.nn.Module, vllm_config: Any) -> None:
         raise ValueError(
             f"--kv-cache-dtype {cache.cache_dtype} was asked for {type(model).__name__}, whose "
             f"code in vLLM makes {layer.layer_name} without a cache configuration, so that its KV "
-            "cache stays unquantized: supported are models that pass it on; use --kv-cache-dtype auto"
+            "cache stays unquantized: supported are models that pass it on; use --kv-cache-dtype "
+            "auto"
         )
