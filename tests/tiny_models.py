@@ -56,13 +56,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text",
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    # Whose layers are made without a cache configuration by vLLM.
-    "falcon": {
-        **{k: _BASE[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")},
-        "model_type": "falcon",
-        "num_attention_heads": 4,
-        "initializer_range": STD,
-    },
     "alibi": {
         "model_type": "bloom",
         "vocab_size": VOCAB,
@@ -103,8 +96,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Models whose checkpoints name their scales in a way of their own; loaded, not generated with.
-SCALE_NAMINGS: dict[str, dict[str, Any]] = {
+#: Models whose checkpoints name their scales in a way of their own, and one whose layers vLLM makes
+#: without a cache configuration; loaded, not generated with.
+LOADED_ONLY: dict[str, dict[str, Any]] = {
+    "falcon": {
+        **{k: _BASE[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")},
+        "model_type": "falcon",
+        "num_attention_heads": 4,
+        "initializer_range": STD,
+    },
     "hy_v3": {
         **_BASE,
         "model_type": "hy_v3",
@@ -148,7 +148,7 @@ def make(folder: Path, feature: str, **changes) -> Path:
     """Write the model of *feature*, its configuration updated by *changes*, and return where."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = dict((CONFIGS | SCALE_NAMINGS)[feature]) | changes
+    settings = dict((CONFIGS | LOADED_ONLY)[feature]) | changes
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
