@@ -24,11 +24,19 @@ from model_loading import (  # noqa: E402, F401
 )
 from scale_layers import results  # noqa: E402
 
+from kvq_plugin.mapping import MIXED  # noqa: E402
 from kvq_plugin.serving import compat, unserved  # noqa: E402
 from kvq_plugin.serving.scales import method  # noqa: E402
 
 K_CHANNEL = torch.linspace(0.125, 8, 64)  # exact in bfloat16 enough to tell every channel
 OFFSET = torch.arange(64.0) - 32
+
+
+def mapped(layers):
+    """Engine arguments of a mapping."""
+    return {"additional_config": {"kvq": {"layers": layers}}}
+
+
 #: Row of the table in docs/checkpoints.md and design -> (model, cache dtype, tensors under the
 #: attention module, expected k, v, q and prob scales).
 ROWS = {
@@ -211,14 +219,31 @@ def test_load_ignores_scales_given_twice_where_none_are_used(dtype, load):
     load(dtype, both({"k_scale": 0.5, "v_scale": 0.5, "k_proj.k_scale": 0.25}))
 
 
-@pytest.mark.parametrize("dtype", ["int8_per_token_head", "int4", "fp8", "auto"])
+@pytest.mark.parametrize("dtype", ["int8_per_token_head", "int4", "fp8", MIXED, "auto"])
 def test_layers_that_were_not_told_are_no_silent_fallback(dtype, load):
     """vLLM's Falcon makes its layers without a cache configuration."""
     if dtype == "auto":
         load(dtype, {}, model="falcon")
         return
-    with pytest.raises(ValueError, match=f"{dtype} was asked for FalconForCausalLM.*auto"):
-        load(dtype, {}, model="falcon")
+    more = mapped({"0": "auto", "1": "int4"}) if dtype == MIXED else {}
+    layer = "h.1" if dtype == MIXED else "h.0"
+    with pytest.raises(ValueError, match=f"{dtype} was asked for FalconForCausalLM.*{layer}.*auto"):
+        load(dtype, {}, model="falcon", **more)
+
+
+@pytest.mark.parametrize(
+    "model, layers, found",
+    [
+        ("gqa", {"0": "auto", "1": "int4"}, ["auto", "int4"]),
+        ("falcon", {"default": "auto"}, ["auto"] * 2),
+        ("window_and_full_layers", {"sliding": "auto", "default": "fp8"}, ["auto", "fp8"]),
+        # Layers 2 and 3 read the caches of 0 and 1, whatever the mapping has for them.
+        ("kv_sharing", {"0-1": "auto", "2-3": "int4"}, ["auto"] * 4),
+    ],
+)
+def test_layers_of_a_mapping_may_stay_unquantized(model, layers, found, load):
+    _, made, _ = load(MIXED, {}, model=model, **mapped(layers))
+    assert [layer.kv_cache_dtype for layer in made] == found
 
 
 def test_load_without_scales(load):

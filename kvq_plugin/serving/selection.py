@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvq_plugin.formats import SERVED
 from kvq_plugin.mapping import MIXED, NAMES, PLAIN
-from kvq_plugin.serving import compat, platforms, unserved
+from kvq_plugin.serving import compat, mapped, platforms, unserved
 from kvq_plugin.serving.compat import additions
 from kvq_plugin.serving.scales.declared import declared_dtype
 from kvq_plugin.serving.scales.keys import layer_number
@@ -183,16 +183,25 @@ def require_own_backends(model: torch.nn.Module, vllm_config: Any) -> None:
 
 def require_told(model: torch.nn.Module, vllm_config: Any) -> None:
     """Raise ValueError when the model's code did not tell a layer which KV cache was asked for, so
-    that it would stay unquantized without a word: vLLM's Falcon with rotary positions or alibi."""
+    that it would stay unquantized without a word: vLLM's Falcon with rotary positions or alibi.
+
+    Layers that are to be unquantized, by the user's word or a mapping's, are what they look like;
+    those that read another's cache are as that one is.
+    """
     if not serves(vllm_config):
         return
     cache = vllm_config.cache_config
+    mapping = mapped.run_mapping(vllm_config) if cache.cache_dtype == MIXED else None
     skipped = cache.kv_cache_dtype_skip_layers or ()
     for layer in (m for m in model.modules() if isinstance(m, compat.Attention)):
         if layer.kv_cache_dtype != PLAIN or layer.attn_type != compat.AttentionType.DECODER:
             continue
+        if layer.kv_sharing_target_layer_name is not None:
+            continue
         windowed = layer.sliding_window is not None and "sliding_window" in skipped
         if windowed or str(layer_number(layer.layer_name)) in skipped:
+            continue
+        if mapping is not None and mapped.layer_name(mapping, layer) == PLAIN:
             continue
         raise ValueError(
             f"--kv-cache-dtype {cache.cache_dtype} was asked for {type(model).__name__}, whose "
