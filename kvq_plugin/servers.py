@@ -167,8 +167,8 @@ def serve(
     except OpenAIError as error:
         failed = True
         raise ServerError(f"the server failed: {error}; {server.tail()}") from error
-    except Exception:
-        failed = True
+    except BaseException as error:  # a test's time limit is no Exception
+        failed = not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
         raise
     finally:
         server.stop()
@@ -208,13 +208,22 @@ class EngineProcess:
 
 
 @contextmanager
-def engine_process(module: str, name: str, ranks: int = 1) -> Iterator[EngineProcess]:
+def engine_process(
+    module: str, name: str, ranks: int = 1, as_served: bool = False
+) -> Iterator[EngineProcess]:
     """Run ``python -m module``, which calls :func:`run_engine`; it is gone after the block.
 
     A second engine in one process would find the memory and threads of the first still held.
-    *name* is for the log's name and messages, *ranks* the engine's workers. The log is kept after
-    a ServerError, and removed otherwise.
+    *name* is for the log's name and messages, *ranks* the engine's workers. *as_served*: with
+    processes for engine and workers, and whatever vLLM compiles. Without, the engine lives in that
+    one process, and a lone worker too, and is there in 13 s and not in 29: each of the others would
+    import vLLM anew, and how log-probabilities are ranked is compiled in an eager engine, too.
+    The log is kept after a ServerError, and removed otherwise.
     """
+    # Nobody asks it for metrics, and killed as it ends it would leave their folder.
+    env = engine_env(ranks) | {"KVQ_METRICS_DIR": ""}
+    if not as_served:
+        env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"} | env
     ours, theirs = Pipe()
     handle, path = tempfile.mkstemp(prefix="kvq-", suffix=".log")
     with os.fdopen(handle, "wb") as output, theirs:
@@ -224,8 +233,7 @@ def engine_process(module: str, name: str, ranks: int = 1) -> Iterator[EnginePro
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Nobody asks it for metrics, and killed as it ends it would leave their folder.
-            env={**os.environ, **engine_env(ranks), "KVQ_METRICS_DIR": ""},
+            env=os.environ | env,
             start_new_session=True,
         )
     engine = EngineProcess(ours, process, os.pidfd_open(process.pid), Path(path), name)

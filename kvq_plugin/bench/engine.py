@@ -62,7 +62,7 @@ def decode_steps(
         running: dict[str, EngineProcess] = {}
         for engine in engines:
             stage(f"{engine.name}: starting and prefilling")
-            process = engine_process(__name__, f"for {engine.name}")
+            process = engine_process(__name__, f"for {engine.name}", as_served=True)
             running[engine.name] = stack.enter_context(process)
             running[engine.name].send((load, engine))
             running[engine.name].receive()
