@@ -5,6 +5,9 @@ over a list of jobs instead of importing it. By default an engine lives inside t
 process, which starts a tiny model in two seconds; ``multiprocess=True`` gives it the worker
 processes users get.
 
+Importing vLLM takes 9 seconds of processor time, so one process imports it (engine_preload.py) and
+every list of jobs gets a fork of that; where what is imported depends on more, a Python of its own.
+
     results = run([Job({"model": path, "kv_cache_dtype": "fp8"}, [Batch([[1, 2, 3]])])])
 """
 
@@ -12,12 +15,16 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 GREEDY = {"temperature": 0.0, "max_tokens": 16, "logprobs": 2, "ignore_eos": True}
 ENGINE = {
@@ -28,6 +35,17 @@ ENGINE = {
     "seed": 0,
     "disable_log_stats": False,
 }
+#: What every engine's process has in its environment.
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+#: vLLM compiles how it ranks log-probabilities even in eager engines, 4 s of processor time.
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+#: Scripts that change nothing before vLLM is imported, and variables vLLM reads after that.
+FORKED_SCRIPTS = ("engine_jobs.py", "exact_engine.py")
+FORKED_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND"}
 
 
 @dataclass
@@ -99,28 +117,61 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "jobs.json"), Path(folder, "results.json")
         source.write_text(json.dumps([asdict(job) for job in jobs]))
-        settings = os.environ | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess)),
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "HF_HUB_OFFLINE": "1",
-        }
-        if all((ENGINE | job.llm)["enforce_eager"] for job in jobs):
-            # vLLM compiles how it ranks log-probabilities even then, 4 s of processor time.
-            settings["TORCHDYNAMO_DISABLE"] = "1"
-        done = subprocess.run(
-            [sys.executable, script, str(source), str(target)],
-            env=settings | (env or {}),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        eager = all((ENGINE | job.llm)["enforce_eager"] for job in jobs)
+        settings = SETTINGS | (EAGER if eager else {}) | (env or {})
+        if multiprocess:
+            settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+        alike = eager and Path(script).name in FORKED_SCRIPTS
+        alike = alike and not multiprocess and FORKED_VARIABLES.issuperset(env or {})
+        start = _fork if alike else _start
+        said = start([script, str(source), str(target)], os.environ | settings, timeout)
         if not target.is_file():
-            raise RuntimeError(f"the engine process died:\n{(done.stdout + done.stderr)[-4000:]}")
+            raise RuntimeError(f"the engine process died:\n{said[-4000:]}")
         results = json.loads(target.read_text())
     return [
         Result([[Output(**o) for o in batch] for batch in r["batches"]], r["counters"], r["error"])
         for r in results
     ]
+
+
+def _start(argv: list[str], environment: dict[str, str], timeout: float) -> str:
+    """Run a script in a new Python; what it said."""
+    done = subprocess.run(
+        [sys.executable, *argv], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    return done.stdout + done.stderr
+
+
+def _fork(argv: list[str], environment: dict[str, str], timeout: float) -> str:
+    """The same in a fork of the process that has imported vLLM."""
+    context = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["engine_preload"])
+    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with patch.dict(os.environ, SETTINGS | EAGER | {"PYTHONPATH": here}):
+        forkserver.ensure_running()
+    log = Path(argv[-1]).with_name("log")
+    log.touch()
+    child = context.Process(target=_forked, args=(argv, environment, log))
+    child.start()
+    try:
+        child.join(timeout)
+        if child.is_alive():
+            raise subprocess.TimeoutExpired(argv, timeout, log.read_text())
+    finally:  # pytest's time limit ends the wait too
+        child.kill()
+        child.join()
+    return log.read_text()
+
+
+def _forked(argv: list[str], environment: dict[str, str], log: Path) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream.fileno())
+    if "engine_preload" not in sys.modules:  # a preload that fails is not told
+        raise RuntimeError("vLLM was not imported beforehand: run tests/engine_preload.py to see")
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def only(results: list[Result]) -> list[Result]:
@@ -135,14 +186,8 @@ def only(results: list[Result]) -> list[Result]:
 
 
 def _main(source: str, target: str) -> None:
-    from kvq_plugin import _native
+    import engine_preload  # noqa: F401
 
-    # On a processor with AMX vLLM's own attention uses tiles that nobody asked Linux for, and a
-    # tiny model without the plugin is an illegal instruction; with large ones oneDNN has asked.
-    _native.supported_isas()
-    from vllm import LLM  # noqa: F401 - `import vllm` alone leaves it for later
-
-    gc.collect()  # what this finds is not looked at again: tests/startup
     jobs = json.loads(Path(source).read_text())
     Path(target).write_text(json.dumps([_run_job(job) for job in jobs]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,11 +132,18 @@ def test_an_ignored_layer_keeps_its_precision(logprobs):
     assert ignored < 0.9 * change(logprobs["channel calibrated"], logprobs["gqa"])
 
 
-def test_both_drivers_see_the_same(models, tmp_path):
-    settings, source = Settings(q_scale=True), Source.find(str(models["gqa"]))
-    load = Load(dtype="float32", kv_memory_bytes=64 << 20)
-    calibrate(source, Target(tmp_path / "engine"), settings, SAMPLES, load)
+@pytest.mark.parametrize(
+    ("feature", "ranks"),
+    [("gqa", 1), ("gqa", 2), ("mqa", 2)],  # the last two share a kv head
+)
+def test_both_drivers_see_the_same(models, tmp_path, monkeypatch, feature, ranks):
+    if ranks > 1:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    source = Source.find(str(models.get(feature) or make(tmp_path, feature)))
+    load = Load(dtype="float32", tensor_parallel=ranks, kv_memory_bytes=64 << 20)
+    calibrate(source, Target(tmp_path / "engine"), Settings(q_scale=True), SAMPLES, load)
     by_engine = load_file(tmp_path / "engine" / SCALES)
+    load = replace(load, tensor_parallel=1)
     calibrate(source, Target(tmp_path / "hf"), Settings(), SAMPLES, load, driver="hf")
     for name, scale in load_file(tmp_path / "hf" / SCALES).items():
         assert torch.allclose(by_engine.pop(name), scale, rtol=1e-3), name

@@ -154,7 +154,7 @@ def test_two_tensor_parallel_ranks(models, name):
     (one,) = only(run([Job(base, SCORED)]))
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     two = [Job({**base, "tensor_parallel_size": 2}, SCORED)]
-    (two,) = only(run(two, multiprocess=True, env=env))
+    (two,) = only(run(two, env=env))
     assert [o.tokens for o in one.batches[0]] == [o.tokens for o in two.batches[0]]
     assert _change(one, two) < 0.01
 

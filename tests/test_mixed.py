@@ -132,9 +132,7 @@ def test_two_tensor_parallel_ranks(model):
     base |= _mixed(KINDS)
     (one,) = only(run([Job(base, scored)]))
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    (two,) = only(
-        run([Job({**base, "tensor_parallel_size": 2}, scored)], multiprocess=True, env=env)
-    )
+    (two,) = only(run([Job({**base, "tensor_parallel_size": 2}, scored)], env=env))
     assert [o.tokens for o in one.batches[0]] == [o.tokens for o in two.batches[0]]
     pairs = [
         (x, y)

@@ -231,7 +231,6 @@ def test_two_tensor_parallel_ranks(results, version, models):
     (pair,) = only(
         run(
             [Job({**llm, "tensor_parallel_size": 2}, [SCORED])],
-            multiprocess=True,
             env=environment(version) | bound,
         )
     )
