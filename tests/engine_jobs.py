@@ -146,8 +146,8 @@ def _fork(argv: list[str], environment: dict[str, str], timeout: float) -> str:
     """The same in a fork of the process that has imported vLLM."""
     context = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["engine_preload"])
-    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with patch.dict(os.environ, SETTINGS | EAGER | {"PYTHONPATH": here}):
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with patch.dict(os.environ, SETTINGS | EAGER | {"PYTHONPATH": os.pathsep.join(path)}):
         forkserver.ensure_running()
     log = Path(argv[-1]).with_name("log")
     log.touch()
