@@ -15,13 +15,10 @@ import engine_jobs
 
 def exact_products() -> None:
     """Exchange the products of unquantized layers; weights stay as the checkpoint has them."""
-    import torch
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-    # MKL chooses a function's code at its first call. Two threads that meet there may each get
-    # another, in 3 processes of 100: a last bit of the second half of a model's rotary table.
-    torch.zeros(1).cos()
+    engine_jobs.choose_cos()
     wide = {}  # made once: 0.3 s a step otherwise
 
     def apply(self, layer, x, bias=None):
