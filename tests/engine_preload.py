@@ -1,6 +1,7 @@
 """What an engine's process imports, whatever its jobs are: once for all forks of it.
 
-Nothing here may start a thread or run on several: a fork has none of them.
+Nothing here may start a thread or run on several: a fork has none of them. The two there are belong
+to the OpenBLAS of numpy and of cv2, which start theirs anew in a fork.
 """
 
 import contextlib

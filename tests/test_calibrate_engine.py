@@ -134,7 +134,7 @@ def test_an_ignored_layer_keeps_its_precision(logprobs):
 
 @pytest.mark.parametrize(
     ("feature", "ranks"),
-    [("gqa", 1), ("gqa", 2), ("mqa", 2)],  # the last two share a kv head
+    [("gqa", 1), ("gqa", 2), ("mqa", 2)],  # mqa: both ranks hold its one kv head
 )
 def test_both_drivers_see_the_same(models, tmp_path, monkeypatch, feature, ranks):
     if ranks > 1:
