@@ -173,6 +173,23 @@ def test_4_prob_must_be_single():
 # --- point 5: warnings, per-token formats ----------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [*FP8, *INT8_STATIC])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_5_scales_of_no_model_are_said(dtype, scale, warnings):
+    """Of a channel, too, where it is the largest; small ones beside others may be dead channels."""
+    scheme = KVScheme("int" if dtype in INT8_STATIC else "float", 8)
+    sound = torch.full((HEADS, HEAD_SIZE), 0.1)
+    odd = sound.clone()
+    odd[1, 3] = scale
+    loaded(dtype, scheme, k_scale=scale, v_scale=odd)
+    said = [m for m in warnings if "largest code" in m]
+    assert ["k_scale" in m for m in said] == ([True] if scale < 1 else [True, False])
+    assert all(m.startswith("layers.0.attn: ") for m in said)
+    warnings.clear()
+    loaded(dtype, scheme, k_scale=sound, v_scale=0.1)
+    assert not [m for m in warnings if "largest code" in m]
+
+
 @pytest.mark.parametrize("dtype", FP8)
 def test_5_unit_scales_warn_once_for_e4m3_only(dtype, warnings):
     layers = [Layer(dtype, name=f"layers.{i}.attn") for i in range(3)]

@@ -42,6 +42,10 @@ from kvq_plugin.serving.scales.shapes import (
 logger = compat.init_logger(f"vllm.{__name__}")
 Values = dict[str, torch.Tensor]
 
+# What a layer's largest code may stand for without a word. Keys of Qwen2 reach 400; fp8_e5m2's
+# codes 128 times as far as the e4m3 ones that scales are made for.
+_LIKELY = 1e-3, 1e7
+
 
 # Subclassed for its type alone; every method is replaced. vLLM refuses fp8_e5m2 ("not supported
 # with fp8 checkpoints") for any method but this one under a config whose kv_cache_scheme is
@@ -230,6 +234,8 @@ def _reconcile(
             )
         factor = _platform_factor(layer, format)
         k, v = values["k_scale"] * factor, values["v_scale"] * factor
+        _warn_of_reach(layer, "k_scale", k.max().item() * format.key.code.qmax)
+        _warn_of_reach(layer, "v_scale", v.max().item() * format.value.code.qmax)
     elif format.default_scale is None:
         return None
     else:
@@ -251,6 +257,19 @@ def _reconcile(
             "accuracy: the checkpoint has none for them."
         )
     return Scales(k, v, q, prob, values.get("k_zero_point"), values.get("v_zero_point"))
+
+
+def _warn_of_reach(layer: torch.nn.Module, name: str, reach: float) -> None:
+    """Say so when *reach*, what *name*'s largest code stands for, can be meant for no model."""
+    if not _LIKELY[0] < reach < _LIKELY[1]:
+        logger.warning_once(
+            "%s: with the checkpoint's %s the largest code stands for %.3g, where models have a "
+            "few units to a few hundred: larger numbers saturate, those below half a step become "
+            "0. Check the checkpoint's scales (`kvq inspect`), or run `kvq calibrate`.",
+            layer.layer_name,
+            name,
+            reach,
+        )
 
 
 def _from_target(layer: torch.nn.Module, values: Values, load: ScaleLoad) -> Scales:
