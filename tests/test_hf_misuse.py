@@ -129,6 +129,38 @@ def test_gradients_are_refused_when_asked_for(llama, implementation):
         loss.backward()
 
 
+@pytest.mark.parametrize("implementation", ["kvq", "sdpa"])
+@pytest.mark.parametrize("trained", ["k_proj", "v_proj"])
+def test_gradients_of_some_weights_are_refused_too(llama, implementation, trained):
+    """None came back, without a word, where only these and the output layer were to be trained."""
+    llama.set_attn_implementation(implementation)
+    for name, weight in llama.named_parameters():
+        weight.requires_grad_(trained in name or "lm_head" in name)
+    try:
+        loss = llama(ids(1, 20), labels=ids(1, 20), **ours(llama)).loss
+        with pytest.raises(RuntimeError, match="for inference.*DynamicCache"):
+            loss.backward()
+    finally:
+        llama.requires_grad_(True)
+
+
+def test_the_output_layer_alone_may_be_trained(llama):
+    llama.requires_grad_(False)
+    llama.lm_head.requires_grad_(True)
+    try:
+        llama(ids(1, 20), labels=ids(1, 20), **ours(llama)).loss.backward()
+        assert llama.lm_head.weight.grad.abs().sum() > 0
+    finally:
+        llama.requires_grad_(True)
+
+
+@torch.no_grad()
+def test_one_graph_is_refused_with_what_to_do(llama):
+    compiled = torch.compile(llama.forward, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="compile without fullgraph=True"):
+        compiled(ids(1, 20), **ours(llama))
+
+
 @torch.no_grad()
 def test_compiled(llama):
     """Dynamo makes the objects that it traces without their constructors."""
@@ -160,6 +192,40 @@ def test_crop_takes_whole_tokens(llama):
     llama(ids(1, 20), **cache)
     with pytest.raises(ValueError, match="crop.-1.5.*expected"):
         cache[CACHE].layers[0].crop(-1.5)
+
+
+@torch.no_grad()
+def test_changes_by_what_transformers_own_cache_takes(llama):
+    """Tensors of one number, lists and slices."""
+    plain, other = ours(llama), ours(llama)
+    for cache in (plain, other):
+        llama(ids(3, 20), **cache)
+    plain[CACHE].crop(-2)
+    other[CACHE].crop(torch.tensor(-2))
+    plain[CACHE].batch_select_indices(torch.tensor([2, 0]))
+    other[CACHE].batch_select_indices([2, 0])
+    plain[CACHE].batch_select_indices(torch.tensor([0]))
+    other[CACHE].batch_select_indices(slice(0, 1))
+    assert type(other[CACHE].get_seq_length()) is int
+    want, got = (llama(ids(1, 3), **cache).logits for cache in (plain, other))
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("k_scale", "why"),
+    [
+        (0.0, "layer 0: k_scale.*above 0"),
+        (-1.0, "layer 0: k_scale.*above 0"),
+        (float("nan"), "layer 0: k_scale.*above 0"),
+        (torch.ones(2, 31), "shape .2, 31.*2 kv heads of size 32.*expected one value"),
+        (torch.ones(4), "shape .4. for 2 kv heads"),
+    ],
+)
+def test_static_scales(llama, k_scale, why):
+    one = {"k_scale": torch.as_tensor(k_scale), "v_scale": torch.tensor(0.1)}
+    with pytest.raises(ValueError, match=why):
+        llama(ids(1, 3), **{CACHE: KVQCache(llama.config, "int8", scales={0: one, 1: one})})
 
 
 def test_flex_attention(llama):

@@ -310,10 +310,37 @@ def test_a_long_prompts_rows_are_one_layers_at_a_time(models, monkeypatch, featu
         peaks.append(max(map(sum, held)))
     assert torch.equal(*answers)
     # Blocks: of all rows; of WIDE and a query's, to the longest sequence's end; of a chunk.
-    whole, kept, chunks = 2 * 47, 2 * ((WIDE + 2 * GROUP + 70) // GROUP + 1), 2 * 6
+    whole, kept, chunks = 47 + 45, 2 * ((WIDE + 2 * GROUP + 70) // GROUP + 1), 2 * 6
     layers = len(layers)
     assert peaks[0] <= (layers * whole if feature == "kv_sharing" else whole + (layers - 1) * kept)
     assert peaks[0] >= whole and peaks[1] <= layers * chunks
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_short_sequences_keep_no_more_rows_than_they_have(models, name):
+    """Beside a long one, of which each had as many."""
+    model, inputs = models("gqa"), prompts((1500, 40, 40, 40))
+    cache = KVQCache(model.config, name, block_size=BLOCK)
+    table = cache.layers[0].table
+    generate(model, cache, inputs)
+    assert table.recent.count <= 4 * 4  # of GROUP rows; there were 48 for each
+    cache.batch_select_indices([1, 0])
+    cache.batch_repeat_interleave(3)
+    assert table.recent.count <= 4 * 4
+    assert [layer.dequantize()[0].shape[0] for layer in cache.layers] == [6] * LAYERS
+
+
+@pytest.mark.parametrize("name", [*NAMES, "int8_per_token_head"])
+@pytest.mark.parametrize("chunk", [7, 16, 32])
+def test_chunks_of_padding_alone(models, name, chunk):
+    """As padding="max_length" gives; a sequence that has no token yet has no block either."""
+    model, inputs = models("gqa"), prompts((5, 20))
+    wide = {key: torch.nn.functional.pad(x, (44, 0)) for key, x in inputs.items()}
+    answers = [
+        generate(model, KVQCache(model.config, name), of, **options)[:, -NEW:]
+        for of, options in ((inputs, {}), (wide, {"prefill_chunk_size": chunk}))
+    ]
+    assert torch.equal(*answers)
 
 
 def test_layers_that_share_unannounced_are_refused():

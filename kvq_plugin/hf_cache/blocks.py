@@ -11,7 +11,7 @@ class Blocks:
     """Blocks of *size* tokens for a batch of sequences that each begin with none.
 
     Attributes:
-        table: ``[B, columns]`` int32; -1 where a sequence has let go of its block.
+        table: ``[B, columns]`` int32; -1 where a sequence has let go of its block, or has none yet.
         count: how many blocks a layer's pool must have.
     """
 
@@ -22,26 +22,41 @@ class Blocks:
         self._free: list[int] = []
         self._shared = False
         self._dropped: list[int] = [0] * batch
+        self._ends: list[int] = [0] * batch  # columns each sequence has had blocks for
 
     def select(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Another batch: ``select(rows)`` of the table. No block moves; sequences share them."""
         self.table = select(self.table)
-        self._dropped = select(torch.tensor(self._dropped)).tolist()
+        ends = torch.tensor([self._dropped, self._ends])
+        self._dropped, self._ends = (select(x).tolist() for x in ends)
         self._count_uses()
 
-    def make_room(self, before: Sequence[int], longest: int):
-        """Blocks for *longest* tokens a sequence, of its own from token *before* on; -> blocks to
-        copy first, as indices (from, to), or None."""
-        columns = -(-longest // self.size)
+    def make_room(self, before: Sequence[int], lengths: Sequence[int]):
+        """Blocks for *lengths* tokens, each sequence's own from token *before* on; -> those to copy
+        first, as indices (from, to), or None."""
         copies = self._separate(before) if self._shared else None
-        have = self.table.shape[1]
-        if columns > have:
+        need = [-(-length // self.size) for length in lengths]
+        if any(n > end for n, end in zip(need, self._ends, strict=True)):
             # One more column at a time, or 1/64 of a long table: growing copies a layer's pages.
-            more = max(columns - have, have // 64) if have else columns
-            fresh = torch.tensor(self._take(more * len(self.table)), dtype=torch.int32)
-            fresh = fresh.view(more, len(self.table)).T
-            self.table = torch.cat([self.table, fresh.to(self.table.device)], 1)
+            ends = [
+                max(n, end + end // 64) if n > end else end
+                for n, end in zip(need, self._ends, strict=True)
+            ]
+            self._grow(max(ends))
+            column = torch.arange(self.table.shape[1])
+            have, then = torch.tensor([self._ends, ends])[..., None]
+            fresh = (column >= have) & (column < then)
+            blocks = torch.tensor(self._take(int(fresh.sum())), dtype=torch.int32)
+            device = self.table.device  # out of place: steps have the tables of before
+            self.table = self.table.masked_scatter(fresh.to(device), blocks.to(device))
+            self._ends = ends
+        self._grow(1)  # slots are looked up of positions that are no tokens, too
         return copies
+
+    def _grow(self, columns: int) -> None:
+        more = columns - self.table.shape[1]
+        if more > 0:
+            self.table = torch.nn.functional.pad(self.table, (0, more), value=-1)
 
     def slots(self, position: torch.Tensor) -> torch.Tensor:
         """Slots of *position* ``[B, T]``, or ``[T]`` for the same of every sequence."""
@@ -70,12 +85,13 @@ class Blocks:
 
     def first_columns(self) -> list[int]:
         """The first column of each sequence that it has not let go of."""
-        return (self.table < 0).sum(1).tolist()
+        return list(self._dropped)
 
     def clear(self) -> None:
         """The sequences have no tokens any more."""
         self.table = self.table[:, :0]
         self._dropped = [0] * len(self.table)
+        self._ends = [0] * len(self.table)
         self._count_uses()
 
     def _count_uses(self) -> set[int]:
@@ -102,7 +118,7 @@ class Blocks:
         for row, count in zip(table, before, strict=True):
             for column in range(count // self.size, len(row)):
                 block = row[column]
-                if uses[block] == 1:
+                if block < 0 or uses[block] == 1:
                     continue
                 uses[block] -= 1
                 [row[column]] = self._take(1)

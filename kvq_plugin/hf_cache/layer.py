@@ -56,7 +56,7 @@ class KVQLayer(CacheLayerMixin):
         self._after: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self._new = 0  # positions of the last update
-        self._wants_gradient = False
+        self.wants_gradient = False
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +168,7 @@ class KVQLayer(CacheLayerMixin):
                 full[kept[:, : self.length]] = x[there]
                 x = full
             x = x[:, : self.length].transpose(1, 2).contiguous()
-            both.append(untrained(x, self._wants_gradient))
+            both.append(untrained(x, self.wants_gradient))
         return both[0], both[1]
 
     def _loaded(self, counts: torch.Tensor) -> list[torch.Tensor]:
@@ -249,6 +249,14 @@ class KVQLayer(CacheLayerMixin):
             x if x is None else torch.as_tensor(x, dtype=torch.float32, device=self.device)
             for x in static or (self.format.default_scale, None)
         )
+        shapes = (), (1,), (self._heads,), (self._heads, self._size)
+        for x in (scale, zero_point):
+            if x is not None and x.shape not in shapes:
+                raise ValueError(
+                    f"KVQCache: a scale or zero point of shape {list(x.shape)} for "
+                    f"{self._heads} kv heads of size {self._size}: expected one value, one per kv "
+                    "head, or [kv heads, head size]"
+                )
         return StaticScale.expand(scale, self._heads, self._size, zero_point)
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -267,7 +275,8 @@ class KVQLayer(CacheLayerMixin):
             )
         if key_states.dtype != value_states.dtype:  # under torch.autocast K comes as fp32
             value_states = value_states.to(key_states.dtype)
-        self._wants_gradient |= torch.is_grad_enabled() and key_states.requires_grad
+        wanted = key_states.requires_grad or value_states.requires_grad
+        self.wants_gradient |= torch.is_grad_enabled() and wanted
         self._pending, self._new = (key_states, value_states), new
         self.length += new
         return Paged.pair(self)
@@ -307,6 +316,7 @@ class KVQLayer(CacheLayerMixin):
             raise ValueError(
                 f"KVQCache.crop({tokens_to_remove}): expected minus the number of tokens to remove"
             )
+        tokens_to_remove = int(tokens_to_remove)  # of a tensor, too
         if tokens_to_remove and self.length:
             self.commit()
             length = max(0, self.length + tokens_to_remove)
@@ -332,9 +342,12 @@ class KVQLayer(CacheLayerMixin):
         """Each sequence becomes *repeats* of them, which share their pages."""
         self._change(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | list[int] | slice) -> None:
         """Keep the sequences *indices*, which may be a mask, in that order."""
-        self._change(lambda rows: rows[indices.to(rows.device)])
+        if isinstance(indices, slice):
+            self._change(lambda rows: rows[indices])
+        else:
+            self._change(lambda rows: rows[torch.as_tensor(indices, device=rows.device)])
 
     def _change(self, select) -> None:
         if self._pending is not None:

@@ -76,11 +76,16 @@ class Paged:
 
     def tensor(self) -> torch.Tensor:
         """Dequantized, and said so once. ValueError for formats with recent rows."""
-        refuse_recent(self.layer.format, "attention other than 'kvq'")
+        refuse_recent(
+            self.layer.format,
+            "attention other than 'kvq', as some models (BLOOM, say) have whatever they are loaded "
+            "with,",
+        )
         if self._both[self._which] is None:
             say_once(
                 "kvq: attention does not read the quantized pages, so every step dequantizes all "
-                'of them, which is slow: load the model with attn_implementation="kvq"'
+                'of them, which is slow: load the model with attn_implementation="kvq", which some '
+                "(BLOOM, say) do not heed"
             )
             self._both[:] = self.layer.dequantize()
         return self._both[self._which]

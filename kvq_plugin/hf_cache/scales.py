@@ -79,4 +79,12 @@ def _pair(number: int, values: Mapping[str, torch.Tensor]) -> dict:
             f"layer {number} lacks {' and '.join(sorted(missing))}: expected k_scale and v_scale "
             "for every full-attention layer"
         )
+    for name in ("k_scale", "v_scale"):
+        value = torch.as_tensor(values[name])
+        if not bool((value.isfinite() & (value > 0)).all()):
+            raise ValueError(
+                f"layer {number}: {name} has values from {value.min().item():.4g} to "
+                f"{value.max().item():.4g}: expected finite scales above 0; recalibrate with `kvq "
+                "calibrate`, or use 'int8_per_token_head', which needs none"
+            )
     return {x: (values[f"{x}_scale"], values.get(f"{x}_zero_point")) for x in ("k", "v")}

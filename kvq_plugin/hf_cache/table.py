@@ -247,7 +247,9 @@ class BlockTable:
                 continue
             has_recent = blocks is self.recent
             moved = blocks.drop(self._kept_columns(before)) if has_recent else None
-            copies = blocks.make_room(before, max(lengths))
+            # Pages grow together, as growing copies them; recent rows are few once they are read.
+            room = lengths if has_recent else [max(lengths)] * len(lengths)
+            copies = blocks.make_room(before, room)
             slots = blocks.slots(position)
             if now is not None:
                 slots = torch.where(now, slots, -1)
