@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.mapping import MIXED, declared_mapping, parse
 from kvq_plugin.serving.scales import keys
 from kvq_plugin.serving.scales.declared import (
+    INDEX,
     KVScheme,
     declared_scheme,
     quantization_section,
-    read_json,
+    read_config,
+    weight_map,
 )
 from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader, check_query
 
@@ -34,10 +37,6 @@ _ATTENTION = re.compile(
     r"\.(?:k_proj|qkv_proj|qkqkv_proj|kv_proj|c_attn|query_key_value|Wqkv)\.(?:weight|qweight)"
 )
 _OTHER = re.compile(r"vision|visual|audio|image", re.I)  # stacks that keep no KV cache
-_INDEX = "model.safetensors.index.json"
-#: A scale this many times the layer's median is one channel (or head) running away: the others
-#: would be left with a tenth of the codes if it set the scale for all.
-OUTLIER = 10.0
 
 
 @dataclass
@@ -99,9 +98,9 @@ def read(path: str | Path) -> Checkpoint:
     tensors can be read.
     """
     folder = checkpoint_folder(path)
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     section = quantization_section(config, folder)
-    geometry = Geometry.of(config, folder)
+    geometry = _geometry(config, folder)
     skipped = map(str, section.get("kv_cache_skip_layers") or ())
     checkpoint = Checkpoint(
         folder,
@@ -128,6 +127,18 @@ def read(path: str | Path) -> Checkpoint:
     _compare(checkpoint, owners, config)
     _read_mapping(checkpoint, config)
     return checkpoint
+
+
+def _geometry(config: Mapping[str, Any], folder: Path) -> Geometry:
+    """Attention of the layers. ValueError where config.json has a list, of layers that differ."""
+    with suppress(TypeError):  # arithmetic with a list
+        geometry = Geometry.of(config, folder)
+        if list not in map(type, astuple(geometry)):
+            return geometry
+    raise ValueError(
+        f"{folder / 'config.json'} has heads or sizes of attention layer by layer: expected one "
+        "number for all; `kvq inspect` reads no others"
+    )
 
 
 def _needs_scales(owner: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
@@ -176,21 +187,23 @@ def _weights(section: Mapping[str, Any]) -> str | None:
     """How a quantization *section* says that weights are quantized; None for not at all."""
     if section.get("quant_method") == "compressed-tensors" and not section.get("config_groups"):
         return None
-    method = section.get("quant_method") or section.get("quantization", {}).get("quant_algo")
+    inner = section.get("quantization")
+    algorithm = inner.get("quant_algo") if isinstance(inner, Mapping) else None
+    method = section.get("quant_method") or algorithm
     return None if method in ("kvq", "none") else method
 
 
 def _tensors(folder: Path) -> tuple[set[str], list[tuple[keys.ScaleKey, torch.Tensor]]]:
     """Attention modules that have weights, and every scale with its tensor."""
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
-        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        files = sorted({folder / name for name in weight_map(index).values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
             f"{folder} has no safetensors files: expected model.safetensors, or shards named by "
-            f"{_INDEX}"
+            f"{INDEX}"
         )
     owners, scales = set(), []
     for key, get in _open(files):
@@ -233,12 +246,12 @@ def _add(checkpoint: Checkpoint, layer: Layer, found: keys.ScaleKey, tensor: tor
             continue
         layer.keys[parameter] = found.key
         try:
-            layer.values |= reader.read({parameter: tensor}, _format(checkpoint.scheme))
+            layer.values |= reader.read({parameter: tensor}, scales_format(checkpoint.scheme))
         except ValueError as error:
             checkpoint.problems.append(str(error))
 
 
-def _format(scheme: KVScheme | None) -> KVFormat | None:
+def scales_format(scheme: KVScheme | None) -> KVFormat | None:
     """The format that *scheme* stands for; None where it declares none that is served."""
     try:
         return None if scheme is None else SERVED[scheme.dtype()]
@@ -379,19 +392,3 @@ def granularities(checkpoint: Checkpoint) -> str:
         if forms:
             parts.append(f"{name} {' and '.join(forms)}")
     return ", ".join(parts)
-
-
-def remarks(layer: Layer) -> str:
-    """What stands out in a layer's scales: defaults, outliers, zero points."""
-    found = []
-    for name, parameter in (("K", "k_scale"), ("V", "v_scale")):
-        value = layer.values.get(parameter)
-        if value is None:
-            found.append(f"no {name}")
-        elif value.dim() == 0 and value.item() == 1:
-            found.append(f"{name} is 1: uncalibrated?")
-        elif outliers := int((value > OUTLIER * value.median()).sum()):
-            found.append(f"{name}: {outliers} beyond {OUTLIER:g}x the median")
-        if f"{name.lower()}_zero_point" in layer.values:
-            found.append(f"{name} asymmetric")
-    return "; ".join(found)

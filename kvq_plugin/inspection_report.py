@@ -10,18 +10,23 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvq_plugin.formats import SERVED
+from kvq_plugin.formats import SERVED, KVFormat
 from kvq_plugin.inspection import (
     Checkpoint,
     Layer,
     automatic,
     mixed,
     read,
-    remarks,
+    scales_format,
     verdict,
 )
 from kvq_plugin.mapping import MIXED, bits, bytes_per_token, compact
+from kvq_plugin.serving.scales.declared import LIKELY_REACH
 from kvq_plugin.tables import print_table
+
+#: A scale this many times the layer's median is one channel (or head) running away: the others
+#: would be left with a tenth of the codes if it set the scale for all.
+OUTLIER = 10.0
 
 
 def run(path: str, plot: Path | None = None, console: Console | None = None) -> None:
@@ -80,12 +85,35 @@ def scales_table(checkpoint: Checkpoint) -> Table:
     table.add_column("q", justify="right")
     table.add_column("prob", justify="right")
     table.add_column("remarks")
+    format = scales_format(checkpoint.scheme) or SERVED["int8"]  # whose codes reach least far
     for layer in checkpoint.layers:
         number = layer.owner if layer.number is None else str(layer.number)
         cells = [*_cells(layer.values.get("k_scale")), *_cells(layer.values.get("v_scale"))]
         single = [_largest(layer, name) for name in ("q_scale", "prob_scale")]
-        table.add_row(number, *cells, *single, remarks(layer))
+        table.add_row(number, *cells, *single, remarks(layer, format))
     return table
+
+
+def remarks(layer: Layer, format: KVFormat) -> str:
+    """What stands out in a layer's scales for codes of *format*: defaults, outliers, what no
+    model's numbers are like, zero points."""
+    found = []
+    codes = {"K": format.key.code, "V": format.value.code}
+    for name, code in codes.items():
+        value = layer.values.get(f"{name.lower()}_scale")
+        if value is None:
+            found.append(f"no {name}")
+        elif value.dim() == 0 and value.item() == 1:
+            found.append(f"{name} is 1: uncalibrated?")
+        else:
+            if outliers := int((value > OUTLIER * value.median()).sum()):
+                found.append(f"{name}: {outliers} beyond {OUTLIER:g}x the median")
+            reach = value.max().item() * code.qmax
+            if not LIKELY_REACH[0] < reach < LIKELY_REACH[1]:
+                found.append(f"{name}: largest code stands for {reach:.3g}: of another model?")
+        if f"{name.lower()}_zero_point" in layer.values:
+            found.append(f"{name} asymmetric")
+    return "; ".join(found)
 
 
 def _cells(value: torch.Tensor | None) -> list[str]:

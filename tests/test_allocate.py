@@ -144,17 +144,64 @@ def test_costs_of_another_model_are_not_taken(tmp_path):
         (["--budget", "few"], "--budget 'few': expected bits"),
         (["--budget", "1bits"], "below the smallest"),
         (["--budget", "99"], "above the largest"),
+        (["--budget", "9" * 400], "--budget 999999999999999999999999999... is beyond"),
+        (["--budget", "9" * 308], "--budget 1e+308 is beyond all numbers: expected less"),
+        (["--tokens", "9", "--memory", "9" * 300 + "TiB"], "... is beyond all numbers"),
+        (["--budget", "5", "--length", "9000"], "8192 positions, one of them for the token after: "
+         "use --length 8191 or less"),
+        (["--budget", "5", "--cells", "{tmp}"], "costs would go to {tmp}, which is no file"),
+        (["--budget", "5", "--cells", "{tmp}/no/x"], "{tmp}/no is no directory that can be"),
     ),
-)
-def test_bad_budgets_are_refused_before_an_engine_starts(
+)  # fmt: skip
+def test_bad_options_are_refused_before_an_engine_starts(
     tmp_path, monkeypatch, capsys, arguments, said
 ):
-    model = checkpoint(
-        tmp_path / "m", 1.0, num_attention_heads=4, hidden_size=256, num_hidden_layers=2
-    )
+    shape = {"num_attention_heads": 4, "hidden_size": 256, "num_hidden_layers": 2}
+    model = checkpoint(tmp_path / "m", 1.0, max_position_embeddings=8192, **shape)
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     monkeypatch.setattr(measure, "metering", lambda *_: pytest.fail("an engine started"))
     assert cli.main(["allocate", model, "-o", str(tmp_path / "out"), *arguments]) == 1
-    assert said in capsys.readouterr().err
+    assert said.format(tmp=tmp_path) in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_costs_that_cannot_be_written_leave_nothing(tmp_path):
+    (tmp_path / "cells.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        Sensitivities(tmp_path / "cells.json", {}).save()
+    assert [p.name for p in tmp_path.iterdir()] == ["cells.json"]
+
+
+def test_what_appears_at_the_output_meanwhile_stays(tmp_path, monkeypatch):
+    source, out = Source.find(checkpoint(tmp_path / "m", 1.0)), tmp_path / "out"
+    stock = output.copy_rest
+
+    def copy_rest(*args):
+        out.mkdir()
+        (out / "thesis.txt").write_text("the only copy")
+        stock(*args)
+
+    monkeypatch.setattr(output, "copy_rest", copy_rest)
+    with pytest.raises(ValueError, match="out appeared or changed while `kvq allocate` ran"):
+        output.write(source, Target(out), {"default": "int4"}, None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"]
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+
+
+def test_shards_below_the_folder_come_along(tmp_path):
+    """And the figures of an earlier mapping do not."""
+    model = Path(checkpoint(tmp_path / "m", 1.0, kvq=None))
+    (model / "below").mkdir()
+    (model / "model.safetensors").rename(model / "below" / "x.safetensors")
+    index = {"weight_map": {"weight": "below/x.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in (output.FIGURES, output.PLOT):
+        (model / name).write_text("of another mapping")
+    output.write(Source.find(str(model)), Target(tmp_path / "out"), {"default": "int4"}, None)
+    files = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert sorted(map(str, files)) == [
+        "below/x.safetensors", "config.json", "model.safetensors.index.json"
+    ]  # fmt: skip
 
 
 def test_shapes_are_not_guessed(tmp_path):

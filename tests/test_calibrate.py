@@ -23,7 +23,7 @@ from kvq_plugin.calibrate.data import read_texts, sample_windows
 from kvq_plugin.calibrate.engine import _gathered, check_ignored
 from kvq_plugin.calibrate.names import checkpoint_names, load_name, probes
 from kvq_plugin.calibrate.observers import Observers
-from kvq_plugin.calibrate.output import SCALES, Target, left_out, with_scheme
+from kvq_plugin.calibrate.output import FIGURES, PLOT, SCALES, Target, left_out, with_scheme
 from kvq_plugin.calibrate.run import Job, _how_to_serve, calibrate
 from kvq_plugin.calibrate.settings import Settings, Strategy
 from kvq_plugin.calibrate.table import scale_table
@@ -270,11 +270,15 @@ def edited(model: Path, folder: Path, **changes) -> Path:
 
 @pytest.mark.parametrize(("name", "stays"), (("int4", False), ("int8", True)))
 def test_a_mapping_without_scales_does_not_hide_them(tiny, tmp_path, name, stays):
-    """`auto` follows a mapping first: the output would be served without the new scales."""
+    """`auto` follows a mapping first: the output would be served without the new scales. Its
+    figures go too: `kvq allocate --force` would take the output for its own."""
     section = {"layers": {"0": "auto", "1": name}, "other": 1}
     model, out = edited(tiny, tmp_path / "model", kvq=section), tmp_path / "out"
+    for file in (FIGURES, PLOT):
+        (model / file).touch()
     by_hf(model, out)
     config = json.loads((out / "config.json").read_text())
+    assert [(out / file).exists() for file in (FIGURES, PLOT)] == [stays, stays]
     assert config["kvq"] == (section if stays else {"other": 1})
     said = "\n".join(_how_to_serve(Job(str(model), Target(out)), Source.find(str(model))))
     assert ("mapping of layers to KV caches" in said) is not stays

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scaled import quantize_weights
 from test_calibrate import by_hf, edited
 from tiny_models import make
+from transformers import BertConfig, BertModel
 
 from kvq_plugin import cli
 from kvq_plugin.calibrate import output as output_module
 from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.calibrate.engine import broken_message
-from kvq_plugin.calibrate.output import SCALES
+from kvq_plugin.calibrate.output import SCALES, Target
 from kvq_plugin.calibrate.run import _few_tokens, _require_fitting
 from kvq_plugin.calibrate.settings import Settings, Strategy
+from kvq_plugin.serving.scales.declared import INDEX
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,125 @@ def test_nothing_half_written_is_left(tiny, tmp_path, monkeypatch, error):
     assert (tmp_path / "out" / SCALES).read_bytes() == before
 
 
+def appears_meanwhile(monkeypatch, place: Path) -> None:
+    """Have a stranger's folder take *place* while an output is being written."""
+    stock = output_module.copy_rest
+
+    def copy_rest(*args):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        (place / "thesis.txt").write_text("the only copy")
+        stock(*args)
+
+    monkeypatch.setattr(output_module, "copy_rest", copy_rest)
+
+
+@pytest.mark.parametrize("force", (False, True))
+def test_what_appears_at_the_output_meanwhile_stays(tiny, tmp_path, monkeypatch, force):
+    out = tmp_path / "out"
+    if force:
+        by_hf(tiny, out)
+    appears_meanwhile(monkeypatch, out)
+    remedy = "has no kv_scales.safetensors: remove it yourself" if force else "or pass --force"
+    with pytest.raises(ValueError, match=f"out appeared or changed while `kvq calib.*{remedy}"):
+        by_hf(tiny, out, force=force)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("force", (False, True))
+def test_the_second_of_two_runs_replaces_by_force_alone(tiny, tmp_path, monkeypatch, force):
+    out, stock = tmp_path / "out", output_module.copy_rest
+
+    def copy_rest(*args):
+        monkeypatch.setattr(output_module, "copy_rest", stock)
+        by_hf(tiny, out, Settings("fp8"))
+        stock(*args)
+
+    monkeypatch.setattr(output_module, "copy_rest", copy_rest)
+    if force:
+        by_hf(tiny, out, force=True)
+    else:
+        with pytest.raises(ValueError, match="out exists: name another output, or pass --force"):
+            by_hf(tiny, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert Source(out).kv_scheme.type == ("int" if force else "float")
+
+
+@pytest.mark.parametrize("force", (False, True))
+def test_the_last_moment_replaces_nothing(tiny, tmp_path, monkeypatch, force):
+    """A folder that appears between the check and the renaming; an earlier output then stays
+    beside it, where the error says."""
+    out, stock = tmp_path / "out", Path.rename
+    if force:
+        by_hf(tiny, out)
+
+    def rename(self, target):
+        if self.name == "new":
+            out.mkdir()
+            (out / "thesis.txt").write_text("the only copy")
+        return stock(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ValueError, match="the earlier output is in " if force else "appeared"):
+        by_hf(tiny, out, force=force)
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+    kept = [entry for p in tmp_path.iterdir() if p != out for entry in p.iterdir()]
+    assert [(p.name, (p / SCALES).is_file()) for p in kept] == [("old", True)] * force
+
+
+def test_weights_in_a_file_of_the_scales_name_are_not_lost(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "model.safetensors").rename(model / SCALES)
+    names = load_file(model / SCALES)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, SCALES)}
+    (model / INDEX).write_text(json.dumps(index))
+    before = (model / SCALES).read_bytes()
+    with pytest.raises(ValueError, match="has weights in a kv_scales.safetensors"):
+        by_hf(model, tmp_path / "out")
+    assert (model / SCALES).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_are_put_beside_others_never_over_them(tmp_path):
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    old.write_bytes(b"ours")
+    new.write_bytes(b"a stranger's")
+    with pytest.raises(ValueError, match=r"would become new.safetensors: expected names of their"):
+        output_module.put(old, new, None, Target(tmp_path / "out"))
+    assert new.read_bytes() == b"a stranger's"
+
+
+def test_an_encoder_is_refused(tmp_path):
+    """transformers puts a head of random weights on it and lets it count as a causal model."""
+    config = BertConfig(
+        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="attends in both directions.*expected a decoder"):
+        by_hf(tmp_path / "bert", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_transformers_would_make_up_are_named(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    weights = load_file(model / "model.safetensors")
+    lost = "model.layers.1.self_attn.k_proj.weight"
+    del weights[lost]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no weights for {lost}, and transformers would"):
+        by_hf(model, tmp_path / "out")
+
+
+def test_quantized_weights_miss_nothing(tiny, tmp_path):
+    """Though transformers lacks their `weight`: they are named otherwise."""
+    by_hf(quantize_weights(tiny, tmp_path / "model", 4, activations=False), tmp_path / "out")
+    assert Source(tmp_path / "out").kv_scheme.type == "int"
+
+
 def refusal(arguments: list[str], capsys) -> str:
     """The one line that ``kvq calibrate`` ends with."""
     assert cli.main(["calibrate", *arguments]) == 1
@@ -93,6 +216,7 @@ def test_output_that_exists_is_refused(tiny, tmp_path, capsys):
             "group size 7 does not divide the head size",
         ),
         (["{tiny}", "-o", "{tmp}/out", "--ignore", "0,99"], "--ignore names 99: the model has"),
+        (["{tiny}", "-o", "{tmp}/out", "--ignore", "0,1"], "--ignore names every attention layer"),
         (["none", "-o", "{tmp}/out", "--driver", "hf", "--q-scale"], "q scales were asked for"),
         (
             ["none", "-o", "{tmp}/out", "--driver", "hf", "--tensor-parallel-size", "2"],
@@ -135,8 +259,8 @@ def test_full_disk_is_said_before_anything_runs(tiny, tmp_path, monkeypatch, cap
         ("config.json", "{", "is not JSON"),
         ("config.json", "[]", "JSON object"),
         ("model.safetensors", "not tensors", "no safetensors file"),
-        ("model.safetensors.index.json", "{}", "weight_map"),
-        ("model.safetensors.index.json", '{"weight_map": {"a.b": "gone"}}', "not there: gone"),
+        (INDEX, "{}", "weight_map"),
+        (INDEX, '{"weight_map": {"a.b": "gone.safetensors"}}', "not there: gone"),
     ),
 )
 def test_damaged_checkpoint_is_refused(tiny, tmp_path, file, content, said):
@@ -157,3 +281,9 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match="save_pretrained"):
         Source.find(str(tmp_path))
+
+
+def test_a_model_without_a_tokenizer_is_said_so(tmp_path, capsys):
+    """transformers makes one of no words for it, by which any text has no tokens."""
+    model = make(tmp_path, "gpt2")
+    assert "there is no usable one" in refusal([str(model), "-o", str(tmp_path / "out")], capsys)

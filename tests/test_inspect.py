@@ -219,6 +219,18 @@ def test_outliers_are_remarked(write):
     assert "K: 1 beyond 10x the median" in text and "V is 1: uncalibrated?" in text
 
 
+@pytest.mark.parametrize(("scheme", "qmax"), [(INT8, 127), ({**INT8, "type": "float"}, 448)])
+def test_scales_of_no_model_are_remarked(write, scheme, qmax):
+    """They are served, with a warning of the same bounds: no problem, and no error."""
+    section = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    text, error = report(write(scales(k_scale=1e-30, v_scale=CHANNEL * 1e30), **section))
+    assert error is None and "problem:" not in text
+    assert f"K: largest code stands for {qmax * 1e-30:.3g}" in text
+    assert f"V: largest code stands for {qmax * 3e29:.3g}" in text
+    text, _ = report(write(scales(k_scale=1e-4, v_scale=CHANNEL), **section))
+    assert "stands for" not in text
+
+
 def test_plot(write):
     path = write(scales(k_scale=CHANNEL, v_scale=0.5))
     file = path / "scales.png"

@@ -69,7 +69,7 @@ def served(tmp_path, monkeypatch):
                 )
                 for kind in ("key", "value")
             ]
-        recent = files.gauge(metrics.RECENT, engine="0") if format.recent else None
+        recent = files.gauge(metrics.RECENT, engine="0", stage="0") if format.recent else None
         return metrics.Meter(impl, offset, figures, memory, recent)
 
     def read():
@@ -131,18 +131,58 @@ def test_bytes_in_use_and_recent_rows_follow_vllm(served):
     assert not any("sampled" in name for name, _ in found)
 
 
-@pytest.mark.parametrize("on_cpu", (True, False))
-def test_recent_rows_are_not_told_where_they_are_not_counted(tmp_path, monkeypatch, on_cpu):
-    layer, format = torch.nn.Module(), get_format("int4")
-    layer.impl = SimpleNamespace(format=format, kernel_format=format)
-    monkeypatch.setattr(metrics.compat, "Attention", torch.nn.Module, raising=False)
+@pytest.fixture
+def attach(tmp_path, monkeypatch):
+    """attach(*formats, stage=0) in a process of its own with a layer of each; then read()."""
+    monkeypatch.setattr(metrics.compat, "Attention", torch.nn.Linear, raising=False)
     monkeypatch.setattr(metrics.base, "KVQImpl", SimpleNamespace)
-    monkeypatch.setattr(metrics.compat, "is_cpu", lambda: on_cpu)
+    monkeypatch.setattr(metrics.compat, "is_cpu", lambda: True)
     monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    ranks = {"model_parallel_is_initialized": True, "get_tensor_model_parallel_rank": 0}
+    for name, answer in ranks.items():
+        monkeypatch.setattr(metrics.compat, name, lambda a=answer: a, raising=False)
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0))
-    metrics.attach(layer, config)
-    families = metrics.Collector(CollectorRegistry(), str(tmp_path)).collect()
-    assert (metrics.RECENT in {f.name for f in families}) == on_cpu
+
+    def attach(*formats, stage=0):
+        layers = []
+        for number, format in enumerate(map(get_format, formats)):
+            layers.append(torch.nn.Linear(1, 1))
+            layers[-1].impl = SimpleNamespace(format=format, kernel_format=format)
+            layers[-1].layer_name = f"stage {stage}, layer {number}"
+        group = SimpleNamespace(rank_in_group=stage)
+        monkeypatch.setattr(metrics.compat, "get_pp_group", lambda: group, raising=False)
+        monkeypatch.setattr(metrics.os, "getpid", lambda: 1000 + stage)  # names its files
+        metrics.attach(torch.nn.Sequential(*layers), config)
+        return [layer.impl.meter for layer in layers]
+
+    def read():
+        families = metrics.Collector(CollectorRegistry(), str(tmp_path)).collect()
+        return {(s.name, *s.labels.items()): s.value for f in families for s in f.samples}
+
+    return SimpleNamespace(attach=attach, read=read)
+
+
+@pytest.mark.parametrize("on_cpu", (True, False))
+def test_recent_rows_are_not_told_where_they_are_not_counted(attach, monkeypatch, on_cpu):
+    monkeypatch.setattr(metrics.compat, "is_cpu", lambda: on_cpu)
+    attach.attach("int4")
+    assert ((metrics.RECENT, ("engine", "0")) in attach.read()) == on_cpu
+
+
+@pytest.mark.parametrize("first", ["int4", "int8_per_token_head"])
+def test_recent_rows_are_counted_by_the_first_stage_that_has_some(attach, first):
+    """All stages have the rows of the same requests, each in its own layers."""
+    lengths = torch.tensor([5, 63, 64, 1000], dtype=torch.int32)
+    engine = ("engine", "0")
+    for stage, formats in ((1, ("int4", "int4")), (0, (first, first))):  # whichever is there first
+        for meter in attach.attach(*formats, stage=stage):
+            meter.rows(lengths)
+    held = [n - get_format("int4").sealed_before(n - 1) for n in lengths.tolist()]
+    found = attach.read()
+    rows = {key: value for key, value in found.items() if key[0] == metrics.RECENT}
+    assert rows == {(metrics.RECENT, engine): sum(held)}
+    layers = {dict(key[1:])["format"]: v for key, v in found.items() if key[0] == metrics.LAYERS}
+    assert layers == ({"int4": 4} if first == "int4" else {first: 2, "int4": 2})
 
 
 def test_without_room_there_are_no_metrics(tmp_path, monkeypatch):

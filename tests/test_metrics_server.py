@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import re
+from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 from scaled import add_scales, change
@@ -15,7 +18,9 @@ from tiny_models import make
 
 from kvq_plugin import doctor_url
 from kvq_plugin.bench import serve as bench
+from kvq_plugin.mapping import MIXED
 from kvq_plugin.servers import read_metrics, serve
+from kvq_plugin.serving import metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -114,3 +119,67 @@ def test_vllms_bench_against_it(server):
     result = bench._client(load, server, 1, Path(server.model) / "result.json")
     assert result["completed"] == 4 and result["total_output_tokens"] == 4 * 16
     assert all(result[name] > 0 for name in bench._RESULTS.values())
+
+
+# --- two API servers -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two API servers before one engine, whose layers have recent rows and static scales."""
+    folder = tmp_path_factory.mktemp("two-servers")
+    model = make(folder, "gqa", vocab_size=512)
+    layers = {"kvq": {"layers": {"0": "int4", "1": "fp8"}}}
+    args = ["--enforce-eager", "--max-model-len", "512", "--skip-tokenizer-init"]
+    args += ["--kv-cache-memory-bytes", str(KV_MEMORY), "--api-server-count", "2"]
+    args += ["--additional-config", json.dumps(layers)]
+    with serve(model, MIXED, args=args) as running:
+        running.model = str(model)
+        yield running
+
+
+def scrape(server) -> tuple[int, list[str]]:
+    """Which process of the server answers, and the lines of ``/metrics``."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with closing(http.client.HTTPConnection(host, int(port), timeout=60)) as client:
+        client.request("GET", "/metrics")
+        text = client.getresponse().read().decode()
+        ours = client.sock.getsockname()
+        [answered] = [
+            pid
+            for pid in server.group_members()
+            if any(c.raddr == ours for c in psutil.Process(pid).net_connections("tcp"))
+        ]
+    return answered, text.splitlines()
+
+
+def test_each_of_two_api_servers_says_the_same(pair):
+    rows = []
+    stream = pair.client().completions.create(
+        model=pair.model, prompt=list(range(100, 150)), max_tokens=300, temperature=0.0,
+        stream=True, extra_body={"ignore_eos": True, "return_token_ids": True},
+    )  # fmt: skip
+    for number, _ in enumerate(stream):
+        if number % 50 == 1:  # none once the engine, ahead of what is read here, is done
+            rows.append(pair.metric("kvq:recent_rows"))
+    assert 32 <= max(rows) < 64  # twice as many would be 64 and more
+    said: dict[int, set[str]] = {}
+    for _ in range(40):
+        process, lines = scrape(pair)
+        said.setdefault(process, set()).add("\n".join(x for x in lines if x.startswith("kvq:")))
+        if len(said) == 2 and len(said[process]) == 1:
+            break
+    assert len(said) == 2 and len(set.union(*said.values())) == 1
+    found = {}
+    for line in said.popitem()[1].pop().splitlines():
+        name, value = line.rsplit(" ", 1)
+        found.setdefault(name.split("{")[0], []).append(float(value))
+    assert found["kvq:cache_layers"] == [1, 1]
+    [allocated], [used] = found["kvq:cache_bytes"], found["kvq:cache_bytes_in_use"]
+    assert 0.9 * KV_MEMORY < allocated <= KV_MEMORY and 0 <= used < 0.1 * allocated
+    assert found["kvq:recent_rows"] == [0]
+    config = json.loads((Path(pair.model) / "config.json").read_text(encoding="utf-8"))
+    row = config["num_key_value_heads"] * config["head_dim"]
+    looked_at = 50 + len(range(3, 300 + 1, metrics.EVERY))  # the prompt, every so manyth of 299
+    assert found["kvq:sampled_values_total"] == [looked_at * row] * 2  # K and V of the fp8 layer
+    assert sum(x.startswith("vllm:") for x in lines) > 100

@@ -123,16 +123,18 @@ def run(options: argparse.Namespace) -> None:
     stated = measure.stated_shapes(source)
     if options.budget is not None and stated:  # bits out of range: now, not after an engine started
         require_range(size_of(options, stated), stated, formats)
-    tokenizer, model = load_tokenizer(str(source.folder)), str(source.folder)
     count, length = options.windows, options.length
     if min(count, length - 1, options.stride) < 1:
         raise ValueError("--windows, --length and --stride: expected positive numbers")
+    source.require_length(length)
+    file = options.cells or target.folder.with_name(target.folder.name + ".cells.json")
+    measure.require_writable(file)
+    tokenizer, model = load_tokenizer(str(source.folder)), str(source.folder)
     windows, unseen = [], {}
     for text in options.text:
         both = measure.windows_of(tokenizer, text, count + 1, length)
         windows += both[:count]
         unseen[text] = both[count:]
-    file = options.cells or target.folder.with_name(target.folder.name + ".cells.json")
     known = measure.Sensitivities.resume(file, model, windows, options.stride, options.dtype)
     with progress(console) as bars:
         bar = bars.add_task("measuring layers", total=None, stage="an engine starts")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,18 @@ def text_of(name: str) -> str:
 def windows_of(tokenizer, name: str, count: int, length: int, skip: int = 0) -> list[Window]:
     """*count* windows of *length* tokens of text *name*, after the first *skip* of them."""
     return make_windows(tokenizer, text_of(name), skip + count, length)[skip:]
+
+
+def require_writable(file: Path) -> None:
+    """Raise ValueError where costs cannot go to *file*: before an engine starts."""
+    remedy = "name another with --cells"
+    if file.exists() and not file.is_file():
+        raise ValueError(f"costs would go to {file}, which is no file: {remedy}")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise ValueError(
+            f"costs would go to {file}, and {file.parent} is no directory that can be written "
+            f"to: {remedy}"
+        )
 
 
 def identity(model: str) -> str:
@@ -212,8 +225,11 @@ class Sensitivities:
     def save(self) -> None:
         content = {"what": self.what, "cells": self.cells, "uniform": self.uniform}
         scratch = self.file.with_name(self.file.name + ".part")
-        scratch.write_text(json.dumps(content, indent=1) + "\n")
-        scratch.rename(self.file)
+        try:
+            scratch.write_text(json.dumps(content, indent=1) + "\n")
+            scratch.rename(self.file)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def measure(
         self, meter: Meter, formats: Sequence[str], tick: Callable[[], None] = lambda: None

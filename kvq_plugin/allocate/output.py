@@ -13,11 +13,9 @@ from rich.table import Table
 
 from kvq_plugin.allocate.solve import Allocation, Choice, average_bits
 from kvq_plugin.calibrate.checkpoint import CONFIG, Source
-from kvq_plugin.calibrate.output import Target, copy_rest, put, write_json
+from kvq_plugin.calibrate.output import FIGURES, PLOT, Target, copy_rest, put, write_json
 from kvq_plugin.mapping import LAYERS, MIXED, PLAIN, SECTION, SLIDING, compact, ranges
 
-FIGURES = "kvq_allocation.json"
-PLOT = "kvq_allocation.png"
 #: Of layers with a sliding window, whose rows the window bounds whatever they take.
 SLIDING_NAME = "int8_per_token_head"
 
@@ -95,16 +93,17 @@ def require_free(target: Target, source: Source) -> None:
 
 def write(source: Source, target: Target, mapping: Mapping[str, str], found: Found | None) -> None:
     """Write *source* with *mapping* to *target*, and the figures and plot of *found*."""
-    with target.being_written() as folder:
-        for file in source.folder.glob("*.safetensors"):
-            put(file, folder / file.name, None, target)
+    with target.being_written("kvq allocate", FIGURES) as folder:
+        others = (file.name for file in source.folder.glob("*.safetensors"))
+        for name in sorted({*source.shards, *others}):  # shards may lie in folders below
+            put(source.folder / name, folder / name, None, target)
         config = copy.deepcopy(source.config)
-        config[SECTION] = {**config.get(SECTION, {}), LAYERS: dict(mapping)}
+        config[SECTION] = {**(config.get(SECTION) or {}), LAYERS: dict(mapping)}
         write_json(folder / CONFIG, config)
         if found is not None:
             write_json(folder / FIGURES, found.figures())
             plot(found, folder / PLOT)
-        copy_rest(source, folder)
+        copy_rest(source, folder, (FIGURES, PLOT))  # of an earlier mapping
 
 
 def table(found: Found) -> Table:

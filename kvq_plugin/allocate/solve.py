@@ -7,6 +7,7 @@ per token, so SmolLM2's 30 layers of up to 768 bytes are 23,040 sums, and a mode
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def parse_bits(text: str) -> float:
     match = _BITS.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"--budget {text!r}: expected bits per value, such as 4.0bits")
-    return float(match[1])
+    return _finite(float(match[1]), "--budget", text)
 
 
 def parse_memory(text: str) -> int:
@@ -57,7 +58,15 @@ def parse_memory(text: str) -> int:
     match = _MEMORY.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"--memory {text!r}: expected a number and a unit, such as 1GiB or 512MiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(_finite(float(match[1]) * _UNITS[match[2].lower()], "--memory", text))
+
+
+def _finite(size: float, option: str, text: str) -> float:
+    """*size*, which *option* asked for by *text*. ValueError for more than a float holds."""
+    if not math.isfinite(size):
+        shown = text if len(text) <= 30 else f"{text[:27]}..."
+        raise ValueError(f"{option} {shown} is beyond all numbers: expected less")
+    return size
 
 
 def average_bits(size: float, shapes: Sequence[Shape]) -> float:
@@ -68,7 +77,8 @@ def average_bits(size: float, shapes: Sequence[Shape]) -> float:
 
 def budget_bytes(asked: float, shapes: Sequence[Shape]) -> int:
     """The inverse: whole bytes per token that average to *asked* bits at most."""
-    return int(asked / 8 * 2 * sum(s.kv_heads * s.head_size for s in shapes) + 1e-9)
+    size = asked / 8 * 2 * sum(s.kv_heads * s.head_size for s in shapes) + 1e-9
+    return int(_finite(size, "--budget", f"{asked:g}"))
 
 
 def require_range(size: int, shapes: Sequence[Shape], formats: Sequence[str]) -> None:

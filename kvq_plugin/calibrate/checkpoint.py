@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,17 @@ from safetensors import SafetensorError, safe_open
 from kvq_plugin.geometry import Geometry
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.serving.scales.declared import (
+    INDEX,
     KVScheme,
     declared_scheme,
     put_section,
     quantization_section,
-    read_json,
+    read_config,
     unquantized_dtype,
+    weight_map,
 )
 from kvq_plugin.serving.scales.keys import parse
 
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 #: Methods whose configuration may hold a KV scheme and nothing else.
 _KV_ONLY = ("compressed-tensors", "kvq")
@@ -62,8 +62,8 @@ class Source:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``. ValueError when it is no JSON object."""
-        return read_json(self.folder / CONFIG)
+        """``config.json``. ValueError when it is no JSON object, or has values of wrong types."""
+        return read_config(self.folder / CONFIG)
 
     @cached_property
     def shards(self) -> dict[str, list[str]]:
@@ -71,7 +71,7 @@ class Source:
         index = self.folder / INDEX
         if index.is_file():
             shards: dict[str, list[str]] = {}
-            for name, file in _weight_map(index).items():
+            for name, file in weight_map(index).items():
                 shards.setdefault(file, []).append(name)
             return shards
         files = sorted(self.folder.glob("*.safetensors"))
@@ -102,15 +102,32 @@ class Source:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
-        if section.get("config_groups") or section.get("quant_method") not in _KV_ONLY:
-            put_section(config, section)
-        else:
-            put_section(config, None)
+        put_section(config, section if self.has_quantized_weights else None)
         return {"config": config}
+
+    @property
+    def has_quantized_weights(self) -> bool:
+        """Whether the configuration says that weights are quantized, not a KV cache alone."""
+        section = quantization_section(self.config)
+        own = section.get("config_groups") or section.get("quant_method") not in _KV_ONLY
+        return bool(section and own)
 
     def max_length(self) -> int | None:
         """Positions the model has, where its configuration says so."""
-        return self._text_config.get("max_position_embeddings")
+        stated = self._text_config.get("max_position_embeddings")
+        return stated if stated and stated > 0 else None
+
+    def require_length(self, length: int, next_token: bool = True) -> None:
+        """ValueError when the model has no room for *length* tokens and, with *next_token*, for
+        the one that an engine generates after them."""
+        limit = self.max_length()
+        if limit is None or length <= (most := limit - next_token):
+            return
+        taken = ", one of them for the token after" if next_token else ""
+        raise ValueError(
+            f"samples of {length} tokens were asked for, and the model has {limit} "
+            f"positions{taken}: use --length {most} or less"
+        )
 
     def layer_count(self) -> int | None:
         """Layers of the decoder, where its configuration says so."""
@@ -124,24 +141,14 @@ class Source:
         if any(self._text_config.get(key) for key in _UNEVEN):
             return None
         try:
-            return Geometry.of(self.config, self.folder)
-        except ValueError:
+            found = Geometry.of(self.config, self.folder)
+        except (ValueError, TypeError):  # arithmetic with a list, of a number for each layer
             return None
+        return None if list in map(type, astuple(found)) else found
 
     @property
     def _text_config(self) -> dict[str, Any]:
         return self.config.get("text_config") or self.config
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{index}: expected a JSON object with a weight_map") from None
-    missing = sorted({file for file in found.values() if not (index.parent / file).is_file()})
-    if missing:
-        raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
-    return found
 
 
 def _names(file: Path) -> list[str]:

@@ -24,6 +24,9 @@ from kvq_plugin.servers import engine_process, run_engine
 from kvq_plugin.serving.scales.keys import layer_number
 
 Tick = Callable[[], None]
+NOTHING_LEFT = (
+    "--ignore names every attention layer, and nothing is left to calibrate: expected fewer layers"
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def check_ignored(settings: Settings, modules: Sequence[str]) -> None:
             f"{', '.join(map(str, sorted(numbers)))}"
         )
     if not numbers - settings.ignore:
-        raise ValueError("--ignore names every attention layer: nothing is left to calibrate")
+        raise ValueError(NOTHING_LEFT)
 
 
 def broken_message(

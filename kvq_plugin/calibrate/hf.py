@@ -6,7 +6,7 @@ dtype asked for, and of one sample's activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -48,12 +48,17 @@ def observe(
 ) -> Observers:
     """As :func:`kvq_plugin.calibrate.engine.observe`, through transformers: without q scales and
     on one rank."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model, loading = AutoModelForCausalLM.from_pretrained(
         source.folder,
         dtype="auto" if load.dtype == "auto" else getattr(torch, load.dtype),
         trust_remote_code=load.trust_remote_code,
+        output_loading_info=True,
         **source.without_kv_scheme(load.trust_remote_code),
-    ).eval()
+    )
+    model.eval()
+    _require_decoder(model, source)
+    if not source.has_quantized_weights:  # of which the names that transformers misses are others
+        _require_complete(loading["missing_keys"], source)
     modules = _attention_modules(model)
     if not modules:
         raise ValueError(
@@ -80,6 +85,29 @@ def observe(
             raise ValueError(broken_message({}, broken, number))
         tick()
     return observers
+
+
+def _require_decoder(model: torch.nn.Module, source: Source) -> None:
+    """ValueError for an encoder, which keeps no KV cache, and which transformers loads as a causal
+    language model all the same."""
+    attention = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    if attention and not any(getattr(module, "is_causal", True) for module in attention):
+        raise ValueError(
+            f"{source.folder}: {type(model).__name__} attends in both directions, as encoders do, "
+            "and has no KV cache to calibrate: expected a decoder; name another model"
+        )
+
+
+def _require_complete(missing: Collection[str], source: Source) -> None:
+    """ValueError where transformers made up weights that the checkpoint lacks: activations of
+    random weights say nothing."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{source.folder} has no weights for {min(missing)}{more}, and transformers would take "
+            "random ones: expected all weights of a causal language model; save them with "
+            "save_pretrained, or use --driver engine"
+        )
 
 
 def _attention_modules(model: torch.nn.Module) -> dict[int, str]:

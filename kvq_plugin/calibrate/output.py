@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from kvq_plugin.calibrate.checkpoint import CONFIG, INDEX, Source, is_kv_scale
+from kvq_plugin.calibrate.checkpoint import CONFIG, Source, is_kv_scale
 from kvq_plugin.formats import SERVED
 from kvq_plugin.mapping import LAYERS, SECTION, declared_mapping
-from kvq_plugin.serving.scales.declared import quantization_section
+from kvq_plugin.serving.scales.declared import INDEX, quantization_section
 
 SCALES = "kv_scales.safetensors"
+#: What `kvq allocate` leaves beside a mapping; it tells its earlier outputs by the first.
+FIGURES, PLOT = "kvq_allocation.json", "kvq_allocation.png"
 _SPARE = 64 << 20  # bytes to leave free
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
@@ -86,8 +88,12 @@ class Target:
             )
 
     @contextmanager
-    def being_written(self) -> Iterator[Path]:
-        """A scratch directory that becomes the output when the block ends without an error."""
+    def being_written(self, command: str, mark: str) -> Iterator[Path]:
+        """A scratch directory that becomes the output when the block ends without an error.
+
+        ValueError, and nothing is written, when by then something lies at the output that
+        :meth:`check` would refuse: hours may have passed since.
+        """
         place = self.place
         # A temporary directory is its owner's alone; one made within it follows the umask.
         private = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
@@ -95,17 +101,31 @@ class Target:
         try:
             scratch.mkdir()
             yield scratch
-            if place.exists():
-                place.rename(old)
+            self._check_still_free(command, mark)
             try:
-                scratch.rename(place)
-            except BaseException:
-                if old.exists():
+                if place.exists():
+                    place.rename(old)
+                scratch.rename(place)  # replaces an empty folder, and nothing else
+            except BaseException as error:
+                if old.exists() and not place.exists():
                     old.rename(place)
+                if isinstance(error, OSError):  # something may have appeared just now
+                    kept = f"; the earlier output is in {old}" if old.exists() else ""
+                    self._check_still_free(command, mark, kept)
                 raise
+            shutil.rmtree(old, ignore_errors=True)
         finally:
-            if place.exists() or not old.exists():  # never the only copy
-                shutil.rmtree(private, ignore_errors=True)
+            # Never the only copy of an earlier output.
+            shutil.rmtree(scratch if old.exists() else private, ignore_errors=True)
+
+    def _check_still_free(self, command: str, mark: str, kept: str = "") -> None:
+        try:
+            self._check_free(command, mark)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.folder} appeared or changed while `{command}` ran, and was left as it is; "
+                f"the new output was removed{kept}. {error}"
+            ) from None
 
 
 def _can_link(folder: Path, parent: Path) -> bool:
@@ -125,7 +145,7 @@ def write(
     *skipped* are numbers of layers without scales; *metadata* goes to the header of the shard
     with the scales. Scales the source had are left out. OSError when the disk is full.
     """
-    with target.being_written() as folder:
+    with target.being_written("kvq calibrate", SCALES) as folder:
         weight_map = {}
         for file, names in source.shards.items():
             kept = [name for name in names if not is_kv_scale(name)]
@@ -139,7 +159,7 @@ def write(
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(folder / INDEX, index)
         write_json(folder / CONFIG, with_scheme(source, scheme, skipped))
-        copy_rest(source, folder)
+        copy_rest(source, folder, (FIGURES, PLOT) if drops_mapping(source.config) else ())
 
 
 def _shard_name(source: Source, file: str) -> str:
@@ -148,7 +168,12 @@ def _shard_name(source: Source, file: str) -> str:
 
 
 def put(old: Path, new: Path, only: list[str] | None, target: Target) -> None:
-    """Link or copy *old* to *new*; with *only* these of its tensors."""
+    """Link or copy *old* to *new*, which must not exist; with *only* these of its tensors."""
+    if new.exists():
+        raise ValueError(
+            f"two weight files of {old.parent} would become {new.name}: expected names of their "
+            f"own; rename {old.name}"
+        )
     new.parent.mkdir(parents=True, exist_ok=True)
     if only is not None:
         tensors = load_file(old)
@@ -165,6 +190,11 @@ def put(old: Path, new: Path, only: list[str] | None, target: Target) -> None:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    if path.exists():
+        raise ValueError(
+            f"the model has weights in a {path.name}, which the output would lose to a file of "
+            "that name: expected another name; rename it, there and in the index"
+        )
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # a full disk, for one, is no OSError there
@@ -173,10 +203,10 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def copy_rest(source: Source, folder: Path) -> None:
+def copy_rest(source: Source, folder: Path, without: Collection[str] = ()) -> None:
     """Copy the small files: tokenizer, generation settings, code, licence; and folders of such
-    files, but for those that :func:`left_out` names."""
-    left = left_out(source)
+    files, but for those that :func:`left_out` names, and for *without*."""
+    left = {*left_out(source), *without}
     for entry in source.folder.iterdir():
         if entry.name not in left:
             _copy_small(entry, folder / entry.name)
@@ -238,8 +268,9 @@ def with_scheme(source: Source, scheme: Mapping[str, Any], skipped: list[int]) -
             "config_groups": {},
             "ignore": [],
         }
-    for part in (section, section.get("quantization", {})):
-        part.pop("kv_cache_quant_algo", None)  # ModelOpt's, of the scales that are replaced
+    for part in (section, section.get("quantization")):
+        if isinstance(part, dict):  # ModelOpt's, of the scales that are replaced
+            part.pop("kv_cache_quant_algo", None)
     section["kv_cache_scheme"] = dict(scheme)
     section.pop("kv_cache_skip_layers", None)
     if skipped:

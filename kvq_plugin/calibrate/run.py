@@ -137,6 +137,8 @@ def _require_fitting(settings: Settings, source: Source) -> None:
             f"--ignore names {', '.join(map(str, beyond))}: the model has {count} layers, expected "
             f"numbers from 0 to {count - 1}"
         )
+    if count is not None and len(settings.ignore) == count:
+        raise ValueError(engine.NOTHING_LEFT)
 
 
 def _observe(source, settings, windows, load, driver, tick) -> Observers:
@@ -148,12 +150,8 @@ def _observe(source, settings, windows, load, driver, tick) -> Observers:
 
 
 def _windows(job: Job, source: Source) -> list[list[int]]:
-    samples, limit = job.samples, source.max_length()
-    if limit is not None and samples.length >= limit + (job.driver == "hf"):
-        raise ValueError(
-            f"samples of {samples.length} tokens were asked for, and the model has {limit} "
-            f"positions, one of them for the token after: use --length {limit - 1} or less"
-        )
+    samples = job.samples
+    source.require_length(samples.length, next_token=job.driver == "engine")
     tokenizer = load_tokenizer(str(source.folder))
     texts = read_texts(samples.data, tokenizer)
     return sample_windows(tokenizer, texts, samples.count, samples.length, samples.seed)

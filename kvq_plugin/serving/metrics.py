@@ -45,6 +45,7 @@ LAYERS = "kvq:cache_layers"
 BYTES = "kvq:cache_bytes"
 BYTES_IN_USE = "kvq:cache_bytes_in_use"
 RECENT = "kvq:recent_rows"
+STAGE = "stage"  # label in the files, of RECENT alone: the pipeline stage that counted
 HELP = {
     SAMPLED: "Values looked at while they were stored with a static scale, a sample of all.",
     SATURATED: "Of the sampled values, those beyond the largest that the scale can represent.",
@@ -260,10 +261,14 @@ def attach(model: torch.nn.Module, vllm_config: Any) -> None:
                 for kind in ("key", "value")
             ]
         if recent is None and format.recent is not None and counts_rows:
-            recent = files.gauge(RECENT, engine=engine)
+            recent = files.gauge(RECENT, engine=engine, **{STAGE: str(_stage())})
             impl.meter = Meter(impl, number, figures, memory, recent)
         else:
             impl.meter = Meter(impl, number, figures, memory)
+
+
+def _stage() -> int:
+    return compat.get_pp_group().rank_in_group if compat.model_parallel_is_initialized() else 0
 
 
 def _is_first_rank() -> bool:
@@ -290,13 +295,10 @@ class Collector:
 
         if not os.path.isdir(self._folder):
             return
-        usage, running = self._vllm(_USAGE), self._vllm(_RUNNING)
+        usage, running = self._vllm(_USAGE, _RUNNING)
         for family in MultiProcessCollector(None, self._folder).collect():
-            if family.name == RECENT:  # the last step's rows went with its requests
-                family.samples = [
-                    s if running.get(s.labels["engine"], 1) else s._replace(value=0.0)
-                    for s in family.samples
-                ]
+            if family.name == RECENT:
+                family.samples = _rows(family.samples, running)
             yield family
             if family.name == BYTES:
                 used = GaugeMetricFamily(BYTES_IN_USE, HELP[BYTES_IN_USE], labels=["engine"])
@@ -305,16 +307,30 @@ class Collector:
                     used.add_metric([sample.labels["engine"]], round(share * sample.value))
                 yield used
 
-    def _vllm(self, name: str) -> dict[str, float]:
-        """engine -> value of vLLM's own gauge *name*."""
+    def _vllm(self, *names: str) -> list[dict[str, float]]:
+        """engine -> value of each of vLLM's own gauges *names*."""
         from prometheus_client.multiprocess import MultiProcessCollector
 
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # several API servers
             families = MultiProcessCollector(None).collect()
         else:
-            families = self._registry.restricted_registry([name]).collect()
-        found = [s for family in families for s in family.samples if s.name == name]
-        return {s.labels.get("engine", "0"): s.value for s in found}
+            families = self._registry.restricted_registry(names).collect()
+        found: dict[str, dict[str, float]] = {name: {} for name in names}
+        for sample in (s for family in families for s in family.samples if s.name in found):
+            found[sample.name][sample.labels.get("engine", "0")] = sample.value
+        return list(found.values())
+
+
+def _rows(samples: list[Any], running: dict[str, float]) -> list[Any]:
+    """Of each engine the first stage that has such layers: every stage has the same rows, and does
+    not know what layers the others have. The last step's rows went with its requests."""
+    first: dict[str, Any] = {}
+    for s in sorted(samples, key=lambda s: int(s.labels[STAGE])):
+        first.setdefault(s.labels["engine"], s)
+    return [
+        s._replace(labels={"engine": engine}, value=s.value if running.get(engine, 1) else 0.0)
+        for engine, s in first.items()
+    ]
 
 
 def add_to(registry: Any) -> None:

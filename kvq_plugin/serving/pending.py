@@ -63,7 +63,8 @@ def settle(layer: Any, vllm_config: Any) -> None:
             f"--kv-cache-dtype {MIXED} was asked for a model whose attention is not only causal "
             f"(layer {layer.layer_name} is {layer.attn_backend.__name__}: chunked, or in both "
             "directions): supported are full attention and sliding windows; use one KV cache for "
-            "all layers, --kv-cache-dtype int8_per_token_head"
+            "all layers, --kv-cache-dtype int8_per_token_head, or, for a model without causal "
+            "attention, which keeps no KV cache, --kv-cache-dtype auto"
         )
     layers = vllm_config.compilation_config.static_forward_context
     if (target := layers.get(layer.impl.target)) is not None:

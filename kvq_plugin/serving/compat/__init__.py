@@ -74,6 +74,7 @@ NAMES: dict[str, str] = {
         "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors"
     ),
     "get_current_vllm_config_or_none": "vllm.config",
+    "get_pp_group": "vllm.distributed.parallel_state",
     "get_tensor_model_parallel_rank": "vllm.distributed.parallel_state",
     "get_tensor_model_parallel_world_size": "vllm.distributed.parallel_state",
     "model_parallel_is_initialized": "vllm.distributed.parallel_state",

@@ -7,6 +7,7 @@ but a warning for everyone else (:func:`_for_ours_alone`).
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -215,8 +216,40 @@ def on_metrics(undo: ExitStack, hook: Callable[[Any], None]) -> None:
 
         return get_prometheus_registry
 
+    def wrap_routes(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+        def attach_router(app):
+            stock(app)
+            with _for_ours_alone(None):
+                _serve_vllms_registry(app)
+
+        return attach_router
+
     module = "vllm.v1.metrics.prometheus"
     _once_imported(undo, module, "get_prometheus_registry", (), wrap)
+    module = "vllm.entrypoints.serve.instrumentator.metrics"
+    _once_imported(undo, module, "attach_router", ("app",), wrap_routes)
+
+
+def _serve_vllms_registry(app: Any) -> None:
+    """Have one of several API servers answer GET /metrics from the registry that vLLM makes.
+
+    prometheus_fastapi_instrumentator, whose route is the first, makes one of its own then, of
+    prometheus_client's files alone. What it writes of them is written here in the same way. A
+    registry per request, as it does: the one that vLLM gave it also has its http_* of this process.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return
+    from fastapi.routing import APIRoute
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    from starlette.responses import Response
+    from vllm.v1.metrics import prometheus
+
+    def metrics():
+        content = generate_latest(prometheus.get_prometheus_registry())
+        return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    route = APIRoute("/metrics", metrics, response_model=None, include_in_schema=False)
+    app.routes.insert(0, route)
 
 
 def layer_specs(kv_cache_config: Any) -> list[Any]:

@@ -51,6 +51,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "prefill_context_parallel_size",
         "use_ubatching",
     ),
+    "vllm.distributed.parallel_state:GroupCoordinator": ("rank_in_group",),
     "vllm.config.scheduler:SchedulerConfig": (
         "disable_hybrid_kv_cache_manager",
         "max_num_batched_tokens",
@@ -140,6 +141,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.kv_cache_utils": ("get_max_concurrency_for_kv_cache_config",),
     "vllm.v1.worker.utils": ("allocate_kv_cache",),
     "vllm.v1.metrics.prometheus": ("get_prometheus_registry",),
+    "vllm.entrypoints.serve.instrumentator.metrics": ("attach_router",),
     "vllm.v1.kv_cache_interface:KVCacheConfig": ("kv_cache_groups", "num_blocks"),
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ("kv_cache_spec", "layer_names"),
     "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs": ("kv_cache_specs",),
@@ -171,6 +173,7 @@ PLATFORM_CLASSES = (
 #: And those that the plugin does without where vLLM does what they are for in another way.
 OPTIONAL_PLACES = (
     "vllm.v1.metrics.prometheus",
+    "vllm.entrypoints.serve.instrumentator.metrics",
     "vllm.v1.core.kv_cache_utils",
     "vllm.v1.worker.utils",
     "vllm.v1.kv_cache_interface:KVCacheConfig",

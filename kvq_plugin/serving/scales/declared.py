@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import safe_open
 
 from kvq_plugin.formats import SERVED, Code, Kind, KVFormat
-from kvq_plugin.mapping import MIXED, declared_mapping
+from kvq_plugin.mapping import MIXED, SECTION, declared_mapping
+from kvq_plugin.serving.scales.keys import PREDICTION_COUNTS
 
+INDEX = "model.safetensors.index.json"
 #: compressed-tensors' ``type`` -> how such codes decode. Its int4 is symmetric, unlike ours.
 _KINDS = {"float": Kind.FLOAT, "int": Kind.SIGNED}
 #: ModelOpt's ``kv_cache_quant_algo`` -> the same in compressed-tensors' words. What is not here
@@ -26,6 +28,9 @@ _MODELOPT = {"FP8": ("float", 8), "NVFP4": ("float", 4)}
 _ALGORITHM = ("kv_cache_quant_algo", "kv_cache_quant_method")
 _SIDECAR = "hf_quant_config.json"  # ModelOpt's, until config.json held the same
 NO_SCALES_NEEDED = ", ".join(sorted(n for n, f in SERVED.items() if f.is_dynamic))
+#: What a layer's largest code may stand for without a word. Keys of Qwen2 reach 400; fp8_e5m2's
+#: codes 128 times as far as the e4m3 ones that scales are made for.
+LIKELY_REACH = 1e-3, 1e7
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def quantization_section(config: Any, folder: Path | None = None) -> Any:
             if section := _get(holder, key):
                 return section if isinstance(section, Mapping) else section.to_dict()
     if folder is not None and (folder / _SIDECAR).is_file():
-        return read_json(folder / _SIDECAR)
+        return read_config(folder / _SIDECAR)
     return {}
 
 
@@ -195,15 +200,116 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+#: What is expected of a value -> whether it is that. Absent values are, and most that are null.
+_EXPECTED = {
+    "a whole number from 1 on": _is_count,
+    "a whole number from 1 on, or one for each layer": lambda x: (
+        _is_count(x) or (isinstance(x, list) and all(n == 0 or _is_count(n) for n in x))
+    ),
+    "a whole number": lambda x: isinstance(x, int) and not isinstance(x, bool),
+    "an object": lambda x: isinstance(x, dict),
+    "a list": lambda x: isinstance(x, list),
+}
+_COUNT, _COUNTS, _WHOLE, _OBJECT, _LIST = _EXPECTED
+#: Key of config.json, or of a section of it -> what is expected. Keys that nothing here reads are
+#: the model's own business.
+_FIELDS = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), _COUNT),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads"), _COUNTS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv"), _COUNTS),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "head_dim"), _COUNTS),
+    **dict.fromkeys(("max_position_embeddings", *PREDICTION_COUNTS), _WHOLE),
+    **dict.fromkeys(("quantization_config", "compression_config", "text_config"), _OBJECT),
+    SECTION: _OBJECT,
+    **dict.fromkeys(("kv_cache_skip_layers", "layer_types"), _LIST),
+}
+_SCHEME_FIELDS = {"num_bits": _COUNT}
+#: Where such keys are; a section is passed over where it is another tool's and no object.
+_SECTIONS = (
+    *("text_config", "quantization_config", "compression_config"),
+    *("quantization", "kv_cache_scheme"),
+)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """As :func:`read_json`, of a model's configuration: ValueError too where a value that we read
+    is of another type than it must be."""
+    config = read_json(file)
+    _check_fields(config, file, "")
+    return config
+
+
+def _check_fields(section: Mapping[str, Any], file: Path, path: str) -> None:
+    fields = _SCHEME_FIELDS if path.endswith("kv_cache_scheme.") else _FIELDS
+    for key, value in section.items():
+        if (what := fields.get(key)) is None:
+            continue
+        if value is None and key != "num_hidden_layers":  # which transformers insists on
+            continue
+        if not _EXPECTED[what](value):
+            raise ValueError(
+                f"{file}: {path}{key} is {_short(value)}: expected {what}; correct the file, or "
+                "download it again"
+            )
+    for key in _SECTIONS:
+        if isinstance(inner := section.get(key), dict):
+            _check_fields(inner, file, f"{path}{key}.")
+
+
+def weight_map(index: Path, present: bool = True) -> dict[str, str]:
+    """The index's tensor -> weight file, a name relative to its folder.
+
+    ValueError when it says no such thing, when a name leads out of the folder, which would have
+    outputs written there, and, with *present*, when a file is not there.
+    """
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(
+            f"{index}: weight_map is {_short(found)}: expected an object, the name of each tensor "
+            "-> its file; download it again, or save the model with save_pretrained"
+        )
+    files: dict[str, str] = {}
+    for tensor, file in found.items():
+        if not isinstance(file, str) or not _is_inside(file):
+            raise ValueError(
+                f"{index}: weight_map has tensor {tensor} in {_short(file)}: expected the name of "
+                "a .safetensors file in the index's own folder, or in one below it; correct it"
+            )
+        files[tensor] = str(PurePosixPath(file))
+    if present:
+        missing = sorted({f for f in files.values() if not (index.parent / f).is_file()})
+        if missing:
+            raise ValueError(
+                f"{index} names files that are not there: {', '.join(missing)}: expected every "
+                "weight file beside it; download the model again"
+            )
+    return files
+
+
+def _is_inside(file: str) -> bool:
+    path = PurePosixPath(file)
+    return path.suffix == ".safetensors" and not path.is_absolute() and ".." not in path.parts
+
+
+def _short(value: Any) -> str:
+    """*value* as JSON has it, or the beginning of that."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _get(holder: Any, key: str) -> Any:
     return holder.get(key) if isinstance(holder, Mapping) else getattr(holder, key, None)
 
 
 def tensor_names(folder: Path) -> set[str] | None:
     """Names of the tensors in *folder*'s safetensors files; None when it has no such file."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        return set(json.loads(index.read_text())["weight_map"])
+        return set(weight_map(index, present=False))
     files = sorted(folder.glob("*.safetensors"))
     return {name for file in files for name in _header(file)} if files else None
 

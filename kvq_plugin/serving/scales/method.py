@@ -23,6 +23,7 @@ from kvq_plugin.serving import compat, recent
 from kvq_plugin.serving.base import KVQImpl
 from kvq_plugin.serving.compat import AttentionType, CompressedTensorsKVCacheMethod
 from kvq_plugin.serving.layers import keep_buffer, require_same_cache
+from kvq_plugin.serving.scales.declared import LIKELY_REACH
 from kvq_plugin.serving.scales.keys import (
     PREDICTION,
     PREDICTION_COUNTS,
@@ -41,10 +42,6 @@ from kvq_plugin.serving.scales.shapes import (
 
 logger = compat.init_logger(f"vllm.{__name__}")
 Values = dict[str, torch.Tensor]
-
-# What a layer's largest code may stand for without a word. Keys of Qwen2 reach 400; fp8_e5m2's
-# codes 128 times as far as the e4m3 ones that scales are made for.
-_LIKELY = 1e-3, 1e7
 
 
 # Subclassed for its type alone; every method is replaced. vLLM refuses fp8_e5m2 ("not supported
@@ -261,7 +258,7 @@ def _reconcile(
 
 def _warn_of_reach(layer: torch.nn.Module, name: str, reach: float) -> None:
     """Say so when *reach*, what *name*'s largest code stands for, can be meant for no model."""
-    if not _LIKELY[0] < reach < _LIKELY[1]:
+    if not LIKELY_REACH[0] < reach < LIKELY_REACH[1]:
         logger.warning_once(
             "%s: with the checkpoint's %s the largest code stands for %.3g, where models have a "
             "few units to a few hundred: larger numbers saturate, those below half a step become "
