@@ -13,7 +13,9 @@ from kvq_plugin.hf_cache import VERSIONS
 
 #: transformers 5.24, which vLLM does not take, in a folder of its own (make test; CONTRIBUTING).
 OTHER = Path(os.environ.get("KVQ_OTHER_TRANSFORMERS", Path(sys.prefix, "other-transformers")))
-TESTS = ("test_hf_cache.py", "test_hf_generate.py", "test_hf_recent.py")
+TESTS = (
+    "test_hf_cache.py", "test_hf_generate.py", "test_hf_own_attention.py", "test_hf_recent.py",
+)  # fmt: skip
 
 
 @pytest.mark.slow
