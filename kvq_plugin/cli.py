@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from kvq_plugin import __version__
@@ -26,7 +28,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``kvq`` with *argv* (the process's by default) and return its exit code."""
-    options = parser().parse_args(argv)
+    top = parser()
+    _refuse_empty(top, sys.argv[1:] if argv is None else argv)
+    options = top.parse_args(argv)
     with _leaving_in_order():
         try:
             options.run(options)
@@ -37,6 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"kvq: {error}", file=sys.stderr)
             return 1
     return 0
+
+
+def _refuse_empty(top: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """No option or name of kvq's is meant to be empty: most would be taken for not given, and an
+    empty path is the current folder."""
+    for before, text in pairwise(("kvq", *argv)):
+        if text == "" or re.fullmatch(r"--[\w-]+=", text):
+            top.error(
+                f"expected something {f'after {before}' if text == '' else f'behind {text}'}, got "
+                "an empty argument: is a shell variable unset? Give it a value, or leave the "
+                "argument out"
+            )
 
 
 @contextmanager
@@ -264,7 +280,7 @@ def _run_inspect(options: argparse.Namespace) -> None:
 def _run_doctor(options: argparse.Namespace) -> None:
     from kvq_plugin import doctor, doctor_url
 
-    if options.url:
+    if options.url is not None:
         doctor_url.run(options.url)
     else:
         doctor.run()

@@ -34,7 +34,7 @@ from kvq_plugin.evaluate import (
     perplexity_http,
 )
 from kvq_plugin.formats import SERVED
-from kvq_plugin.report import change_text, progress
+from kvq_plugin.report import change_text, counted, progress
 from kvq_plugin.servers import Server, serve
 from kvq_plugin.tables import print_table
 from kvq_plugin.tasks.asked import positions
@@ -111,7 +111,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Result]
     settings = replace(settings, positions=positions(settings.model))
     check_positions(settings)
     text = builtin_text()
-    windows = make_windows(tokenizer, text, settings.windows + SAMPLES, settings.window)
+    windows = make_windows(tokenizer, text, settings.windows, settings.window, SAMPLES)
     windows, samples = windows[:-SAMPLES], windows[-SAMPLES:]
     prompts = make_windows(tokenizer, text, settings.streams, settings.context)
     results = {}
@@ -213,10 +213,11 @@ def check_capacity(settings: Settings, kv_tokens: int) -> None:
     """ValueError when the timed decodes do not fit in a cache of *kv_tokens* all at once."""
     needed = settings.streams * (settings.context + settings.steps)
     if kv_tokens < needed:
+        streams, gib = counted(settings.streams, "stream"), settings.kv_memory_bytes / 2**30
         raise ValueError(
-            f"{settings.streams} streams of {settings.context} + {settings.steps} tokens need "
-            f"{needed:,} tokens of KV cache, and {settings.kv_memory_bytes / 2**30:g} GiB hold "
-            f"{kv_tokens:,}: raise --kv-memory-gib, or lower --streams or --context"
+            f"{streams} of {settings.context} + {settings.steps} tokens need {needed:,} tokens of "
+            f"KV cache, and {gib:g} GiB hold {kv_tokens:,}: raise --kv-memory-gib, or lower "
+            "--streams or --context"
         )
 
 
@@ -286,12 +287,13 @@ async def _stream_all(
 
 def summary_table(settings: Settings, results: dict[str, Result], seconds: float) -> Table:
     """Memory, accuracy and speed, a row per dtype, each against ``auto``; *seconds* it all took."""
-    cores = len(os.sched_getaffinity(0))
+    cores = counted(len(os.sched_getaffinity(0)), "core")
+    windows, streams = counted(settings.windows, "window"), counted(settings.streams, "stream")
     table = Table(
         title=f"KV caches of {escape(Path(settings.model).name)}",
-        caption=f"Perplexity: {settings.windows} windows of {settings.window:,} tokens of Python's "
-        f"reference; change ± its standard error. Step: median time between two tokens of "
-        f"{settings.streams} streams at {settings.context:,} tokens each, eager, {cores} cores."
+        caption=f"Perplexity: {windows} of {settings.window:,} tokens of Python's reference; "
+        f"change ± its standard error. Step: median time between two tokens of {streams} at "
+        f"{settings.context:,} tokens each, eager, {cores}."
         f"{_scales_note(settings.dtypes)} All of it took {seconds:.0f} s.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

@@ -6,6 +6,7 @@ plugin's. The server may be on another machine.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from http.client import HTTPException
@@ -15,7 +16,8 @@ from urllib.error import HTTPError
 from rich.console import Console
 
 from kvq_plugin.doctor import ADVICE, BAD, GOOD, Finding, print_findings
-from kvq_plugin.formats import SERVED
+from kvq_plugin.formats import LOWBIT, SERVED
+from kvq_plugin.mapping import MIXED
 from kvq_plugin.servers import read_metrics
 
 #: Share of saturating values of one layer's K or V that is worth a remark, and that is a fault.
@@ -25,6 +27,26 @@ REMARK, FAULT = 0.001, 0.01
 #: Layers' keys or values that have a line each; the others share one.
 _NAMED = 5
 _NO_SCALES = "--kv-cache-dtype int8_per_token_head needs no scales"
+#: Names that no vLLM has of its own: static formats of ours with no scale to fall back to, those
+#: below 8 bits, and mappings. (A test compares them with vLLM's.)
+OURS = {
+    MIXED,
+    *(n for n, f in SERVED.items() if n in LOWBIT or (not f.is_dynamic and not f.default_scale)),
+}
+_UNQUANTIZED = ("auto", "bfloat16", "float16")
+_CONFIG = "vllm:cache_config_info"
+#: What is read of the plugin's metrics -> the labels that are looked at.
+_LABELS = {
+    "kvq:cache_layers": ("format",),
+    "kvq:sampled_values_total": ("layer", "kind"),
+    "kvq:saturated_values_total": ("layer", "kind"),
+}
+_REQUESTS = ("num_requests_running", "num_requests_waiting", "num_preemptions_total")
+_NUMBERS = {
+    *_LABELS,
+    *("kvq:cache_bytes", "kvq:cache_bytes_in_use", "kvq:recent_rows"),
+    *(f"vllm:{name}" for name in _REQUESTS),
+}
 
 
 def run(url: str, console: Console | None = None) -> None:
@@ -39,10 +61,11 @@ def run(url: str, console: Console | None = None) -> None:
             f"no metrics from {url}: {_reason(error)}; expected a vLLM server's address, such "
             "as http://127.0.0.1:8000"
         ) from error
+    check_samples(url, samples)
     console = console or Console()
-    broken = 0
-    for title, part in (("Server", server), ("Scales", scales)):
-        broken += print_findings(console, title, part(samples))
+    broken = print_findings(console, "Server", server(samples))
+    if _of(samples, _CONFIG):  # of anything else there is no more to say
+        broken += print_findings(console, "Scales", scales(samples))
     if broken:
         raise ValueError(f"{broken} problem(s) found; see above")
 
@@ -52,6 +75,24 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, HTTPError):  # whose reason lacks the status
         error = getattr(error, "reason", error)
     return str(getattr(error, "strerror", None) or error).strip()
+
+
+def check_samples(url: str, samples: Sequence[Any]) -> None:
+    """ValueError for a value or a label, of those that are read, that no vLLM's has."""
+    for sample in samples:
+        if sample.name not in _NUMBERS:
+            continue
+        missing = [label for label in _LABELS.get(sample.name, ()) if label not in sample.labels]
+        if missing:
+            what = f"labels {', '.join(_LABELS[sample.name])}, got none called {missing[0]}"
+        elif not (math.isfinite(sample.value) and sample.value >= 0):
+            what = f"a finite number, 0 or more, got {sample.value}"
+        else:
+            continue
+        raise ValueError(
+            f"odd metrics from {url}: {sample.name}: expected {what}; give the address of vllm "
+            "serve itself"
+        )
 
 
 def _of(samples: Sequence[Any], name: str) -> list[Any]:
@@ -64,12 +105,12 @@ def _sum(samples: Sequence[Any], name: str) -> float:
 
 def server(samples: Sequence[Any]) -> Iterator[Finding]:
     """The cache's dtype and formats, what it holds, and whether it is too small."""
-    config = next((s.labels for s in _of(samples, "vllm:cache_config_info")), None)
+    config = next((s.labels for s in _of(samples, _CONFIG)), None)
     if config is None:
         yield Finding(BAD, "these are not vLLM's metrics", "give the address of vllm serve")
         return
     dtype, tokens = config.get("cache_dtype", "?"), config.get("kv_cache_size_tokens", "?")
-    tokens = f"{int(tokens):,}" if tokens.isdigit() else tokens
+    tokens = f"{int(tokens):,}" if tokens.isdecimal() else tokens
     yield Finding(
         GOOD,
         f"--kv-cache-dtype {dtype}, blocks of {config.get('block_size', '?')} tokens, "
@@ -79,10 +120,19 @@ def server(samples: Sequence[Any]) -> Iterator[Finding]:
     if layers:
         stored = ", ".join(f"{count} layers in {name}" for name, count in layers.items())
         yield Finding(GOOD, f"the plugin stores {stored}")
+    elif dtype in OURS:
+        yield Finding(
+            ADVICE,
+            f"{dtype} cannot be vLLM's own here, and the server gives no kvq metrics",
+            "perhaps KVQ_METRICS_DIR is empty, no folder for them could be made (the log says so), "
+            "its kvq_plugin is older than they are with several API servers, its workers are on "
+            "other machines, or no layer has a quantized cache",
+        )
     elif dtype in SERVED:
         yield Finding(
             ADVICE,
-            f"{dtype} is vLLM's own here: the plugin reports no layers",
+            f"the plugin reports no layers: {dtype} is vLLM's own here, or the server gives no kvq "
+            "metrics",
             "`kvq doctor` on the server's machine says whether vLLM finds the plugin",
         )
     else:
@@ -93,10 +143,7 @@ def server(samples: Sequence[Any]) -> Iterator[Finding]:
     if _of(samples, "kvq:recent_rows"):
         rows = int(_sum(samples, "kvq:recent_rows"))
         yield Finding(GOOD, f"{rows:,} recent rows per layer kept at 8 bits")
-    running, waiting, thrown = (
-        int(_sum(samples, f"vllm:{name}"))
-        for name in ("num_requests_running", "num_requests_waiting", "num_preemptions_total")
-    )
+    running, waiting, thrown = (int(_sum(samples, f"vllm:{name}")) for name in _REQUESTS)
     says = f"{running} requests running, {waiting} waiting, {thrown} preempted since the start"
     if thrown:
         yield Finding(
@@ -116,11 +163,15 @@ def scales(samples: Sequence[Any]) -> Iterator[Finding]:
         for s in _of(samples, name):
             counted[s.labels["layer"], s.labels["kind"]][at] += s.value
     if not counted:
-        yield Finding(GOOD, "none that could be too small: the KV cache has no static ones")
+        yield _uncounted(samples)
         return
     shares = {where: bad / seen for where, (seen, bad) in counted.items() if seen}
     if not shares:
-        yield Finding(ADVICE, "no values were stored yet", "send a request, and ask again")
+        yield Finding(
+            ADVICE,
+            "no values were looked at yet",
+            "send a request, and ask again; on GPUs none are looked at",
+        )
         return
     seen = sum(seen for seen, _ in counted.values())
     worst = sorted(shares, key=lambda where: -shares[where])
@@ -146,6 +197,21 @@ def scales(samples: Sequence[Any]) -> Iterator[Finding]:
             "kvq calibrate MODEL -o OUT --data FILE, with text like what the server is asked; or "
             + _NO_SCALES,
         )
+
+
+def _uncounted(samples: Sequence[Any]) -> Finding:
+    """Of a server that counts no values: it has no static scales, or nobody knows."""
+    stored = [s.labels["format"] for s in _of(samples, "kvq:cache_layers")]
+    names = stored or [s.labels.get("cache_dtype", "?") for s in _of(samples, _CONFIG)]
+    for name in names:
+        known = name in _UNQUANTIZED or (name in SERVED and SERVED[name].is_dynamic)
+        if not known:
+            return Finding(
+                ADVICE,
+                f"whether scales of {name} are too small is not known: the server counts no values",
+                f"vLLM's own KV caches are never counted; {_NO_SCALES}",
+            )
+    return Finding(GOOD, "none that could be too small: the KV cache has no static ones")
 
 
 def _further(shares: Sequence[float]) -> Iterator[Finding]:

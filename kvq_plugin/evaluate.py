@@ -37,6 +37,12 @@ LOGITS_TOLERANCE = 1e-3
 #: Questions that an engine answers at the same time.
 TOGETHER = 64
 
+_UNUSABLE = "there is no usable one in its folder"
+_TOKENIZER_FILES = (
+    "expected its files (tokenizer.json, tokenizer_config.json) beside config.json: copy them "
+    "from the model that this one was made of"
+)
+
 Window = list[int]
 Question = tuple[Window, int]  # a prompt, and the tokens that its answer may have
 Tick = Callable[[], None]
@@ -57,15 +63,25 @@ def builtin_text() -> str:
 def read_text(name: str) -> str:
     """The text called ``builtin``, else the UTF-8 file *name*.
 
-    Raises FileNotFoundError where there is none, and ValueError for another encoding.
+    Raises FileNotFoundError where there is none, and ValueError for another encoding or what is no
+    file.
     """
     if name == BUILTIN_TEXT:
         return builtin_text()
+    if not name.strip():
+        raise ValueError(
+            "expected a file of UTF-8 text, got an empty name: is a shell variable unset? "
+            f"{BUILTIN_TEXT!r} is the text that Python carries"
+        )
     try:
         return Path(name).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"no such text: {name} is no file: expected one of UTF-8 text, or {BUILTIN_TEXT!r}"
+        ) from None
+    except IsADirectoryError:
+        raise ValueError(
+            f"{name} is a directory: expected a file of UTF-8 text, or {BUILTIN_TEXT!r}"
         ) from None
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -77,15 +93,23 @@ def read_text(name: str) -> str:
 def load_tokenizer(model: str):
     """The Hugging Face tokenizer of *model* (a directory or a hub name).
 
-    Raises FileNotFoundError where there is no such model, and ValueError without a tokenizer.
+    Raises FileNotFoundError where there is no such model, and ValueError without a tokenizer, or
+    with one that makes no tokens of a text.
     """
     from transformers import AutoTokenizer
 
     checkpoint_folder(model, only=["*.json"])  # of a path that is none, only this says so
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (ValueError, OSError) as error:  # of several lines, about packages to install
-        raise ValueError(f"no tokenizer for {model}: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # of any type, where a file is bad
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if reason.rstrip().endswith(":"):  # a list of packages and files follows
+            reason = _UNUSABLE
+        raise ValueError(f"no tokenizer for {model}: {reason}; {_TOKENIZER_FILES}") from error
+    # Of some models transformers makes one without a vocabulary where there are no files.
+    if not tokenizer("text", add_special_tokens=False).input_ids:
+        raise ValueError(f"no tokenizer for {model}: {_UNUSABLE}; {_TOKENIZER_FILES}")
+    return tokenizer
 
 
 def cache_dtype(model: str, dtype: str) -> str:
@@ -99,8 +123,11 @@ def cache_dtype(model: str, dtype: str) -> str:
     return unquantized_dtype(read_json(folder / "config.json"), folder)
 
 
-def make_windows(tokenizer, text: str, count: int, length: int = WINDOW) -> list[Window]:
-    """The first *count* windows of *length* tokens of *text*, one after the other.
+def make_windows(
+    tokenizer, text: str, count: int, length: int = WINDOW, more: int = 0
+) -> list[Window]:
+    """The first *count* windows of *length* tokens of *text* and *more* that nobody asked for, one
+    after the other.
 
     Where the tokenizer begins a text with a BOS token, so does every window: models trained
     with it use it as an attention sink. Raises ValueError when the text is too short.
@@ -108,12 +135,16 @@ def make_windows(tokenizer, text: str, count: int, length: int = WINDOW) -> list
     bos = tokenizer("").input_ids[:1]
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     step = length - len(bos)
-    if len(ids) < count * step:
+    if len(ids) < (count + more) * step:
+        asked = f"{count} windows" if count > 1 else "a window"
+        besides = f" and {more} more to calibrate on" if more else ""
+        fits = len(ids) // step - more
+        remedy = f"ask for at most {fits} or give" if fits > 0 else "give"
         raise ValueError(
-            f"the text has {len(ids):,} tokens, {count} windows of {length} need "
-            f"{count * step:,}: ask for at most {len(ids) // step} or give a longer text"
+            f"the text has {len(ids):,} tokens, {asked} of {length}{besides} need "
+            f"{(count + more) * step:,}: {remedy} a longer text"
         )
-    return [bos + ids[i * step : (i + 1) * step] for i in range(count)]
+    return [bos + ids[i * step : (i + 1) * step] for i in range(count + more)]
 
 
 def offline_logprobs(llm, window: Window) -> list[float]:

@@ -44,15 +44,27 @@ TOGETHER = 16
 class TransformersDriver:
     """Evaluates caches of *model*, a directory or hub name, loaded once in its own dtype.
 
-    Raises ValueError for a model whose output layer cannot be told from what comes before it.
+    Raises ValueError for a model whose output layer cannot be told from what comes before it, or
+    whose attention cannot be replaced.
     """
 
     def __init__(self, model: str) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = checkpoint_folder(model)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, config=_config(folder), dtype="auto", attn_implementation=NAME
-        )
+        config = _config(folder)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype="auto", attn_implementation=NAME
+            )
+        except KeyError as error:
+            if error.args != (NAME,):
+                raise
+            # Falcon, GPT-J, GPT-Neo: a class for each attention, looked up by its name.
+            raise ValueError(
+                f"{config.model_type} models have attention of their own in transformers, which "
+                "does not let it be replaced: expected one that takes attn_implementation; use "
+                "--driver vllm"
+            ) from error
         self.model = loaded.to(device).eval()
         base = self.model.base_model
         if base is self.model or self.model.get_output_embeddings() is None:

@@ -60,6 +60,11 @@ def progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
+def counted(count: int, what: str) -> str:
+    """``1 window``, ``2 windows``."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
 def change_text(score: Score, baseline: Score) -> str:
     """``+0.07 ± 0.03``: the change in perplexity and its standard error, in percent."""
     change, error = score.change(baseline)
@@ -75,6 +80,7 @@ class Results:
         floor: the unquantized engine against itself, or None without divergences: the first
             windows of each text, prefilled in other chunks.
         asked: the tasks.
+        heads: windows of each text that *floor* ran.
         agreements: by dtype and for the floor, tokens of each greedy generation before the first
             that differs from ``auto``'s; empty without generations.
     """
@@ -82,6 +88,7 @@ class Results:
     evaluations: dict[str, Evaluation]
     floor: Evaluation | None
     asked: Asked = field(default_factory=Asked)
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tasks(self) -> dict[str, Any]:
@@ -192,7 +199,8 @@ def run_evaluation(
             greedy_generations=drift,
             tasks=tasks.described(),
             driver=driver,
-            KV_memory=f"{kv_memory_bytes / 2**30:g} GiB",
+            # Elsewhere a cache has no pool.
+            **({"KV_memory": f"{kv_memory_bytes / 2**30:g} GiB"} if driver == DRIVERS[0] else {}),
             started=f"{started:%Y-%m-%d %H:%M} UTC",
             took=f"{(datetime.now(UTC) - started).total_seconds():.0f} s",
         )
@@ -235,6 +243,7 @@ def _evaluate_all(
         return engine(dtype, texts, tick=partial(bars.advance, bar), **common)
 
     evaluations, floor = {BASELINE: run(BASELINE, BASELINE, texts, keep=folder)}, None
+    heads: dict[str, Sequence[Window]] = {}
     if prompts:
         texts = {**texts, OWN: evaluations[BASELINE].generations}
     if folder is not None:
@@ -246,7 +255,7 @@ def _evaluate_all(
     for dtype in dtypes:
         if dtype != BASELINE:
             evaluations[dtype] = run(dtype, dtype, texts, reference=folder)
-    return Results(evaluations, floor, asked)
+    return Results(evaluations, floor, asked, {text: len(of) for text, of in heads.items()})
 
 
 def evaluation_table(
@@ -261,8 +270,8 @@ def evaluation_table(
     through = "the engine" if driver == DRIVERS[0] else driver
     table = Table(
         title=f"Perplexity through {through}: {escape(Path(model).name)}",
-        caption=f"{windows} windows of {length:,} tokens; change against {BASELINE} in this run, "
-        "± its standard error",
+        caption=f"{counted(windows, 'window')} of {length:,} tokens; change against {BASELINE} in "
+        "this run, ± its standard error",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -285,9 +294,9 @@ def divergence_table(results: Results) -> Table:
     table = Table(
         title=f"Next-token distributions against {BASELINE}'s",
         caption="KL divergence in nats per token; TV: total variation; top-1: the same token is "
-        f"the most likely. Noise floor: {BASELINE} against itself, its first {FLOOR_WINDOWS} "
-        "windows prefilled in chunks of another size. What is not above it on those is not told "
-        f"from {BASELINE} (marked ≤)",
+        f"the most likely. Noise floor: {BASELINE} against itself, {_heads(results.heads)} "
+        "prefilled in chunks of another size. What is not above it there is not told from "
+        f"{BASELINE} (marked ≤)",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -309,6 +318,14 @@ def divergence_table(results: Results) -> Table:
     return table
 
 
+def _heads(counts: Mapping[str, int]) -> str:
+    """``its first 2 windows``, and of which text it is another number."""
+    most = max(counts.values(), default=FLOOR_WINDOWS)
+    fewer = [f"{count} of {Path(text).name}" for text, count in counts.items() if count < most]
+    said = "its first window" if most == 1 else f"its first {most} windows"
+    return escape(f"{said} ({', '.join(fewer)})" if fewer else said)
+
+
 def _divergence_cells(score: Score) -> list[str]:
     figures = score.divergence.summary()
     names = ("kl", "kl_p50", "kl_p99", "kl_p99.9", "tv")
@@ -318,11 +335,13 @@ def _divergence_cells(score: Score) -> list[str]:
 def drift_table(agreements: Mapping[str, Sequence[int]], window: int = WINDOW) -> Table:
     """A row per dtype, the noise floor first: how long greedy generations, of *window* tokens with
     their prompts, stay ``auto``'s."""
-    length = window - PROMPT
+    length, again = window - PROMPT, len(agreements.get(FLOOR, ()))
+    floor = f" Noise floor: {BASELINE} again, "
+    floor += "the first" if again == 1 else f"the first {again}, one at a time"
     table = Table(
         title=f"Greedy generations against {BASELINE}'s",
         caption=f"tokens before the first that differs, of {length:,} after prompts of {PROMPT} "
-        f"tokens. Noise floor: {BASELINE} again, the first {FLOOR_WINDOWS}, one at a time",
+        f"tokens.{floor if again else ''}",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import urllib.request
@@ -25,11 +26,14 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 LOG_TAIL_LINES = 25
 ERROR_LINE = re.compile(r"\b\w*(Error|Exception): .*")
 GRACE_SECONDS = 30.0  # an idle vLLM ends in 3 s; a loaded machine needs longer
+#: What ``/metrics`` may take in all. vLLM's have some 50 KB for an engine.
+METRICS_SECONDS, METRICS_BYTES = 30.0, 16 << 20
 
 
 class ServerError(RuntimeError):
@@ -112,14 +116,50 @@ class Server:
 def read_metrics(url: str) -> list[Any]:
     """prometheus_client's samples (name, labels, value) of ``/metrics`` of the server at *url*.
 
-    Raises OSError when nothing answers there, and http.client.HTTPException when *url* is no
-    address or what answers speaks no HTTP.
+    Raises OSError when nothing answers there, or not in METRICS_SECONDS, http.client.HTTPException
+    when *url* is no address or what answers speaks no HTTP, and ValueError for what are no metrics.
     """
     from prometheus_client.parser import text_string_to_metric_families
 
-    with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=30) as reply:
-        families = text_string_to_metric_families(reply.read().decode())
+    families = text_string_to_metric_families(_fetch(f"{url.rstrip('/')}/metrics").decode())
     return [sample for family in families for sample in family.samples]
+
+
+def _fetch(address: str) -> bytes:
+    """What is at *address*. In a thread, since a socket's timeout begins anew with every byte, and
+    urllib reads the headers before anybody could look at the time."""
+    done: SimpleQueue[bytes | Exception] = SimpleQueue()
+    deadline = time.monotonic() + METRICS_SECONDS
+
+    def fetch() -> None:
+        try:
+            with urllib.request.urlopen(address, timeout=METRICS_SECONDS) as reply:
+                done.put(_whole(reply, deadline))
+        except Exception as error:
+            done.put(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        found = done.get(timeout=METRICS_SECONDS)
+    except Empty:
+        raise TimeoutError(f"no whole answer within {METRICS_SECONDS:g} s") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _whole(reply: Any, deadline: float) -> bytes:
+    """The body of a response; TimeoutError after *deadline*, which ends the thread, too."""
+    body = b""
+    while part := reply.read1(1 << 16):
+        body += part
+        if len(body) > METRICS_BYTES:
+            raise ValueError(f"expected at most {METRICS_BYTES >> 20} MiB of metrics, got more")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no whole answer within {METRICS_SECONDS:g} s")
+    if reply.length:  # which read1 does not mind
+        raise http.client.IncompleteRead(body, reply.length)
+    return body
 
 
 @contextmanager

@@ -39,6 +39,36 @@ def test_short_text_is_refused_with_what_it_holds():
         make_windows(Words(), "a bb ccc", 2, 2)
 
 
+def test_windows_that_nobody_asked_for_are_not_offered():
+    text = "a bb ccc dddd eeeee"
+    assert len(make_windows(Words(), text, 1, 2, 1)) == 2
+    with pytest.raises(ValueError, match="2 windows of 2 and 1 more .* 6: ask for at most 1 or gi"):
+        make_windows(Words(), text, 2, 2, 1)
+    with pytest.raises(ValueError, match="has 5 tokens, a window of 9 need 9: give a longer text"):
+        make_windows(Words(), text, 1, 9)
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"a"'])
+def test_no_usable_tokenizer_is_said_as_such(content, tmp_path):
+    """Without files transformers makes GPT-2's of no vocabulary, which finds no tokens in a text;
+    of what is none it raises any type of error."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="no tokenizer for .*: .*; expected its files") as caught:
+        evaluate.load_tokenizer(str(tmp_path))
+    if content is None:
+        assert "there is no usable one in its folder; expected its files (tokenizer.json," in str(
+            caught.value
+        )
+
+
+def test_a_list_of_packages_to_install_is_not_begun(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="no tokenizer for .*: there is no usable one in its fold"):
+        evaluate.load_tokenizer(str(tmp_path))
+
+
 def test_builtin_text_is_the_same_every_time():
     assert evaluate.builtin_text() == evaluate.read_text(evaluate.BUILTIN_TEXT)
     assert len(evaluate.builtin_text()) > 400_000

@@ -186,6 +186,24 @@ def test_report_says_what_ran(tmp_path, gqa, monkeypatch, capsys):
     assert "transformers" in (page / evaluation_page.PAGE).read_text()
 
 
+@pytest.mark.parametrize(
+    ("feature", "changes"),
+    [
+        ("falcon", {}),
+        (
+            "gpt2",
+            {"model_type": "gptj", "rotary_dim": 16, "bos_token_id": 1, "eos_token_id": 2},
+        ),
+    ],
+)
+def test_attention_that_cannot_be_replaced(tmp_path, feature, changes):
+    """Classes of transformers that look their attention up by name know nothing of ours."""
+    model = make(tmp_path, feature, **changes)
+    name = changes.get("model_type", feature)
+    with pytest.raises(ValueError, match=f"^{name} models have attention .* use --driver vllm$"):
+        TransformersDriver(str(model))
+
+
 def test_what_the_driver_does_not_take_is_refused(gqa, capsys):
     asked = ["eval", str(gqa), "--driver", "transformers", "--kv-memory-gib", "2"]
     assert cli.main(asked) == 1

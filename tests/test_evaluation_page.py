@@ -282,3 +282,54 @@ def test_command_compares_generations(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"noise floor +1920 +1920 +2 of 2", printed)
     assert re.search(r"int4 +40 +10 +1 of 3", printed)
+
+
+@pytest.mark.parametrize(
+    ("windows", "drift", "of_the_floor", "again"),
+    [
+        (1, 0, "its first window prefilled", None),
+        (4, 0, "its first 2 windows prefilled", None),
+        (1, 1, "its first window prefilled", "again, the first"),
+        (4, 1, "its first 2 windows (1 of own generations) prefilled", "again, the first"),
+        (4, 3, "its first 2 windows prefilled", "again, the first 2, one at a time"),
+    ],
+)
+def test_captions_count_what_ran(windows, drift, of_the_floor, again, monkeypatch, capsys):
+    def evaluate(model, dtype, texts, *, reference=None, prompts=(), length=0, **_):
+        generations = tuple([1] * length for _ in prompts)
+        scores = {t: score(0.1, reference and 0.01, len(w)) for t, w in texts.items()}
+        if prompts:
+            scores.setdefault(report.OWN, score(0.1, None, len(prompts)))
+        return Evaluation(scores, 100, generations)
+
+    monkeypatch.setattr(report, "evaluate", evaluate)
+    monkeypatch.setattr(report, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(report, "positions", lambda _: None)
+    monkeypatch.setattr(
+        report, "make_windows", lambda _, text, count, length=LENGTH: [[1] * length] * count
+    )
+    command = ["eval", "m", "--dtypes", "int4", "--windows", str(windows), "--no-tasks"]
+    assert cli.main([*command, *(["--drift", str(drift)] if drift else [])]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{windows} window{'s' * (windows > 1)} of 2,048 tokens; change" in printed
+    assert f"against itself, {of_the_floor} in chunks" in printed
+    if again:
+        assert again in printed and ("one at a time" in printed) == (drift > 1)
+        assert cli.main([*command, "--drift", str(drift), "--no-divergence"]) == 0
+        assert "Noise floor" not in capsys.readouterr().out
+
+
+def test_where_there_is_a_pool_its_size_is_said(tmp_path, monkeypatch):
+    def evaluate(dtype, texts, **_):
+        return Evaluation({t: score(0.1, None, len(w)) for t, w in texts.items()}, 100)
+
+    monkeypatch.setattr(report, "_engine", lambda *_: evaluate)
+    monkeypatch.setattr(report, "WINDOW", LENGTH)
+    monkeypatch.setattr(report, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(report, "positions", lambda _: None)
+    monkeypatch.setattr(report, "make_windows", lambda *_: [[1] * LENGTH] * 4)
+    command = ["eval", "m", "--dtypes", "int4", "--windows", "4", "--no-tasks", "--no-divergence"]
+    for driver, said in (("vllm", "1 GiB"), ("transformers", None)):
+        out = tmp_path / driver
+        assert cli.main([*command, "--driver", driver, "--report", str(out)]) == 0
+        assert json.loads((out / "report.json").read_text())["about"].get("KV_memory") == said

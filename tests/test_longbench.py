@@ -229,8 +229,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "evaluate", evaluate)
     monkeypatch.setattr(report, "load_tokenizer", lambda _: Words())
     monkeypatch.setattr(report, "make_windows", lambda *_: [[1] * 3])
-    monkeypatch.setattr(report, "positions", lambda _: 4096)
-    monkeypatch.setattr(asked, "longest", lambda _: 4096)
+    for module, name in ((report, "positions"), (asked, "longest"), (asked, "_stretched")):
+        monkeypatch.setattr(module, name, lambda _: 4096)
     file = write(tmp_path, entry(), entry(answers=["blue"]))
     command = ["eval", "m", "--dtypes", "int4", "--no-divergence", "--tasks", str(file)]
     assert cli.main([*command, "--no-tasks"]) == 0

@@ -13,7 +13,7 @@ from tiny_models import make
 
 from kvq_plugin import cli
 from kvq_plugin.evaluate import BASELINE, evaluate, load_tokenizer
-from kvq_plugin.tasks import arguments, page, results, tables
+from kvq_plugin.tasks import arguments, asked, page, results, tables
 from kvq_plugin.tasks.asked import Asked, Settings, positions
 from kvq_plugin.tasks.items import DEPTHS, TASKS, Item, make_items
 from kvq_plugin.tasks.statistics import mcnemar, wilson
@@ -103,6 +103,49 @@ def test_copies_are_of_all_there_is(items):
 def test_too_short_a_length_is_refused_with_what_would_do():
     with pytest.raises(ValueError, match="length of 50 tokens is too short: ask for [0-9]+ or"):
         make_items(Words(), ["needle"], [50], 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"text_config": {"max_position_embeddings": 600}}, 600),
+        ({"max_position_embeddings": 512, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 2048),
+        (
+            {
+                "max_position_embeddings": 512,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 2},
+                    "sliding_attention": {"rope_type": "default"},
+                },
+            },
+            1024,
+        ),
+    ],
+)
+def test_lengths_that_the_model_has_no_positions_for(config, limit, tmp_path, monkeypatch):
+    """Refused before questions are made, which takes an hour of a hundred million tokens."""
+    made = []
+    monkeypatch.setattr(asked, "make_items", lambda *given: made.append(given) or [])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = str(tmp_path)
+    with pytest.raises(ValueError, match=f"has {limit + 1} tokens, .* ask for {limit} or fewer"):
+        Settings(lengths=(192, limit + 1)).ask(model, Words())
+    assert not made
+    Settings(lengths=(192, limit)).ask(model, Words())
+    Settings(names=(), lengths=(limit + 1,)).ask(model, Words())
+    (tmp_path / "config.json").write_text("{}")  # alibi and the like: as many as are asked
+    Settings(lengths=(99_999_999,)).ask(model, Words())
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("option", ["--tasks", "--task-prompts"])
+def test_a_folder_for_a_file_of_questions(option, tmp_path, capsys):
+    (tmp_path / "q.jsonl").write_text("")
+    files = ["--tasks", str(tmp_path / "q.jsonl"), option, str(tmp_path)]
+    assert cli.main(["eval", "m", *files]) == 1
+    said = capsys.readouterr().err
+    assert f"kvq: {option} {tmp_path}: is a directory: expected a file with" in said
 
 
 def test_right_is_the_answer_and_no_more():

@@ -31,13 +31,13 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-tasks", action="store_true", help="no generated tasks")
     command.add_argument(
         "--task-lengths",
-        type=_numbers,
+        type=positives,
         metavar="N,N,...",
         help=f"tokens of each question with its answer ({lengths})",
     )
     command.add_argument(
         "--task-contexts",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"contexts of each task and length ({Settings.contexts}); needle, multikey and "
         "tracking ask five questions about each, at five depths",
@@ -57,7 +57,7 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--tasks-max-length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens of a question of --tasks with its answer; of longer ones the middle is left "
         "out (what the model's configuration says)",
@@ -90,6 +90,8 @@ def settings(options: argparse.Namespace) -> Settings:
 def _check_file(option: str, file: Path | None, holds: str) -> None:
     if file is not None and not file.exists():
         raise FileNotFoundError(f"{option} {file}: no such file: expected one with {holds}")
+    if file is not None and file.is_dir():  # not "is no file": <(command) is a pipe
+        raise ValueError(f"{option} {file}: is a directory: expected a file with {holds}")
 
 
 def _refuse(options: argparse.Namespace, names: Mapping[str, str], why: str) -> None:
@@ -101,18 +103,38 @@ def _refuse(options: argparse.Namespace, names: Mapping[str, str], why: str) -> 
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    if not names:
+        raise argparse.ArgumentTypeError(
+            f"expected tasks of {', '.join(TASKS)}, got {text!r}; --no-tasks is for none"
+        )
     if unknown := [name for name in names if name not in TASKS]:
         known = ", ".join(TASKS)
         raise argparse.ArgumentTypeError(f"unknown task {unknown[0]!r}; known are {known}")
     return names
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_positive(number) for number in text.split(",")}))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
+def positive(text: str) -> int:
+    """``"3"`` -> 3, at least 1."""
+    number = _whole(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")
     return number
+
+
+def positives(text: str) -> tuple[int, ...]:
+    """``"4000,1000"`` -> ``(1000, 4000)``, each once and in order."""
+    numbers = {_whole(number) for number in text.split(",")}
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(
+            "expected positive whole numbers with commas between them, such as 1000,4000; got "
+            f"{text!r}"
+        )
+    return tuple(sorted(numbers))
+
+
+def _whole(text: str) -> int:
+    """The number, or 0. argparse would tell of a ValueError with the function's name."""
+    try:
+        return int(text)
+    except ValueError:
+        return 0

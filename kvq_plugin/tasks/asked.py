@@ -16,6 +16,8 @@ from kvq_plugin.tasks.items import TASKS, Item, make_items
 SHORT = 16
 #: What configurations call the positions that a model has.
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+#: What they call the scaling of rotary embeddings.
+_ROPES = ("rope_scaling", "rope_parameters")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Settings:
         return "; ".join(parts) or "none"
 
     def ask(self, model: str, tokenizer) -> Asked:
-        """The questions; ValueError for files that cannot be asked, before engines run."""
+        """The questions; ValueError for files that cannot be asked, and lengths that the model has
+        no positions for, before engines run."""
+        self._check_lengths(model)
         items = make_items(tokenizer, self.names, self.lengths, self.contexts, self.seed)
         entries = []
         if self.file is not None:
@@ -64,12 +68,37 @@ class Settings:
             entries = longbench.read(self.file, tokenizer, room, prompts)
         return Asked(items, entries)
 
+    def _check_lengths(self, model: str) -> None:
+        """Before questions are made: of 100 million tokens that takes an hour."""
+        limit = _stretched(model) if self.names else None
+        if limit is not None and max(self.lengths) > limit:
+            raise ValueError(
+                f"--task-lengths has {max(self.lengths)} tokens, and the model has positions for "
+                f"{limit:,}: ask for {limit} or fewer, or leave the generated tasks out with "
+                "--no-tasks"
+            )
+
 
 def positions(model: str) -> int | None:
     """Tokens that *model* has positions for, by its configuration; None where that does not say."""
-    config = read_json(checkpoint_folder(model, only=["*.json"]) / "config.json")
-    text = config.get("text_config") or config
+    text = _text_config(model)
     return min((text[key] for key in _POSITIONS if text.get(key) is not None), default=None)
+
+
+def _text_config(model: str) -> dict[str, Any]:
+    config = read_json(checkpoint_folder(model, only=["*.json"]) / "config.json")
+    return config.get("text_config") or config
+
+
+def _stretched(model: str) -> int | None:
+    """:func:`positions` times the factor by which rotary embeddings are scaled, where they are:
+    some models count these in, vLLM adds them for others, and says so where it does not."""
+    limit, text = positions(model), _text_config(model)
+    ropes = [rope for key in _ROPES if isinstance(rope := text.get(key), dict)]
+    # With layers of several kinds one for each.
+    ropes += [of for rope in ropes for of in rope.values() if isinstance(of, dict)]
+    factors = [f for rope in ropes if isinstance(f := rope.get("factor"), int | float) and f > 1]
+    return limit and int(limit * max(factors, default=1))
 
 
 def longest(model: str) -> int:
