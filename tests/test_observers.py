@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -199,6 +199,7 @@ def test_the_order_of_batches_does_not_matter(order, observer):
 
 
 @hypothesis_settings(max_examples=50, deadline=None)
+@example(0.0, -(2.0**-52), True, "int8")
 @given(
     st.floats(-1e4, 1e4, width=32), st.floats(-1e4, 1e4, width=32), st.booleans(),
     st.sampled_from(SCHEMES),

@@ -301,7 +301,8 @@ def scale_and_zero(
         return power_of_two(scale) if settings.rounds else scale, torch.zeros_like(low)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = (high - low) / (2 * qmax)
-    return scale, (-qmax - low / scale.clamp(min=_TINY)).round().clamp(-qmax, qmax)
+    steps = low / torch.where(scale > 0, scale, 1.0)
+    return scale, (-qmax - steps).round().clamp(-qmax, qmax)
 
 
 def power_of_two(scale: torch.Tensor) -> torch.Tensor:
