@@ -22,7 +22,7 @@ from kvq_plugin.divergence import Divergence
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.servers import engine_process, run_engine
 from kvq_plugin.serving import compat
-from kvq_plugin.serving.scales.declared import read_json, unquantized_dtype
+from kvq_plugin.serving.scales.declared import read_config, unquantized_dtype
 
 WINDOW = 2048
 BUILTIN_TEXT = "builtin"
@@ -120,7 +120,7 @@ def cache_dtype(model: str, dtype: str) -> str:
     if dtype != BASELINE:
         return dtype
     folder = checkpoint_folder(model, only=["*.json"])
-    return unquantized_dtype(read_json(folder / "config.json"), folder)
+    return unquantized_dtype(read_config(folder / "config.json"), folder)
 
 
 def make_windows(

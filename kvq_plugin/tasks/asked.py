@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvq_plugin.hub import checkpoint_folder
-from kvq_plugin.serving.scales.declared import read_json
+from kvq_plugin.serving.scales.declared import read_config
 from kvq_plugin.tasks import longbench, results
 from kvq_plugin.tasks.items import TASKS, Item, make_items
 
@@ -86,7 +86,7 @@ def positions(model: str) -> int | None:
 
 
 def _text_config(model: str) -> dict[str, Any]:
-    config = read_json(checkpoint_folder(model, only=["*.json"]) / "config.json")
+    config = read_config(checkpoint_folder(model, only=["*.json"]) / "config.json")
     return config.get("text_config") or config
 
 
