@@ -215,11 +215,12 @@ def test_changes_by_what_transformers_own_cache_takes(llama):
 @pytest.mark.parametrize(
     ("k_scale", "why"),
     [
-        (0.0, "layer 0: k_scale.*above 0"),
-        (-1.0, "layer 0: k_scale.*above 0"),
-        (float("nan"), "layer 0: k_scale.*above 0"),
-        (torch.ones(2, 31), "shape .2, 31.*2 kv heads of size 32.*expected one value"),
-        (torch.ones(4), "shape .4. for 2 kv heads"),
+        (0.0, "layer 0: cannot use k_scale.*> 0, got.*1 zero"),
+        (-1.0, "layer 0: k_scale is -1"),
+        (-0.5, "layer 0: cannot use k_scale.*1 negative"),
+        (float("nan"), "layer 0: cannot use k_scale.*1 NaN"),
+        (torch.ones(2, 31), "layer 0: cannot use k_scale of shape .2, 31.: accepted.*.2, 32."),
+        (torch.ones(4), "layer 0: cannot use k_scale of shape .4,.: accepted.*.2,."),
     ],
 )
 def test_static_scales(llama, k_scale, why):

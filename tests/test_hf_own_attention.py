@@ -114,7 +114,8 @@ def test_who_asks():
     class Llama(type(AutoConfig.for_model("llama"))):
         pass
 
-    for kind in ("llama", "gpt_oss", "gemma3", "qwen3_next", "t5", "bart", "whisper"):
+    kinds = ("llama", "gpt_oss", "gemma3", "qwen3_next", "t5", "bart", "whisper")
+    for kind in (*kinds, "deepseek_v2", "minicpm3", "moshi"):
         importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
         config = AutoConfig.for_model(kind).get_text_config(decoder=True)
         assert asks(type(config)), kind

@@ -93,11 +93,12 @@ def _asks(config: type[PreTrainedConfig]) -> bool:
     itself where an implementation is changed later, but class by class: GIT's vision calls it, and
     its text does not. A model that cannot be told counts as one that does not.
     """
-    for base in config.__mro__:
+    for base in config.__mro__[: config.__mro__.index(PreTrainedConfig)]:
         module = sys.modules.get(base.__module__.replace("configuration_", "modeling_"))
         found = [x for x in vars(module).values() if isinstance(x, type)] if module else []
         found = [source(x) for x in found if issubclass(x, torch.nn.Module)]
-        found = [text for text in found if re.search(r"\.update\(\s*(key|cur|k\b)", text)]
+        # What takes K first; MLA's is k_pass, kv_nope and the like.
+        found = [text for text in found if re.search(r"\.update\(\s*(cur|k(?!wargs))", text)]
         if found:
             return all("get_interface(" in text for text in found)
     return False

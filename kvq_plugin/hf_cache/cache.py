@@ -33,8 +33,8 @@ class KVQCache(Cache):
             the model was loaded from.
         block_size: tokens a block, a multiple of 16, of 32 in formats with recent rows.
 
-    Raises ValueError for an unknown format, a model without a full-attention layer, missing or
-    wrong scales; at the first token for K and V that pages cannot hold.
+    Raises ValueError for an unknown format, a model without a full-attention layer, missing scales;
+    at the first token for scales that are wrong and K and V that pages cannot hold.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class KVQCache(Cache):
         text = config.get_text_config(decoder=True)
         is_shared = bool(getattr(text, "num_kv_shared_layers", None))
         for i in ours:
-            layers[i] = KVQLayer(self.format, table, found.get(i), is_shared)
+            layers[i] = KVQLayer(self.format, table, found.get(i), is_shared, i)
         super().__init__(layers=layers)
 
     @classmethod

@@ -7,6 +7,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvq_plugin import hugepages, ops, reference
 from kvq_plugin.formats import GROUP, KVFormat
+from kvq_plugin.hf_cache import scales as static_scales
 from kvq_plugin.hf_cache.paged import Paged, untrained
 from kvq_plugin.hf_cache.table import WIDE, BlockTable, Place, Step
 from kvq_plugin.layout import MAX_HEAD_SIZES
@@ -21,7 +22,7 @@ class KVQLayer(CacheLayerMixin):
     ``[blocks, H, block_size, C]`` uint8, the ``cache`` of :mod:`kvq_plugin.ops`; *table* says whose
     blocks are whose, and layers of one cache share it. *scales* maps ``k`` and ``v`` to static
     scales as :func:`kvq_plugin.hf_cache.scales.read` gives them. *is_shared*: other layers may read
-    this one's K and V, later in the same forward pass.
+    this one's K and V, later in the same forward pass. *number* is the layer's, for messages.
 
     Of formats with recent rows ``pool`` holds the sealed ones and ``recent``, a pool in blocks of
     ``GROUP`` tokens, the others; both are written by the one store of :meth:`commit`.
@@ -36,8 +37,10 @@ class KVQLayer(CacheLayerMixin):
         table: BlockTable,
         scales: dict[str, tuple] | None = None,
         is_shared: bool = False,
+        number: int = 0,
     ) -> None:
         super().__init__()
+        self._number = number
         self.format, self.table, self.is_shared = format, table, is_shared
         self._scales = scales or {}
         self._static: tuple[StaticScale | None, StaticScale | None] = (None, None)
@@ -228,8 +231,8 @@ class KVQLayer(CacheLayerMixin):
         self.pool = self._new_pool(self.format, self.table.block_size)
         if self.format.recent is not None:
             self.recent = self._new_pool(self.format.recent, GROUP)
-        self._static = tuple(
-            self._expand(self._scales.get(name), stream) for name, stream in self._streams()
+        self._static = static_scales.expand(
+            self.format, self._scales, self._number, self._heads, self._size, device
         )
         self.is_initialized = True
 
@@ -238,26 +241,6 @@ class KVQLayer(CacheLayerMixin):
         content = format.bytes_per_token(self._size, block_size)
         shape = (0, self._heads, block_size, content)
         return torch.empty(shape, dtype=torch.uint8, device=self.device)
-
-    def _streams(self):
-        return (("k", self.format.key), ("v", self.format.value))
-
-    def _expand(self, static: tuple | None, stream) -> StaticScale | None:
-        if stream.is_dynamic:
-            return None
-        scale, zero_point = (
-            x if x is None else torch.as_tensor(x, dtype=torch.float32, device=self.device)
-            for x in static or (self.format.default_scale, None)
-        )
-        shapes = (), (1,), (self._heads,), (self._heads, self._size)
-        for x in (scale, zero_point):
-            if x is not None and x.shape not in shapes:
-                raise ValueError(
-                    f"KVQCache: a scale or zero point of shape {list(x.shape)} for "
-                    f"{self._heads} kv heads of size {self._size}: expected one value, one per kv "
-                    "head, or [kv heads, head size]"
-                )
-        return StaticScale.expand(scale, self._heads, self._size, zero_point)
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Take ``[B, H, T, D]`` in; returns all of K and V, as :class:`Paged`."""

@@ -10,6 +10,8 @@ import torch
 from kvq_plugin import inspection
 from kvq_plugin.formats import KVFormat
 from kvq_plugin.hf_cache.paged import say_once
+from kvq_plugin.reference import StaticScale
+from kvq_plugin.serving.scales.shapes import HeadShard, ScaleReader
 
 #: Layer number -> ``k``, ``v`` -> (scale, zero point or None), each ``()``, ``(H,)``, ``(H, D)``.
 LayerScales = dict[int, dict[str, tuple[torch.Tensor, torch.Tensor | None]]]
@@ -79,12 +81,36 @@ def _pair(number: int, values: Mapping[str, torch.Tensor]) -> dict:
             f"layer {number} lacks {' and '.join(sorted(missing))}: expected k_scale and v_scale "
             "for every full-attention layer"
         )
-    for name in ("k_scale", "v_scale"):
-        value = torch.as_tensor(values[name])
-        if not bool((value.isfinite() & (value > 0)).all()):
-            raise ValueError(
-                f"layer {number}: {name} has values from {value.min().item():.4g} to "
-                f"{value.max().item():.4g}: expected finite scales above 0; recalibrate with `kvq "
-                "calibrate`, or use 'int8_per_token_head', which needs none"
-            )
     return {x: (values[f"{x}_scale"], values.get(f"{x}_zero_point")) for x in ("k", "v")}
+
+
+def expand(
+    format: KVFormat,
+    given: Mapping[str, tuple],
+    number: int,
+    heads: int,
+    size: int,
+    device: torch.device,
+) -> tuple[StaticScale | None, StaticScale | None]:
+    """K's and V's scales for the kernels, of layer *number*: None of streams that compute theirs.
+
+    Raises ValueError for shapes and values that serving refuses in a checkpoint.
+    """
+    reader = ScaleReader(f"KVQCache, layer {number}", HeadShard(heads, 0, heads), size, size, heads)
+    statics: list[StaticScale | None] = []
+    for name, stream in (("k", format.key), ("v", format.value)):
+        if stream.is_dynamic:
+            statics.append(None)
+            continue
+        parameters = (f"{name}_scale", f"{name}_zero_point")
+        pair = zip(parameters, given.get(name, (None, None)), strict=True)
+        found = reader.read({p: torch.as_tensor(x) for p, x in pair if x is not None}, format)
+        scale = found.get(parameters[0], format.default_scale)
+        if scale is None:
+            raise ValueError(
+                f"KVQCache, layer {number}: {parameters[0]} is -1, which says that there is none: "
+                "expected one above 0; calibrate the model with `kvq calibrate`"
+            )
+        static = StaticScale.expand(scale, heads, size, found.get(parameters[1]))
+        statics.append(static.to(device))
+    return statics[0], statics[1]

@@ -69,7 +69,7 @@ class Settings:
         return Asked(items, entries)
 
     def _check_lengths(self, model: str) -> None:
-        """Before questions are made: of 100 million tokens that takes an hour."""
+        """Before questions are made: of 100 million tokens that takes over a minute."""
         limit = _stretched(model) if self.names else None
         if limit is not None and max(self.lengths) > limit:
             raise ValueError(
