@@ -231,6 +231,18 @@ def test_layers_that_were_not_told_are_no_silent_fallback(dtype, load):
         load(dtype, {}, model="falcon", **more)
 
 
+@pytest.mark.parametrize("dtype", ["int4", "k3v2", "k8v4", "int8_per_token_head"])
+def test_recent_rows_of_a_prefix_lm_are_refused(dtype, load):
+    """HRM-Text, to whose layers vLLM gives a backend around ours that attends in both directions:
+    engines started, and ended with their first request."""
+    if dtype in ("k8v4", "int8_per_token_head"):
+        _, layers, _ = load(dtype, {}, model="prefix_lm")
+        assert {layer.kv_cache_dtype for layer in layers} == {dtype}
+        return
+    with pytest.raises(ValueError, match=f"{dtype} was asked for .*both directions.*use .*k8v4"):
+        load(dtype, {}, model="prefix_lm")
+
+
 @pytest.mark.parametrize(
     "model, layers, found",
     [

@@ -96,14 +96,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Models whose checkpoints name their scales in a way of their own, and one whose layers vLLM makes
-#: without a cache configuration; loaded, not generated with.
+#: Models whose checkpoints name their scales in a way of their own, one whose layers vLLM makes
+#: without a cache configuration, and one that sees its prompt in both directions; loaded, not
+#: generated with.
 LOADED_ONLY: dict[str, dict[str, Any]] = {
     "falcon": {
         **{k: _BASE[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")},
         "model_type": "falcon",
         "num_attention_heads": 4,
         "initializer_range": STD,
+    },
+    "prefix_lm": {
+        **{key: value for key, value in _BASE.items() if key != "num_key_value_heads"},
+        "model_type": "hrm_text",
+        "num_layers_per_stack": 1,
+        "H_cycles": 1,
+        "L_cycles": 1,
     },
     "hy_v3": {
         **_BASE,

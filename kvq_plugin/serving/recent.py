@@ -94,6 +94,7 @@ def prepare(layer: torch.nn.Module, vllm_config: Any) -> None:
         target = layers.get(layer.kv_sharing_target_layer_name)
         layer.kvq_recent = getattr(target, "kvq_recent", None)
     elif is_sealed(layer):
+        _require_causal(layer, vllm_config)
         recent = RecentRows(layer, run)
         layers[recent.name] = recent
         layer.kvq_recent = recent
@@ -106,6 +107,17 @@ def is_sealed(layer: torch.nn.Module) -> bool:
     """Whether *layer*'s cache holds sealed rows: then it has recent ones beside them."""
     impl = getattr(layer, "impl", None)
     return isinstance(impl, base.KVQImpl) and impl.kernel_format.recent is not None
+
+
+def _require_causal(layer: torch.nn.Module, vllm_config: Any) -> None:
+    """Raise ValueError for a layer that sees tokens to come: recent rows serve queries that do not,
+    and nothing asks before the first request. Its spec alone tells (vLLM 0.29 on)."""
+    if getattr(layer.get_kv_cache_spec(vllm_config), "non_causal", False):
+        raise ValueError(
+            f"--kv-cache-dtype {layer.kv_cache_dtype} was asked for {layer.layer_name}, which "
+            "attends in both directions, as a prefix LM does: supported are layers with causal "
+            "attention; use --kv-cache-dtype k8v4 or int8_per_token_head"
+        )
 
 
 def _narrow(stock: Callable[[Any], Any], run: KVFormat) -> Callable[[Any], Any]:
