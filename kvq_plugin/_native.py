@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,38 @@ def load() -> ctypes.CDLL:
     if forced := os.environ.get("KVQ_ISA"):
         _switch(library, forced)
     return library
+
+
+_user: int | None = None  # the process that uses the kernels; in a fork of it, still its parent's
+
+
+def survive_forks(forget: Callable[[], None]) -> None:
+    """Told before this process uses the kernels. In forks of it *forget* is called, which has
+    :mod:`~kvq_plugin.ops` tell of these, too.
+
+    GNU's OpenMP, which torch brings, waits in such a process for threads that only its parent has,
+    for ever; with one thread it asks for none. Bits do not depend on the number of threads.
+    """
+    global _user
+    if _user is None:
+        os.register_at_fork(after_in_child=forget)  # for good, and forks inherit it
+    elif _user != os.getpid() and torch.get_num_threads() > 1 and not _openmp_forks():
+        torch.set_num_threads(1)
+        warnings.warn(
+            f"kvq_plugin: this process was forked off one that uses the kernels ({_user}), whose "
+            "threads it lacks: results are the same, by one thread. For more, start processes "
+            "with multiprocessing's 'spawn'",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    _user = os.getpid()
+
+
+def _openmp_forks() -> bool:
+    """Whether Intel's or LLVM's OpenMP is in use, preloaded before torch's: after a fork these
+    start threads anew."""
+    maps = Path("/proc/self/maps").read_text()
+    return "libiomp5" in maps or "/libomp.so" in maps
 
 
 def isa() -> str:

@@ -35,6 +35,7 @@ def _use_reference(device: str = "cpu") -> bool:
     if kernels == "native" and device == "cpu":
         _native.load()
         _register_fakes()
+        _native.survive_forks(_use_reference.cache_clear)
     return kernels == "reference"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from kvq_plugin import cli
 from kvq_plugin.bench import cases, engine, kernels, output, serve
 from kvq_plugin.bench.timing import interleave
 from kvq_plugin.formats import FORMATS
@@ -70,6 +72,14 @@ def test_rows_are_written_and_drawn(monkeypatch, tmp_path, kind):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{kind}.csv", f"{kind}.png"]
 
 
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    said = "x.csv was not written .*No space left.*another --out"
+    with pytest.raises(OSError, match=said), output._replacing(tmp_path / "x.csv") as temporary:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_engines_take_turns_and_one_that_fails_is_reported(smollm2):
@@ -83,6 +93,83 @@ def test_engines_take_turns_and_one_that_fails_is_reported(smollm2):
     assert seen[-4:] == ["vLLM", "ours"] * 2 and all(t > 0 for s in steps.values() for t in s)
     with pytest.raises(ServerError, match="int8_per_token_head"):  # what it says to use instead
         engine.decode_steps(load, [engine.Engine("static", "int8")])
+
+
+@pytest.mark.parametrize(("streams", "context"), [(6, 7000), (24, 4000), (1, 1)])
+def test_no_stream_ends_before_the_last_burst(streams, context):
+    """The first ones decode while the last are prefilled, a step of 4096 tokens after the other."""
+    load = engine.Load("m", [[7] * context] * streams, bursts=8, eager=True, kv_memory_bytes=1)
+    left, decoded = [context] * streams, [0] * streams
+    while any(left):
+        room = engine.STEP_TOKENS
+        for i in sorted(range(streams), key=lambda i: left[i] > 0):  # the running ones come first
+            done = min(left[i] or 1, room)
+            room -= done
+            if left[i]:
+                left[i] -= done
+            decoded[i] += done > 0 and not left[i]
+    needed = max(decoded) + engine.WARM_UP + load.bursts * engine.BURST
+    assert needed <= load.tokens <= needed + 4 and load.length == context + load.tokens
+
+
+def test_a_step_without_all_streams_is_refused(monkeypatch):
+    """A KV cache that does not hold them all decodes some first, and its steps are faster."""
+
+    class Process:
+        def send(self, message):
+            self.asked = message
+
+        def receive(self):
+            return [(0.5, 4), (0.25, decoding)] * (self.asked // 2) if self.asked == 8 else None
+
+    @contextmanager
+    def process(*args, **kwargs):
+        yield Process()
+
+    monkeypatch.setattr(engine, "engine_process", process)
+    load = engine.Load("m", [[7] * 500] * 4, bursts=2, eager=True, kv_memory_bytes=30 << 20)
+    decoding = 4
+    steps = engine.decode_steps(load, [engine.Engine("vLLM", "auto")])
+    assert steps == {"vLLM": [0.25, *[0.5, 0.25] * 3] * 2}
+    decoding = 1
+    with pytest.raises(ValueError, match="all 4 streams of 500 tokens, got one with 1.*raise --kv"):
+        engine.decode_steps(load, [engine.Engine("vLLM", "auto")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("attention --dtypes kvq_mixed", "expected formats, of fp8_e4m3.*kvq bench engine"),
+        ("store --threads 1000000", "expected at most [0-9]+, the processors"),
+        ("generate --dtypes kvq_mixed", "expected formats"),
+        ("generate --contexts 460", "take 524 positions, and the model has 512"),
+        ("engine --dtypes kvq_mixed --context 20 --streams 1", "kvq_mixed was asked of"),
+        ("engine --context 450 --streams 1", "positions, and the model has 512"),
+        ("serve --dtypes int8 --input 20 --output 20", "int8 was asked of.*kvq calibrate"),
+        ("serve --input 400 --output 112", "take 513 positions, and the model has 512"),
+    ],
+)
+def test_what_cannot_run_is_refused_first(arguments, said, tmp_path, monkeypatch, capfd, smollm2):
+    from tiny_models import make
+
+    from kvq_plugin import evaluate
+
+    def start(*args, **kwargs):
+        raise AssertionError("an engine was started")
+
+    for name in ("run_kernels", "run_engines", "run_serve", "run_generate"):
+        monkeypatch.setattr(output, name, start)
+    tokenizer = evaluate.load_tokenizer(str(smollm2))
+    monkeypatch.setattr(evaluate, "load_tokenizer", lambda model: tokenizer)
+    kind, *rest = arguments.split()
+    has_model = kind not in kernels.KINDS
+    model = ["--model", str(make(tmp_path, "gqa"))] if has_model else []
+    try:
+        assert cli.main(["bench", kind, *model, *rest]) == 1
+    except SystemExit as error:  # argparse's
+        assert error.code == 2
+    err = capfd.readouterr().err
+    assert re.search(said, err) and "Traceback" not in err, err
 
 
 def test_generate_measures_every_cache_that_works(tmp_path, capsys):

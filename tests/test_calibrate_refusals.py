@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from tiny_models import make
 from transformers import BertConfig, BertModel
 
 from kvq_plugin import cli
+from kvq_plugin.allocate import output as allocate_output
 from kvq_plugin.calibrate import output as output_module
 from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.calibrate.engine import broken_message
-from kvq_plugin.calibrate.output import SCALES, Target
+from kvq_plugin.calibrate.output import FIGURES, SCALES, Target
 from kvq_plugin.calibrate.run import _few_tokens, _require_fitting
 from kvq_plugin.calibrate.settings import Settings, Strategy
 from kvq_plugin.serving.scales.declared import INDEX
@@ -287,3 +289,24 @@ def test_a_model_without_a_tokenizer_is_said_so(tmp_path, capsys):
     """transformers makes one of no words for it, by which any text has no tokens."""
     model = make(tmp_path, "gpt2")
     assert "there is no usable one" in refusal([str(model), "-o", str(tmp_path / "out")], capsys)
+
+
+def test_force_does_not_take_what_kvq_allocate_wrote(tiny, tmp_path):
+    """It keeps a calibrated model's scales, and `kvq calibrate` a model's figures: each replaces
+    its own outputs all the same."""
+    mapping, found = {"default": "int8"}, SimpleNamespace(figures=lambda: {"bits": 8})
+    calibrated, allocated, again = (tmp_path / name for name in ("c", "a", "again"))
+    by_hf(tiny, calibrated)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(allocate_output, "plot", lambda found, file: None)
+        source = Source.find(str(calibrated))
+        allocate_output.write(source, Target(allocated), mapping, found)
+        assert (allocated / SCALES).is_file()
+        with pytest.raises(ValueError, match="a was written by `kvq allocate`, which keeps"):
+            by_hf(tiny, allocated, force=True)
+        allocate_output.write(source, Target(allocated, force=True), mapping, found)
+        by_hf(allocated, again)
+        assert (again / FIGURES).is_file()
+        with pytest.raises(ValueError, match="again was written by `kvq calibrate`, which keeps"):
+            allocate_output.require_free(Target(again, force=True), source)
+        by_hf(allocated, again, force=True)

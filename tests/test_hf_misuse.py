@@ -250,3 +250,23 @@ def test_cross_attention(both):
         return
     with pytest.raises(ValueError, match="cross attention.*EncoderDecoderCache"):
         model.generate(ids(2, 30), **call)
+
+
+@pytest.mark.parametrize("kind", ("xlstm", "rwkv"))
+def test_models_that_would_not_use_the_cache_are_refused(kind):
+    config = AutoConfig.for_model(kind)
+    for make in (lambda: KVQCache(config, DEFAULT), lambda: KVQCache.like(config, backend="hqq")):
+        with pytest.raises(ValueError, match=f"{kind} models keep a recurrent state"):
+            make()
+
+
+def test_the_options_of_a_model_whose_layers_differ_go_by_the_largest_head():
+    config = AutoConfig.for_model("gemma4_text")
+    assert KVQCache.like(config, backend="quanto", nbits=8, q_group_size=512).format.name == DEFAULT
+    with pytest.raises(ValueError, match="q_group_size=256.*the 512 values"):
+        KVQCache.like(config, backend="quanto", nbits=8, q_group_size=256)
+
+
+def test_the_options_of_a_model_without_attention_end_in_words():
+    with pytest.raises(ValueError, match="no layer of this mamba model has full attention"):
+        KVQCache.like(AutoConfig.for_model("mamba"), backend="quanto", q_group_size=64)

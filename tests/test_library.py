@@ -319,3 +319,45 @@ def test_strides_beyond_32_bits(isa):
             outputs.append(out)
     assert torch.equal(*outputs)
     assert len(blocks) == 2
+
+
+FORKED = """
+import os, signal, warnings
+import torch
+from kvq_plugin import ops
+from kvq_plugin.formats import get_format
+
+torch.set_num_threads(2)
+format, size = get_format("int8_per_token_head"), 64
+cache = torch.zeros(64, 4, 128, format.bytes_per_token(size, 128), dtype=torch.uint8)
+x, slots = torch.randn(64 * 128, 4, size), torch.arange(64 * 128)
+query, out = torch.randn(4, 16, size), torch.empty(4, 16, size)
+table = torch.arange(64, dtype=torch.int32).view(4, 16)
+lengths, starts = torch.full((4,), 2048, dtype=torch.int32), torch.arange(5, dtype=torch.int32)
+
+def used():
+    ops.store(x, x, cache, slots, format)
+    ops.attend(out, query, cache, table, lengths, starts, format, 0.125)
+    return out.clone()
+
+first = used()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        same = torch.equal(used(), first)
+        used()
+    print(same, torch.get_num_threads(), [str(w.message) for w in said], flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "the forked process hangs"
+used()
+print(torch.get_num_threads())
+"""
+
+
+def test_a_process_that_is_forked_off_has_one_thread_and_the_same_bits():
+    """It waited for ever for the threads of its parent."""
+    forked, parent = in_subprocess(FORKED).splitlines()
+    assert forked.startswith('True 1 ["kvq_plugin: this process was forked off one that uses the')
+    assert forked.count("kvq_plugin:") == 1 and parent == "2"

@@ -222,6 +222,25 @@ def test_a_program_has_a_folder_and_its_workers_the_same(tmp_path, monkeypatch):
     metrics.os.close(metrics._lock)
 
 
+def test_what_a_program_serves_itself_has_the_figures(tmp_path, monkeypatch):
+    """`vllm run-batch --enable-metrics` serves prometheus_client's own registry, and asks vLLM for
+    none; an API server that then asks adds them no second time."""
+    registry = CollectorRegistry()
+    monkeypatch.setattr("prometheus_client.REGISTRY", registry)
+    monkeypatch.setattr(metrics, "_folder", None)
+    monkeypatch.setattr(metrics, "_lock", None)
+    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(metrics.atexit, "register", lambda *args: None)
+    monkeypatch.delenv(metrics.FOLDER, raising=False)
+    metrics.make_folder()
+    files = metrics.Files(metrics._folder, 1)
+    metrics.add(files.gauge(metrics.LAYERS, engine="0", format="int4"), 2)
+    for _ in range(2):
+        assert generate_latest(registry).decode().count("\nkvq:cache_layers{") == 1
+        metrics.add_to(registry)
+    metrics.os.close(metrics._lock)
+
+
 def test_the_folder_of_a_server_that_was_killed_goes_with_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(metrics.atexit, "register", lambda *args: None)

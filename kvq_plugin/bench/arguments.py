@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvq_plugin.evaluate import BASELINE
 from kvq_plugin.formats import SERVED
+from kvq_plugin.mapping import MIXED
 from kvq_plugin.options import (
     add_dtypes,
     add_kv_memory,
@@ -24,7 +25,7 @@ def add(command: argparse.ArgumentParser) -> None:
     for kind, repeats in (("attention", 15), ("store", 15)):
         each = kinds.add_parser(kind, help=f"{kind} kernels alone, with vLLM's CPU kernels")
         add_dtypes(each, kernels)
-        each.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
+        each.add_argument("--threads", type=_threads, default=len(os.sched_getaffinity(0)))
         each.add_argument("--repeats", type=positive, default=repeats)
         each.add_argument("--out", type=Path, help="folder for a CSV and a plot")
         each.set_defaults(run=_run_kernels, kind=kind)
@@ -75,10 +76,47 @@ def add(command: argparse.ArgumentParser) -> None:
     generate.set_defaults(run=_run_generate)
 
 
+def _threads(text: str) -> int:
+    """A number of threads; a million end the process without a word."""
+    count, cores = positive(text), os.cpu_count() or 1
+    if count > cores:
+        raise argparse.ArgumentTypeError(
+            f"expected at most {cores}, the processors of this machine, got {text}: more threads "
+            "than that wait for one another"
+        )
+    return count
+
+
+def _uniform(options: argparse.Namespace) -> list[str]:
+    """Names of our formats among ``--dtypes``; ValueError for a mapping, which belongs to a served
+    model."""
+    if MIXED in options.dtypes:
+        raise ValueError(
+            f"--dtypes has {MIXED}, a KV cache for each layer of a checkpoint that vLLM serves: "
+            f"expected formats, of {', '.join(SERVED)}; time its formats one by one, or use `kvq "
+            "bench engine` or `kvq bench serve` with a checkpoint that `kvq allocate` wrote"
+        )
+    return [name for name in options.dtypes if name != BASELINE]
+
+
+def _check_model(model: str, options: argparse.Namespace, needed: int, what: str) -> None:
+    """ValueError, before engines start, for a dtype that cannot serve *model*, and where it has no
+    positions for *needed* tokens, which are *what*."""
+    from kvq_plugin.inspection import check_dtypes
+    from kvq_plugin.tasks.asked import positions
+
+    check_dtypes(model, options.dtypes)
+    limit = positions(model)
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"{what} take {needed:,} positions, and the model has {limit:,}: ask for fewer tokens"
+        )
+
+
 def _run_kernels(options: argparse.Namespace) -> None:
     from kvq_plugin.bench import output
 
-    names = [name for name in options.dtypes if name != BASELINE]
+    names = _uniform(options)
     output.run_kernels(options.kind, names, options.threads, options.repeats, options.out)
 
 
@@ -95,14 +133,19 @@ def _run_engine(options: argparse.Namespace) -> None:
         eager=not options.compiled,
         kv_memory_bytes=int(options.kv_memory_gib * 2**30),
     )
+    what = f"streams of {options.context} tokens, and {load.tokens} that each decodes,"
+    _check_model(model, options, load.length, what)
     output.run_engines(load, engine.beside_stock(options.dtypes))
 
 
 def _run_serve(options: argparse.Namespace) -> None:
     from kvq_plugin.bench import engine, output, serve
 
+    model = model_or_builtin(options.model)
+    what = f"requests of {options.input} tokens in and {options.output} out, and one that begins,"
+    _check_model(model, options, options.input + options.output + 1, what)
     load = serve.Load(
-        model=model_or_builtin(options.model),
+        model=model,
         requests=options.requests,
         input=options.input,
         output=options.output,
@@ -114,17 +157,19 @@ def _run_serve(options: argparse.Namespace) -> None:
 
 
 def _run_generate(options: argparse.Namespace) -> None:
-    from kvq_plugin.bench import output
+    from kvq_plugin.bench import generate, output
     from kvq_plugin.evaluate import builtin_text, load_tokenizer, make_windows
 
-    model = model_or_builtin(options.model)
-    [prompt] = make_windows(load_tokenizer(model), builtin_text(), 1, max(options.contexts) + 1)
+    model, dtypes, most = model_or_builtin(options.model), _uniform(options), max(options.contexts)
+    new = 1 + (1 + options.bursts) * generate.BURST  # after a token of the text, a burst to warm up
+    _check_model(model, options, most + new, f"contexts of {most} tokens and {new} after them")
+    [prompt] = make_windows(load_tokenizer(model), builtin_text(), 1, most + 1)
     output.run_generate(
         model,
         prompt,
         options.contexts,
         options.batches,
-        [name for name in options.dtypes if name != BASELINE],
+        dtypes,
         options.bursts,
         options.out,
     )

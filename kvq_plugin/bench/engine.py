@@ -20,6 +20,9 @@ from kvq_plugin.servers import EngineProcess, engine_process, run_engine
 
 BURST = 8
 BLOCK = 128
+WARM_UP = 3  # steps that are not counted
+#: Tokens of a step at most: vLLM's number for an LLM on a CPU.
+STEP_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,19 @@ class Load:
     bursts: int
     eager: bool
     kv_memory_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """That each stream decodes at most: the first ones go on while the last are prefilled, and
+        one that ended early would leave the others a faster step."""
+        # Streams that decode take a token each of a step's.
+        room = max(STEP_TOKENS - len(self.prompts), 1)
+        return -(-sum(map(len, self.prompts)) // room) + WARM_UP + self.bursts * BURST + 2
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest stream at its end."""
+        return max(map(len, self.prompts)) + self.tokens
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,8 @@ def decode_steps(
 ) -> dict[str, list[float]]:
     """Seconds of every timed step per engine. *tick* after each start and each round of bursts.
 
-    Raises ServerError with the end of an engine's log when it fails.
+    Raises ServerError with the end of an engine's log when it fails, and ValueError where its KV
+    cache does not hold all streams at once.
     """
     with ExitStack() as stack:
         running: dict[str, EngineProcess] = {}
@@ -72,9 +89,23 @@ def decode_steps(
             for name, process in running.items():
                 stage(name)
                 process.send(BURST)
-                steps[name] += process.receive()[1:]  # the first wakes threads and caches
+                seconds, streams = zip(*process.receive(), strict=True)
+                check_streams(load, name, min(streams))
+                steps[name] += seconds[1:]  # the first wakes threads and caches
             tick()
         return steps
+
+
+def check_streams(load: Load, name: str, decoding: int) -> None:
+    """ValueError where a step of engine *name* gave a token to *decoding* streams, not to all: it
+    would be a step of another load than the title says."""
+    if decoding < len(load.prompts):
+        raise ValueError(
+            f"{name}: expected every step to decode all {len(load.prompts)} streams of "
+            f"{len(load.prompts[0]):,} tokens, got one with {decoding}: "
+            f"{load.kv_memory_bytes / 2**30:g} GiB of KV cache do not hold them at once; raise "
+            "--kv-memory-gib, or lower --streams or --context"
+        )
 
 
 def _work(pipe: Connection) -> None:
@@ -89,23 +120,23 @@ def _work(pipe: Connection) -> None:
         pipe.send([step() for _ in range(pipe.recv())])
 
 
-def _start(load: Load, engine: Engine) -> Callable[[], float]:
-    """Prefill everything; returns a function that decodes one step and says how long it took."""
+def _start(load: Load, engine: Engine) -> Callable[[], tuple[float, int]]:
+    """Prefill everything; returns a function that decodes one step and says how long it took, and
+    how many streams got a token."""
     from vllm import LLM, SamplingParams
 
-    steps = load.bursts * BURST + 8
-    length = max(len(p) for p in load.prompts) + steps
     llm = LLM(
         load.model,
         kv_cache_dtype=engine.kv_cache_dtype,
         kv_cache_memory_bytes=load.kv_memory_bytes,
-        max_model_len=-(-length // BLOCK) * BLOCK,
+        max_model_len=load.length,
         max_num_seqs=len(load.prompts),
+        max_num_batched_tokens=max(STEP_TOKENS, len(load.prompts)),
         enforce_eager=load.eager,
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
-    params = SamplingParams(max_tokens=steps, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=load.tokens, temperature=0.0, ignore_eos=True)
     core = llm.llm_engine
     for i, prompt in enumerate(load.prompts):
         core.add_request(str(i), {"prompt_token_ids": prompt}, params)
@@ -113,12 +144,12 @@ def _start(load: Load, engine: Engine) -> Callable[[], float]:
     while len(decoding) < len(load.prompts):
         decoding |= {out.request_id for out in core.step() if out.outputs[0].token_ids}
 
-    def step() -> float:
+    def step() -> tuple[float, int]:
         begin = time.perf_counter()
-        core.step()
-        return time.perf_counter() - begin
+        outputs = core.step()
+        return time.perf_counter() - begin, len(outputs)
 
-    for _ in range(3):
+    for _ in range(WARM_UP):
         step()
     return step
 

@@ -42,6 +42,10 @@ def _replacing(path: Path):
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:  # a full disk's names no file
+        raise OSError(
+            f"{path} was not written ({error}): make room there, or name another --out"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -5,12 +5,13 @@ not at all. Weights are hard links where the file system allows it.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from kvq_plugin.serving.scales.declared import INDEX, quantization_section
 SCALES = "kv_scales.safetensors"
 #: What `kvq allocate` leaves beside a mapping; it tells its earlier outputs by the first.
 FIGURES, PLOT = "kvq_allocation.json", "kvq_allocation.png"
+_KEPT = "kvq_allocation"  # in the header of SCALES: digest of the FIGURES that were kept
 _SPARE = 64 << 20  # bytes to leave free
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
@@ -68,10 +70,15 @@ class Target:
         if not self.force:
             raise ValueError(f"{self.folder} exists: name another output, or pass --force")
         if not (self.folder / mark).is_file():
-            raise ValueError(
-                f"--force replaces what `{command}` wrote, and {self.folder} has no {mark}: "
-                "remove it yourself, or name another output"
-            )
+            why = f"has no {mark}"
+        elif (writer := _writer(self.folder)) != command:
+            why = f"was written by `{writer}`, which keeps the {mark} of its model"
+        else:
+            return
+        raise ValueError(
+            f"--force replaces what `{command}` wrote, and {self.folder} {why}: remove it "
+            "yourself, or name another output"
+        )
 
     def _check_room(self, source: Source, parent: Path) -> None:
         linked = not self.copy and _can_link(source.folder, parent)
@@ -128,6 +135,22 @@ class Target:
             ) from None
 
 
+def _writer(folder: Path) -> str:
+    """The command that wrote *folder*, which has SCALES or FIGURES. Each keeps the other's file of
+    its model, and scales say which figures came with them."""
+    scales, figures = folder / SCALES, folder / FIGURES
+    if not figures.is_file():
+        return "kvq calibrate"
+    kept = None
+    with suppress(SafetensorError, OSError), safe_open(scales, framework="pt") as header:
+        kept = (header.metadata() or {}).get(_KEPT)
+    return "kvq calibrate" if kept == _digest(figures) else "kvq allocate"
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def _can_link(folder: Path, parent: Path) -> bool:
     return folder.resolve().stat().st_dev == parent.stat().st_dev
 
@@ -153,13 +176,16 @@ def write(
             if kept:
                 put(source.folder / file, folder / name, None if kept == names else kept, target)
             weight_map |= dict.fromkeys(kept, name)
+        without = (FIGURES, PLOT) if drops_mapping(source.config) else ()
+        if (figures := source.folder / FIGURES).is_file() and not without:
+            metadata = {**metadata, _KEPT: _digest(figures)}
         _save(dict(tensors), folder / SCALES, {"format": "pt", **metadata})
         weight_map |= dict.fromkeys(tensors, SCALES)
         size = sum((folder / file).stat().st_size for file in set(weight_map.values()))
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(folder / INDEX, index)
         write_json(folder / CONFIG, with_scheme(source, scheme, skipped))
-        copy_rest(source, folder, (FIGURES, PLOT) if drops_mapping(source.config) else ())
+        copy_rest(source, folder, without)
 
 
 def _shard_name(source: Source, file: str) -> str:

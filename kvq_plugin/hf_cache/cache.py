@@ -15,6 +15,9 @@ from kvq_plugin.hf_cache import scales as static_scales
 from kvq_plugin.hf_cache.layer import KVQLayer
 from kvq_plugin.hf_cache.table import BlockTable
 
+#: Models whose state is no K and V, though a DynamicCache has layers for them as for others;
+#: they take past_key_values without a word, and would run with a cache that stays empty.
+RECURRENT = ("rwkv", "xlstm")
 #: Tokens a block: vLLM's on CPUs, and what a sequence may leave unused.
 BLOCK_SIZE = 128
 
@@ -51,6 +54,12 @@ class KVQCache(Cache):
         step = self.format.block_size_step
         if type(block_size) is not int or block_size <= 0 or block_size % step:
             raise ValueError(f"block_size={block_size!r}: expected a multiple of {step}")
+        text = config.get_text_config(decoder=True)
+        if text.model_type in RECURRENT:
+            raise ValueError(
+                f"{text.model_type} models keep a recurrent state and no K and V, so there is "
+                "nothing to quantize: expected a model with attention; leave the cache out"
+            )
         layers = DynamicCache(config=config).layers
         ours = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not ours:
@@ -61,7 +70,6 @@ class KVQCache(Cache):
         model = getattr(config, "_name_or_path", None)
         found = static_scales.read(self.format, scales, model, ours)
         table = BlockTable(block_size, self.format)
-        text = config.get_text_config(decoder=True)
         is_shared = bool(getattr(text, "num_kv_shared_layers", None))
         for i in ours:
             layers[i] = KVQLayer(self.format, table, found.get(i), is_shared, i)
@@ -87,10 +95,10 @@ class KVQCache(Cache):
         ``q_group_size`` may be the head size or more, ``residual_length`` 0. Raises ValueError
         naming the option that has no equivalent, and what to pass instead.
         """
-        text = config.get_text_config(decoder=True)
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"KVQCache of {type(config).__name__}: expected model.config")
         name = options.format_like(
-            size,
+            _largest_head(config.get_text_config(decoder=True)),
             backend=backend,
             nbits=nbits,
             axis_key=axis_key,
@@ -108,3 +116,15 @@ class KVQCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all pages."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, KVQLayer))
+
+
+def _largest_head(text: PreTrainedConfig) -> int | None:
+    """The largest head size of any layer; None where *text* states none, as without attention."""
+    each = getattr(text, "per_layer_config", None) or ()
+    layers = [*(each.values() if isinstance(each, Mapping) else each)] or [text]
+    sizes = [
+        getattr(of, "head_dim", None) or of.hidden_size // of.num_attention_heads
+        for of in layers
+        if getattr(of, "num_attention_heads", None)
+    ]
+    return max(sizes, default=None)

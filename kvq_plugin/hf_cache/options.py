@@ -9,7 +9,7 @@ FP8 = "fp8_per_token_head"
 
 
 def format_like(
-    head_size: int,
+    head_size: int | None,
     *,
     backend: str,
     nbits: int | None,
@@ -19,7 +19,8 @@ def format_like(
     residual_length: int | None,
     has_scales: bool,
 ) -> str:
-    """The name of the format for these options; ValueError naming the one that has none."""
+    """The name of the format for these options; ValueError naming the one that has none. Without a
+    *head_size* any group size will do: there is nothing to quantize, as the cache then says."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
     if backend == "fp8":
@@ -50,7 +51,7 @@ def format_like(
             f"{name!r} has a scale per token and head, axis -1; for scales per channel run `kvq "
             "calibrate` and pass nbits=8 and scales=DIRECTORY",
         )
-    if q_group_size is not None and q_group_size < head_size and name != "int8":
+    if q_group_size is not None and q_group_size < (head_size or 0) and name != "int8":
         raise _no(
             "q_group_size",
             q_group_size,

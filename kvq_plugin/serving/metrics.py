@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -79,6 +80,10 @@ def make_folder() -> None:
         return
     os.environ[FOLDER] = _folder
     atexit.register(_remove, _folder, os.getpid())
+    # What this process may serve without vLLM's routes, as `vllm run-batch --enable-metrics` does.
+    # Not imported here: prometheus_client looks then whether there are several API servers.
+    if (client := sys.modules.get("prometheus_client")) is not None:
+        add_to(client.REGISTRY)
 
 
 def _locked_folder() -> tuple[str, int]:
