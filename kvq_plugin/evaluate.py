@@ -23,9 +23,11 @@ from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.servers import engine_process, run_engine
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.scales.declared import read_config, unquantized_dtype
+from kvq_plugin.texts import BUILTIN_TEXT as BUILTIN_TEXT
+from kvq_plugin.texts import builtin_text as builtin_text
+from kvq_plugin.texts import read_text as read_text
 
 WINDOW = 2048
-BUILTIN_TEXT = "builtin"
 BASELINE = "auto"
 #: The text that the unquantized engine wrote itself.
 OWN = "own generations"
@@ -46,48 +48,6 @@ _TOKENIZER_FILES = (
 Window = list[int]
 Question = tuple[Window, int]  # a prompt, and the tokens that its answer may have
 Tick = Callable[[], None]
-
-
-def builtin_text() -> str:
-    """Technical prose that every Python carries: the language reference of ``pydoc_data``.
-
-    All topics in the order of their names, an empty line between two: 470,000 characters,
-    113,000 SmolLM2 tokens. The text changes with Python's minor version, so only figures of
-    one interpreter compare.
-    """
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def read_text(name: str) -> str:
-    """The text called ``builtin``, else the UTF-8 file *name*.
-
-    Raises FileNotFoundError where there is none, and ValueError for another encoding or what is no
-    file.
-    """
-    if name == BUILTIN_TEXT:
-        return builtin_text()
-    if not name.strip():
-        raise ValueError(
-            "expected a file of UTF-8 text, got an empty name: is a shell variable unset? "
-            f"{BUILTIN_TEXT!r} is the text that Python carries"
-        )
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no such text: {name} is no file: expected one of UTF-8 text, or {BUILTIN_TEXT!r}"
-        ) from None
-    except IsADirectoryError:
-        raise ValueError(
-            f"{name} is a directory: expected a file of UTF-8 text, or {BUILTIN_TEXT!r}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: expected UTF-8 text, got other bytes ({error}); convert it, as "
-            "`iconv -f latin1 -t utf-8` does"
-        ) from None
 
 
 def load_tokenizer(model: str):
@@ -123,6 +83,13 @@ def cache_dtype(model: str, dtype: str) -> str:
     return unquantized_dtype(read_config(folder / "config.json"), folder)
 
 
+def beginning(tokenizer) -> Window:
+    """The BOS token, where *tokenizer* begins a text with one. One that ends texts with EOS alone
+    makes that of an empty text."""
+    first = tokenizer("").input_ids[:1]
+    return first if tokenizer("a").input_ids[:1] == first else []
+
+
 def make_windows(
     tokenizer, text: str, count: int, length: int = WINDOW, more: int = 0
 ) -> list[Window]:
@@ -132,16 +99,17 @@ def make_windows(
     Where the tokenizer begins a text with a BOS token, so does every window: models trained
     with it use it as an attention sink. Raises ValueError when the text is too short.
     """
-    bos = tokenizer("").input_ids[:1]
+    bos = beginning(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     step = length - len(bos)
     if len(ids) < (count + more) * step:
         asked = f"{count} windows" if count > 1 else "a window"
+        need = "need" if count > 1 or more else "needs"
         besides = f" and {more} more to calibrate on" if more else ""
         fits = len(ids) // step - more
         remedy = f"ask for at most {fits} or give" if fits > 0 else "give"
         raise ValueError(
-            f"the text has {len(ids):,} tokens, {asked} of {length}{besides} need "
+            f"the text has {len(ids):,} tokens, {asked} of {length}{besides} {need} "
             f"{(count + more) * step:,}: {remedy} a longer text"
         )
     return [bos + ids[i * step : (i + 1) * step] for i in range(count + more)]

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from kvq_plugin import __version__, _native
+from kvq_plugin.disk import room_for
 from kvq_plugin.doctor import processor, version
 from kvq_plugin.evaluate import BASELINE, Evaluation, Score
 from kvq_plugin.serving import compat
 from kvq_plugin.tasks import page as task_page
+from kvq_plugin.texts import labels
 
 PAGE, FIGURES = "index.html", "report.json"
 BINS = 32  # of token positions: some 64 tokens of every window each
@@ -106,10 +108,11 @@ def write(
         figures = collected(evaluations, floor, length)
         figures["greedy_tokens_in_common"] = dict(agreements or {})
         figures["tasks"] = dict(tasks or {"generated": {}, "longbench": {}})
-        _plots(scratch, figures)
-        text = json.dumps({"about": dict(about), **figures}, indent=1)
-        (scratch / FIGURES).write_text(text + "\n", encoding="utf-8")
-        (scratch / PAGE).write_text(_page(scratch, figures, about), encoding="utf-8")
+        with room_for(f"the report {folder}", "name another folder with --report"):
+            _plots(scratch, figures)
+            text = json.dumps({"about": dict(about), **figures}, indent=1)
+            (scratch / FIGURES).write_text(text + "\n", encoding="utf-8")
+            (scratch / PAGE).write_text(_page(scratch, figures, about), encoding="utf-8")
         if folder.exists():
             raise ValueError(f"{folder} exists by now: name another folder for the report")
         scratch.rename(folder)
@@ -215,8 +218,8 @@ def _plots(folder: Path, figures: Mapping[str, Any]) -> None:
 
 
 def _label(name: str, text: str, figures: Mapping[str, Any]) -> str:
-    several = len(figures["dtypes"][BASELINE]["texts"]) > 1
-    return f"{name}, {Path(text).name}" if several else name
+    texts = figures["dtypes"][BASELINE]["texts"]
+    return f"{name}, {labels(texts)[text]}" if len(texts) > 1 else name
 
 
 def _draw_perplexity(axis, figures: Mapping[str, Any]) -> bool:
@@ -258,7 +261,7 @@ def _draw_memory(axis, figures: Mapping[str, Any]) -> bool:
             if dtype != BASELINE
         ]
         x, y, names = zip(*points, strict=True)
-        [drawn] = axis.plot(x, y, marker, label=Path(text).name)
+        [drawn] = axis.plot(x, y, marker, label=labels(dtypes[BASELINE]["texts"])[text])
         for point in points:
             axis.annotate(point[2], point[:2], xytext=(5, 5), textcoords="offset points", size=8)
         if with_kl:
@@ -283,8 +286,8 @@ def _loss(of: Mapping[str, Any], with_kl: bool) -> float:
 def _page(folder: Path, figures: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     title = f"KV caches of {about['model']}"
     parts = [f"<h1>{escape(title)}</h1>"]
-    for text in figures["dtypes"][BASELINE]["texts"]:
-        parts += [f"<h2>{escape(Path(text).name)}</h2>", _table(figures, text)]
+    for text, label in labels(figures["dtypes"][BASELINE]["texts"]).items():
+        parts += [f"<h2>{escape(label)}</h2>", _table(figures, text)]
     parts.append(
         '<p class="note">Change: of the perplexity, ± its standard error, on the same tokens. KL '
         "divergence of the next-token distributions in nats per token, TV total variation, top-1 "

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+#: What configurations call the positions that a model has.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -49,6 +52,12 @@ def geometries(config: Mapping[str, Any], usual: Geometry) -> dict[int, Geometry
         )
         for number, own in stated.items()
     }
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """Tokens that the model has positions for; None where config.json does not say."""
+    text = config.get("text_config") or config
+    return min((text[key] for key in _POSITIONS if (text.get(key) or 0) > 0), default=None)
 
 
 def first(config: Mapping[str, Any], *keys: str) -> int | None:

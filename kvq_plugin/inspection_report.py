@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import takewhile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvq_plugin.disk import room_for
 from kvq_plugin.formats import SERVED, KVFormat
 from kvq_plugin.inspection import (
     Checkpoint,
@@ -35,8 +37,8 @@ def run(path: str, plot: Path | None = None, console: Console | None = None) -> 
     Raises ValueError when serving would refuse the scales, after printing everything.
     """
     console = console or Console()
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise ValueError(f"--plot {plot}: expected a name that ends in .png")
+    if plot is not None:
+        _check_plot(plot)
     checkpoint = read(path)
     if plot is not None and not checkpoint.layers:
         raise ValueError(f"{path} has no KV scales to plot; `kvq calibrate` adds them")
@@ -55,6 +57,16 @@ def run(path: str, plot: Path | None = None, console: Console | None = None) -> 
         raise ValueError(
             f"{len(checkpoint.problems)} problem(s) with the KV scales of {path}, listed above"
         )
+
+
+def _check_plot(file: Path) -> None:
+    """ValueError when no plot can be written to *file*: before the report."""
+    if file.suffix.lower() != ".png":
+        raise ValueError(f"--plot {file}: expected a name that ends in .png")
+    folder = file.resolve().parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "it is a directory" if file.is_dir() else f"{folder} is no directory to write to"
+        raise ValueError(f"--plot {file}: expected a file to write, and {what}: name another")
 
 
 def _summary(checkpoint: Checkpoint, console: Console) -> None:
@@ -197,8 +209,9 @@ def _plot(checkpoint: Checkpoint, file: Path) -> None:
     figure.suptitle(f"KV scales of {checkpoint.folder.name}")
     scratch = file.with_name(f".{file.name}.part")
     try:
-        figure.savefig(scratch, dpi=120, format="png")
-        scratch.rename(file)
+        with room_for(f"the plot {file}", "name another file with --plot"):
+            figure.savefig(scratch, dpi=120, format="png")
+            scratch.rename(file)
     finally:
         pyplot.close(figure)
         scratch.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvq_plugin.disk import room_for
+
 ROWS = 128  # at a time in float32: 25 MB of SmolLM2's logits
 
 
@@ -93,7 +95,10 @@ class Seen:
         if self.keep is not None and main:
             sizes = torch.tensor([len(rows) for rows in self.calls])
             hidden = torch.cat(self.calls) if self.calls else torch.empty(0)
-            save_file({"hidden": hidden, "sizes": sizes}, self.keep)
+            what = f"what KL divergences start from ({hidden.nbytes:,} bytes a window)"
+            remedy = "name a folder with room in TMPDIR, or pass --no-divergence"
+            with room_for(f"{what} at {self.keep}", remedy):
+                save_file({"hidden": hidden, "sizes": sizes}, self.keep)
         return self.columns if main else None
 
 

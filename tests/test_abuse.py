@@ -11,12 +11,14 @@ import struct
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import make
 
-from kvq_plugin import cli, evaluation_page
+from kvq_plugin import cli, evaluation_page, logits, model
+from kvq_plugin.allocate.measure import Sensitivities
 from kvq_plugin.bench import output, serve
 from kvq_plugin.bench.engine import Engine
 from kvq_plugin.calibrate.checkpoint import Source
@@ -90,7 +92,7 @@ def test_a_model_without_a_tokenizer(tiny, capsys):
         ["eval", "MODEL", "--report", "LOCKED/out"],
         ["bench", "attention", "--out", "LOCKED"],
         ["bench", "store", "--out", "LOCKED/new"],
-        ["bench", "serve", "--model", "MODEL", "--out", "LOCKED"],
+        ["bench", "serve", "--model", "MODEL", "--input=64", "--output=64", "--out", "LOCKED"],
     ],
     ids=lambda command: " ".join(command[:2]),
 )
@@ -177,3 +179,49 @@ def test_a_checkpoint_that_is_broken(file, damage, tiny, tmp_path, capsys):
         assert cli.main(command) == 1
         assert file in one_line(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def says(error: pytest.ExceptionInfo, place: Path, remedy: str) -> None:
+    message = str(error.value)
+    assert f"{place} was not written (" in message and "make room there, or " in message
+    assert remedy in message, message
+
+
+def test_a_full_disk_is_named_with_a_way_out(tiny, tmp_path):
+    """The system's error names no file, and safetensors' was a traceback."""
+    source, out = Source.find(str(tiny)), tmp_path / "out"
+    with full_disk(100), pytest.raises(OSError) as error:
+        write(source, Target(out, copy=True), {}, {"num_bits": 8}, [], {})
+    says(error, out, "name another output")
+    evaluation = Evaluation({"text": Score((-2.0,) * 4096)}, 1000)
+    with full_disk(100), pytest.raises(OSError) as error:
+        evaluation_page.write(out, {BASELINE: evaluation}, None, 2048, {})
+    says(error, out, "--report")
+    with full_disk(10), pytest.raises(OSError) as error:
+        Sensitivities(tmp_path / "cells.json", {"model": "tiny"}).save()
+    says(error, tmp_path / "cells.json", "--cells")
+    kept = logits.Seen([1, 2, 3], None, str(tmp_path / "0-0.safetensors"))
+    kept.see(torch.ones(3, 64), torch.ones(3, 8))
+    with full_disk(100), pytest.raises(OSError) as error:
+        kept.result(main=True)
+    says(error, tmp_path / "0-0.safetensors", "TMPDIR")
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".safetensors"] == []
+
+
+def test_the_built_in_models_disk_is_full(tiny, tmp_path, monkeypatch, capsys):
+    """A stand-in's conversion; safetensors says so in an error of its own."""
+    import transformers
+
+    stand_in = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    for name, made in (("AutoTokenizer", tokenizer), ("AutoModelForCausalLM", stand_in)):
+        stock = SimpleNamespace(from_pretrained=lambda *a, made=made, **k: made)
+        monkeypatch.setattr(transformers, name, stock)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(model, "find_gguf", lambda: tmp_path / "some.gguf")
+    with full_disk(10_000):
+        assert cli.main(["eval"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    place = tmp_path / "kvq_plugin" / model.DIRECTORY
+    assert said.startswith(f"kvq: {place} was not written (") and "XDG_CACHE_HOME" in said
+    assert [path.suffix for path in place.parent.iterdir()] == [".lock"]

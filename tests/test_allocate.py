@@ -6,14 +6,16 @@ import itertools
 import json
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from kvq_plugin import cli
-from kvq_plugin.allocate import measure, output
+from kvq_plugin.allocate import arguments, measure, output
 from kvq_plugin.allocate.measure import Sensitivities, identity
 from kvq_plugin.allocate.solve import (
     Allocation,
@@ -23,6 +25,7 @@ from kvq_plugin.allocate.solve import (
     parse_bits,
     parse_memory,
     require_range,
+    require_served,
 )
 from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.calibrate.output import Target
@@ -163,6 +166,46 @@ def test_bad_options_are_refused_before_an_engine_starts(
     assert cli.main(["allocate", model, "-o", str(tmp_path / "out"), *arguments]) == 1
     assert said.format(tmp=tmp_path) in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "said"),
+    (
+        # Head sizes of 80: k3v2 has groups of 32. It ended in a traceback of the engine.
+        ({"head_dim": 80}, [], "0 has heads of 80, which k3v2 cannot have: expected a multiple of "
+         "32; pass --formats int4,k8v4,int8_per_token_head,auto"),
+        ({"head_dim": 80}, ["--formats", "k3v2,auto"], "use --kv-cache-dtype auto"),
+        ({"head_dim": 24}, ["--formats", "int4,k8v4,auto"], "24, which int4, k8v4 cannot have"),
+        # As GPT-2 calls them, and Source.require_length did not.
+        ({"n_positions": 512}, ["--length", "600"], "512 positions, one of them for the"),
+    ),
+)  # fmt: skip
+def test_what_config_json_shows_is_refused_first(
+    tmp_path, monkeypatch, capsys, config, arguments, said
+):
+    shape = {"num_attention_heads": 4, "hidden_size": 256, "num_hidden_layers": 2}
+    model = checkpoint(tmp_path / "m", 1.0, **shape, **config)
+    monkeypatch.setattr(measure, "metering", lambda *_: pytest.fail("an engine started"))
+    command = ["allocate", model, "-o", str(tmp_path / "out"), "--budget", "6", *arguments]
+    assert cli.main(command) == 1
+    assert said in capsys.readouterr().err
+    require_served([Shape(0, 2, 80)], ["int4", "k8v4", "auto"])
+
+
+def test_a_model_of_sliding_windows_alone_is_refused(tmp_path, monkeypatch, capsys):
+    """No layer takes part in a budget: the end was a division by no values."""
+    shape = {"num_attention_heads": 4, "hidden_size": 256, "num_hidden_layers": 2}
+    model = checkpoint(tmp_path / "m", 1.0, **shape)
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d " * 2048)
+    tokenizer = lambda text, **_: SimpleNamespace(input_ids=list(range(len(text))))  # noqa: E731
+    monkeypatch.setattr(arguments, "load_tokenizer", lambda _: tokenizer)
+    meter = Meter(0)
+    monkeypatch.setattr(measure, "metering", lambda *_: nullcontext(meter))
+    command = ["allocate", model, "-o", str(tmp_path / "out"), "--budget", "6", "--text", str(text)]
+    assert cli.main(command) == 1
+    assert "kvq: every layer of the model has a sliding window" in capsys.readouterr().err
+    assert not meter.asked and sorted(p.name for p in tmp_path.iterdir()) == ["m", "text.txt"]
 
 
 def test_costs_that_cannot_be_written_leave_nothing(tmp_path):

@@ -6,6 +6,7 @@ import json
 import statistics
 
 import pytest
+from tiny_models import make
 
 from kvq_plugin import cli
 from kvq_plugin.allocate.measure import metering, windows_of
@@ -39,6 +40,16 @@ def test_a_probe_costs_what_serving_costs(smollm2, tmp_path):
     served = statistics.fmean(served.scores["text"].divergence.kl)
     print(f"KL {probed:.6f} by probes, {served:.6f} served")
     assert served == pytest.approx(probed, rel=0.15)  # 384 tokens, another order of rounding
+
+
+def test_layers_that_share_their_caches_are_refused_in_words(tmp_path):
+    """Not by the end of an engine's log."""
+    model = make(tmp_path, "kv_sharing")
+    with (
+        pytest.raises(ValueError, match="layers of this model share their KV caches: expected one"),
+        metering(str(model), [list(range(3, 40))]),
+    ):
+        pass
 
 
 def test_the_command_writes_what_serves(smollm2, tmp_path, capsys):

@@ -132,7 +132,7 @@ def test_jsonl(tmp_path, tokenizer):
         (b'{"messages": [{"rule": 1}]}', "line 1"),
         (b"", "is empty"),
         (b"\n  \n", "is empty"),
-        (b"\xff\xfe", "not UTF-8"),
+        (b"\xff\xfe", "expected UTF-8 text, got .* `iconv -f utf-16"),
     ),
 )
 def test_bad_data_is_refused(tmp_path, tokenizer, content, said):

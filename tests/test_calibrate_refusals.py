@@ -288,7 +288,8 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path):
 def test_a_model_without_a_tokenizer_is_said_so(tmp_path, capsys):
     """transformers makes one of no words for it, by which any text has no tokens."""
     model = make(tmp_path, "gpt2")
-    assert "there is no usable one" in refusal([str(model), "-o", str(tmp_path / "out")], capsys)
+    command = [str(model), "-o", str(tmp_path / "out"), "--length", "64"]
+    assert "there is no usable one" in refusal(command, capsys)
 
 
 def test_force_does_not_take_what_kvq_allocate_wrote(tiny, tmp_path):

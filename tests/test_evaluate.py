@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvq_plugin import evaluate
+from kvq_plugin.calibrate.data import sample_windows
 from kvq_plugin.evaluate import Score, make_windows
 from kvq_plugin.servers import ServerError
 
@@ -34,6 +35,18 @@ def test_windows_begin_with_bos_where_the_tokenizer_does():
     assert make_windows(Words(bos=True), "a bb ccc dddd", 2, 3) == [[1000, 1, 2], [1000, 3, 4]]
 
 
+def test_windows_do_not_begin_with_eos():
+    """Of a tokenizer that ends texts with it (add_eos_token) an empty text begins with it."""
+
+    def tokenizer(text, add_special_tokens=True, verbose=True):
+        ids = Words()(text).input_ids
+        return SimpleNamespace(input_ids=ids + [1001] * add_special_tokens)
+
+    assert make_windows(tokenizer, "a bb ccc dddd", 2, 2) == [[1, 2], [3, 4]]
+    assert len(sample_windows(tokenizer, ["a bb"], 1, 2, 0)[0]) == 2
+    assert 1001 not in sample_windows(tokenizer, ["a bb"], 1, 2, 0)[0]
+
+
 def test_short_text_is_refused_with_what_it_holds():
     with pytest.raises(ValueError, match="has 3 tokens, 2 windows of 2 need 4: ask for at most 1"):
         make_windows(Words(), "a bb ccc", 2, 2)
@@ -44,7 +57,7 @@ def test_windows_that_nobody_asked_for_are_not_offered():
     assert len(make_windows(Words(), text, 1, 2, 1)) == 2
     with pytest.raises(ValueError, match="2 windows of 2 and 1 more .* 6: ask for at most 1 or gi"):
         make_windows(Words(), text, 2, 2, 1)
-    with pytest.raises(ValueError, match="has 5 tokens, a window of 9 need 9: give a longer text"):
+    with pytest.raises(ValueError, match="has 5 tokens, a window of 9 needs 9: give a longer text"):
         make_windows(Words(), text, 1, 9)
 
 

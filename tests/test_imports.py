@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "kvq_plugin"
 #: Modules of the package from the bottom up; one may import only what stands strictly lower,
 #: or its own submodules. Those on the same line do not know each other.
 LEVELS = (
+    ("disk", "texts"),
     ("formats", "hugepages", "rotation", "tables", "divergence", "logits", "geometry"),
     ("codes", "layout", "mapping"),
     ("sealed",),

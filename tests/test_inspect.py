@@ -239,6 +239,21 @@ def test_plot(write):
     assert "expected a name that ends in .png" in report(path, path / "scales.pdf")[1]
 
 
+def test_where_no_plot_can_go_is_said_first(write):
+    path = write(scales(k_scale=CHANNEL, v_scale=0.5))
+    (path / "folder.png").mkdir()
+    for file, said in (
+        (path / "folder.png", "it is a directory: name another"),
+        (path / "none" / "scales.png", "none is no directory to write to: name another"),
+    ):
+        text, error = report(path, file)
+        assert (
+            text == ""
+            and f"--plot {file}: expected a file to write, and " in error
+            and said in error
+        )
+
+
 def test_layers_have_whole_numbers(write, monkeypatch):
     from matplotlib.figure import Figure
 

@@ -270,6 +270,7 @@ def test_heat_map_and_tables_show_every_cell(capsys):
         ({"max_position_embeddings": 2048}, 2048),
         ({"text_config": {"max_position_embeddings": 512}}, 512),
         ({"n_positions": 1024, "max_position_embeddings": None}, 1024),
+        ({"max_position_embeddings": -1}, None),
         ({"max_position_embeddings": 4096, "seq_length": 2048}, 2048),
         ({}, None),
     ],

@@ -17,6 +17,7 @@ from kvq_plugin.allocate.solve import (
     parse_bits,
     parse_memory,
     require_range,
+    require_served,
 )
 from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.calibrate.output import Target, left_out
@@ -121,6 +122,8 @@ def run(options: argparse.Namespace) -> None:
     output.require_free(target, source)
     formats = formats_of(options.formats)
     stated = measure.stated_shapes(source)
+    if stated:
+        require_served(stated, formats)
     if options.budget is not None and stated:  # bits out of range: now, not after an engine started
         require_range(size_of(options, stated), stated, formats)
     count, length = options.windows, options.length
@@ -139,6 +142,7 @@ def run(options: argparse.Namespace) -> None:
     with progress(console) as bars:
         bar = bars.add_task("measuring layers", total=None, stage="an engine starts")
         with measure.metering(model, windows, options.stride, options.dtype) as meter:
+            require_served(meter.shapes, formats)
             size = size_of(options, meter.shapes)
             require_range(size, meter.shapes, formats)
             bars.update(bar, total=len(formats) * (len(meter.shapes) + 1), stage=file.name)

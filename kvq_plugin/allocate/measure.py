@@ -20,11 +20,13 @@ from pathlib import Path
 
 from kvq_plugin.allocate.solve import Shape
 from kvq_plugin.calibrate.checkpoint import Source
+from kvq_plugin.disk import room_for
 from kvq_plugin.evaluate import Window, builtin_text, cache_dtype, make_windows, read_text
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.mapping import PLAIN
 from kvq_plugin.servers import EngineProcess, engine_process, run_engine
 from kvq_plugin.serving.scales.declared import read_json
+from kvq_plugin.texts import naming
 
 #: Texts that every Python carries: prose about it, and a long module of it.
 TEXTS = ("builtin", "code")
@@ -54,7 +56,9 @@ def text_of(name: str) -> str:
 
 def windows_of(tokenizer, name: str, count: int, length: int, skip: int = 0) -> list[Window]:
     """*count* windows of *length* tokens of text *name*, after the first *skip* of them."""
-    return make_windows(tokenizer, text_of(name), skip + count, length)[skip:]
+    text = text_of(name)
+    with naming(name):
+        return make_windows(tokenizer, text, skip + count, length)[skip:]
 
 
 def require_writable(file: Path) -> None:
@@ -87,7 +91,8 @@ def identity(model: str) -> str:
 
 
 class Meter:
-    """A running engine, and what KV caches cost its layers.
+    """A running engine, and what KV caches cost its layers. ValueError for a model whose layers
+    cannot have a KV cache each.
 
     Attributes:
         layers: how many the model has.
@@ -96,7 +101,10 @@ class Meter:
 
     def __init__(self, engine: EngineProcess, itemsize: int) -> None:
         self._engine = engine
-        self.layers, shapes = engine.receive()
+        found = engine.receive()
+        if isinstance(found, str):
+            raise ValueError(found)
+        self.layers, shapes = found
         self.shapes = [Shape(*shape, itemsize) for shape in shapes]
 
     def kl(self, names: Mapping[int, str]) -> float:
@@ -174,7 +182,8 @@ def _work(pipe: Connection) -> None:
         return found
 
     [shapes] = llm.collective_rpc("kvq_prepare", args=(stride,))
-    seen(None)
+    if not isinstance(shapes, str):
+        seen(None)
     pipe.send(shapes)
     while True:
         pipe.send(seen(pipe.recv()))
@@ -226,8 +235,9 @@ class Sensitivities:
         content = {"what": self.what, "cells": self.cells, "uniform": self.uniform}
         scratch = self.file.with_name(self.file.name + ".part")
         try:
-            scratch.write_text(json.dumps(content, indent=1) + "\n")
-            scratch.rename(self.file)
+            with room_for(self.file, "name another with --cells"):
+                scratch.write_text(json.dumps(content, indent=1) + "\n")
+                scratch.rename(self.file)
         finally:
             scratch.unlink(missing_ok=True)
 

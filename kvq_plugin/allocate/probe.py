@@ -90,12 +90,11 @@ def _table(cache: torch.Tensor) -> torch.Tensor:
 class AllocateWorker:
     """Methods for ``LLM.collective_rpc``, mixed into vLLM's worker."""
 
-    def kvq_prepare(self, stride: int) -> tuple[int, list[tuple[int, int, int]]]:
+    def kvq_prepare(self, stride: int) -> tuple[int, list[tuple[int, int, int]]] | str:
         """Look at the model's forward passes from now on, at every *stride*-th position.
 
         Returns how many layers there are, and (number, kv heads, head size) of each that may be
-        given a format: those without a sliding window. ValueError for a model
-        whose layers share their caches.
+        given a format: those without a sliding window. Of a model that is refused, why.
         """
         model = self.get_model()
         self._kvq_stride, self._kvq_model = stride, model
@@ -108,7 +107,15 @@ class AllocateWorker:
         self._kvq_base: dict[int, torch.Tensor] = {}
         attention = [m for m in model.modules() if isinstance(m, compat.Attention)]
         if any(layer.kv_sharing_target_layer_name for layer in attention):
-            raise ValueError("kvq allocate: layers of this model share their KV caches")
+            return (
+                "layers of this model share their KV caches: expected one for each layer; use one "
+                "format for all, as --kv-cache-dtype int8_per_token_head does"
+            )
+        if not attention:
+            return (
+                "no layer of this model has a KV cache with K and V of heads (MLA has not): "
+                "expected attention layers with them; use --kv-cache-dtype auto"
+            )
         self._kvq_layers = {layer_number(x.layer_name): x for x in attention}
         self._watch_blocks(model)
         forward = model.forward

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvq_plugin.mapping import bits, bytes_per_token
+from kvq_plugin.formats import SERVED
+from kvq_plugin.mapping import PLAIN, bits, bytes_per_token
 
 _BITS = re.compile(r"(\d+(?:\.\d+)?)\s*(?:bits?)?")
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.I)
@@ -93,6 +94,28 @@ def require_range(size: int, shapes: Sequence[Shape], formats: Sequence[str]) ->
             f"expected {average_bits(least, shapes):.3f} to {average_bits(most, shapes):.3f} bits "
             f"({least:,} to {most:,} bytes a token) for {', '.join(formats)}"
         )
+
+
+def require_served(shapes: Sequence[Shape], formats: Sequence[str]) -> None:
+    """Raise ValueError, which names those that do, unless all *formats* serve every layer's heads,
+    and there are layers."""
+    if not shapes:
+        raise ValueError(
+            "every layer of the model has a sliding window, which bounds what its KV cache takes: "
+            "expected layers that attend to everything; use --kv-cache-dtype int8_per_token_head"
+        )
+    steps = {name: 1 if name == PLAIN else SERVED[name].head_size_step for name in formats}
+    for shape in shapes:
+        unfit = [name for name in formats if shape.head_size % steps[name]]
+        if unfit:
+            fit = [name for name in formats if name not in unfit]
+            remedy = "use --kv-cache-dtype auto"
+            if len(fit) > 1:
+                remedy = f"pass --formats {','.join(fit)}"
+            raise ValueError(
+                f"layer {shape.number} has heads of {shape.head_size}, which {', '.join(unfit)} "
+                f"cannot have: expected a multiple of {max(steps[n] for n in unfit)}; {remedy}"
+            )
 
 
 class Allocation:

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from kvq_plugin.geometry import Geometry
+from kvq_plugin.geometry import Geometry, positions
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.serving.scales.declared import (
     INDEX,
@@ -114,8 +114,7 @@ class Source:
 
     def max_length(self) -> int | None:
         """Positions the model has, where its configuration says so."""
-        stated = self._text_config.get("max_position_embeddings")
-        return stated if stated and stated > 0 else None
+        return positions(self.config)
 
     def require_length(self, length: int, next_token: bool = True) -> None:
         """ValueError when the model has no room for *length* tokens and, with *next_token*, for

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvq_plugin.evaluate import BUILTIN_TEXT, Window, builtin_text
+from kvq_plugin.evaluate import Window, beginning
+from kvq_plugin.texts import BUILTIN_TEXT, decoded, read_text
 
 
 def read_texts(names: Sequence[str], tokenizer) -> list[str]:
@@ -20,27 +21,17 @@ def read_texts(names: Sequence[str], tokenizer) -> list[str]:
     """
     texts = []
     for name in names:
-        if name == BUILTIN_TEXT:
-            found = [builtin_text()]
-        elif name.endswith(".jsonl"):
-            found = list(_lines(Path(name), tokenizer))
-        else:
-            found = [_decoded(Path(name))]
+        lines = name != BUILTIN_TEXT and name.endswith(".jsonl")
+        found = list(_lines(Path(name), tokenizer)) if lines else [read_text(name)]
         if not any(text.strip() for text in found):
             raise ValueError(f"{name} is empty: expected text to calibrate on")
         texts += found
     return texts
 
 
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): expected .txt or .jsonl") from None
-
-
 def _lines(path: Path, tokenizer) -> Iterator[str]:
-    for number, line in enumerate(_decoded(path).splitlines(), 1):
+    # Not splitlines: strings may have other ends of lines in them, such as U+2028.
+    for number, line in enumerate(decoded(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -74,7 +65,7 @@ def sample_windows(
     rest start anywhere. Every window begins with BOS where the tokenizer says texts do. The
     same *seed* draws the same windows. Raises ValueError when the texts are shorter than one.
     """
-    bos = tokenizer("").input_ids[:1]
+    bos = beginning(tokenizer)
     ids: Window = []
     for text in texts:
         ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False).input_ids

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from kvq_plugin.calibrate.checkpoint import CONFIG, Source, is_kv_scale
+from kvq_plugin.disk import room_for
 from kvq_plugin.formats import SERVED
 from kvq_plugin.mapping import LAYERS, SECTION, declared_mapping
 from kvq_plugin.serving.scales.declared import INDEX, quantization_section
@@ -106,8 +107,9 @@ class Target:
         private = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
         scratch, old = private / "new", private / "old"
         try:
-            scratch.mkdir()
-            yield scratch
+            with room_for(self.folder, "name another output"):
+                scratch.mkdir()
+                yield scratch
             self._check_still_free(command, mark)
             try:
                 if place.exists():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvq_plugin import geometry
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.serving.scales.declared import read_config
 from kvq_plugin.tasks import longbench, results
@@ -14,8 +15,6 @@ from kvq_plugin.tasks.items import TASKS, Item, make_items
 
 #: Answers of at most so many tokens are asked of the noise floor too, which answers one at a time.
 SHORT = 16
-#: What configurations call the positions that a model has.
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 #: What they call the scaling of rotary embeddings.
 _ROPES = ("rope_scaling", "rope_parameters")
 
@@ -81,19 +80,18 @@ class Settings:
 
 def positions(model: str) -> int | None:
     """Tokens that *model* has positions for, by its configuration; None where that does not say."""
-    text = _text_config(model)
-    return min((text[key] for key in _POSITIONS if text.get(key) is not None), default=None)
+    return geometry.positions(_config(model))
 
 
-def _text_config(model: str) -> dict[str, Any]:
-    config = read_config(checkpoint_folder(model, only=["*.json"]) / "config.json")
-    return config.get("text_config") or config
+def _config(model: str) -> dict[str, Any]:
+    return read_config(checkpoint_folder(model, only=["*.json"]) / "config.json")
 
 
 def _stretched(model: str) -> int | None:
     """:func:`positions` times the factor by which rotary embeddings are scaled, where they are:
     some models count these in, vLLM adds them for others, and says so where it does not."""
-    limit, text = positions(model), _text_config(model)
+    config = _config(model)
+    limit, text = geometry.positions(config), config.get("text_config") or config
     ropes = [rope for key in _ROPES if isinstance(rope := text.get(key), dict)]
     # With layers of several kinds one for each.
     ropes += [of for rope in ropes for of in rope.values() if isinstance(of, dict)]

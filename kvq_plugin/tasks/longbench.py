@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from kvq_plugin.texts import decoded
+
 KEYS = ("context", "input", "answers", "all_classes", "dataset", "length")
 #: Datasets that are not put into a chat model's template, as their examples are to be continued.
 RAW = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
@@ -96,13 +98,12 @@ def read(file: Path, tokenizer, room: int, prompts: Mapping[str, str] | None = N
     packages that a metric needs and that are not installed.
     """
     entries, room = [], room - len(_chat(tokenizer, ""))
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    entries.append(_entry(json.loads(line), tokenizer, room, prompts or {}))
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {number}: {error}") from None
+    for number, line in enumerate(decoded(file).split("\n"), 1):
+        if line.strip():
+            try:
+                entries.append(_entry(json.loads(line), tokenizer, room, prompts or {}))
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}") from None
     if not entries:
         raise ValueError(f"{file} has no entries: expected one JSON object per line")
     for metric in {DATASETS[entry.dataset][0] for entry in entries}:
@@ -114,8 +115,8 @@ def read(file: Path, tokenizer, room: int, prompts: Mapping[str, str] | None = N
 def templates(file: Path) -> dict[str, str]:
     """By dataset, of a JSON *file* like LongBench's ``config/dataset2prompt.json``."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(decoded(file))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise ValueError(
