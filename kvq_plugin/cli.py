@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from kvq_plugin import __version__
-from kvq_plugin.evaluate import BASELINE, BUILTIN_TEXT
+from kvq_plugin.evaluate import BASELINE
 from kvq_plugin.options import (
     KV_MEMORY_GIB,
     add_dtypes,
@@ -21,6 +21,7 @@ from kvq_plugin.options import (
     positive,
 )
 from kvq_plugin.servers import ServerError
+from kvq_plugin.texts import BUILTIN_TEXT
 
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -27,7 +27,6 @@ from kvq_plugin.evaluate import (
     Score,
     Tick,
     Window,
-    builtin_text,
     cache_dtype,
     load_tokenizer,
     make_windows,
@@ -38,6 +37,7 @@ from kvq_plugin.report import change_text, counted, progress
 from kvq_plugin.servers import Server, serve
 from kvq_plugin.tables import print_table
 from kvq_plugin.tasks.asked import positions
+from kvq_plugin.texts import builtin_text
 
 QUESTIONS = (
     # Nothing that bf16 itself leaves to a coin toss: "the capital of France" begins with "The" or

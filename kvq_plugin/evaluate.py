@@ -23,9 +23,6 @@ from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.servers import engine_process, run_engine
 from kvq_plugin.serving import compat
 from kvq_plugin.serving.scales.declared import read_config, unquantized_dtype
-from kvq_plugin.texts import BUILTIN_TEXT as BUILTIN_TEXT
-from kvq_plugin.texts import builtin_text as builtin_text
-from kvq_plugin.texts import read_text as read_text
 
 WINDOW = 2048
 BASELINE = "auto"

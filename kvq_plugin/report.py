@@ -27,18 +27,16 @@ from kvq_plugin.evaluate import (
     Score,
     Window,
     agreement,
-    builtin_text,
     evaluate,
     floor_chunk,
     load_tokenizer,
     make_windows,
-    read_text,
 )
 from kvq_plugin.inspection import check_dtypes
 from kvq_plugin.tables import print_table
 from kvq_plugin.tasks import tables as task_tables
 from kvq_plugin.tasks.asked import Asked, Settings, positions
-from kvq_plugin.texts import labels, naming
+from kvq_plugin.texts import builtin_text, labels, naming, read_text
 
 #: What runs the model: vLLM's engine, a process for every dtype, or transformers, in this one.
 DRIVERS = ("vllm", "transformers")

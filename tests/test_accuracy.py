@@ -8,7 +8,8 @@ from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.calibrate.output import Target
 from kvq_plugin.calibrate.run import calibrate
 from kvq_plugin.calibrate.settings import Settings
-from kvq_plugin.evaluate import BASELINE, builtin_text, evaluate, load_tokenizer, make_windows
+from kvq_plugin.evaluate import BASELINE, evaluate, load_tokenizer, make_windows
+from kvq_plugin.texts import builtin_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

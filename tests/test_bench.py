@@ -89,8 +89,9 @@ def test_engines_take_turns_and_one_that_fails_is_reported(smollm2):
     seen = []
     stock = engine.Engine("vLLM", "auto", plugin=False)
     steps = engine.decode_steps(load, [stock, ours], seen.append)
-    assert [len(s) for s in steps.values()] == [2 * (engine.BURST - 1)] * 2
-    assert seen[-4:] == ["vLLM", "ours"] * 2 and all(t > 0 for s in steps.values() for t in s)
+    turns = [(name, burst) for burst in (0, 1) for name in ("vLLM", "ours")]
+    assert [(s.engine, s.burst) for s in steps] == [t for t in turns for _ in range(7)]
+    assert seen[-4:] == ["vLLM", "ours"] * 2 and all(s.milliseconds > 0 for s in steps)
     with pytest.raises(ServerError, match="int8_per_token_head"):  # what it says to use instead
         engine.decode_steps(load, [engine.Engine("static", "int8")])
 
@@ -130,10 +131,31 @@ def test_a_step_without_all_streams_is_refused(monkeypatch):
     load = engine.Load("m", [[7] * 500] * 4, bursts=2, eager=True, kv_memory_bytes=30 << 20)
     decoding = 4
     steps = engine.decode_steps(load, [engine.Engine("vLLM", "auto")])
-    assert steps == {"vLLM": [0.25, *[0.5, 0.25] * 3] * 2}
+    assert [s.milliseconds for s in steps] == [250, *[500, 250] * 3] * 2
     decoding = 1
     with pytest.raises(ValueError, match="all 4 streams of 500 tokens, got one with 1.*raise --kv"):
         engine.decode_steps(load, [engine.Engine("vLLM", "auto")])
+
+
+def test_steps_are_written_and_drawn(monkeypatch, tmp_path):
+    engines = engine.beside_stock(["auto", "int4"])
+    steps = [
+        engine.Step(each.name, burst, 100.0 * i + 10.0 * burst + at)
+        for burst in (0, 1)
+        for i, each in enumerate(engines)
+        for at in range(7)
+    ]
+    monkeypatch.setattr(engine, "decode_steps", lambda *args, **kwargs: steps)
+    load = engine.Load("m", [[7] * 500] * 4, bursts=2, eager=True, kv_memory_bytes=1)
+    medians = output.run_engines(load, engines, tmp_path)
+    assert medians == {"vLLM auto": 8.0, "vLLM fp8": 108.0, "int4": 208.0}
+    with (tmp_path / "engine.csv").open() as file:
+        found = [
+            (r["engine"], int(r["burst"]), float(r["milliseconds"])) for r in csv.DictReader(file)
+        ]
+    assert found == [(s.engine, s.burst, s.milliseconds) for s in steps]
+    assert (tmp_path / "engine.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["engine.csv", "engine.png"]
 
 
 @pytest.mark.parametrize(

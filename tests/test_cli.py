@@ -34,6 +34,12 @@ def render(table) -> str:
     return output.getvalue()
 
 
+def test_the_package_is_the_command():
+    run = [sys.executable, "-m", "kvq_plugin", "eval", "--windows", "0"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("usage: kvq eval")
+
+
 def test_baseline_is_always_measured_first():
     assert options.parse_dtypes("fp8, int8,fp8") == ["auto", "fp8", "int8"]
     assert options.parse_dtypes("fp8,auto") == ["auto", "fp8"]

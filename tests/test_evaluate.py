@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvq_plugin import evaluate
+from kvq_plugin import evaluate, texts
 from kvq_plugin.calibrate.data import sample_windows
 from kvq_plugin.evaluate import Score, make_windows
 from kvq_plugin.servers import ServerError
@@ -83,15 +83,15 @@ def test_a_list_of_packages_to_install_is_not_begun(tmp_path):
 
 
 def test_builtin_text_is_the_same_every_time():
-    assert evaluate.builtin_text() == evaluate.read_text(evaluate.BUILTIN_TEXT)
-    assert len(evaluate.builtin_text()) > 400_000
+    assert texts.builtin_text() == texts.read_text(texts.BUILTIN_TEXT)
+    assert len(texts.builtin_text()) > 400_000
 
 
 def test_a_text_in_another_encoding_is_named(tmp_path):
     file = tmp_path / "latin1.txt"
     file.write_bytes("Bücher".encode("latin-1"))
     with pytest.raises(ValueError, match="latin1.txt: expected UTF-8 text, got .*; convert it"):
-        evaluate.read_text(str(file))
+        texts.read_text(str(file))
 
 
 def test_longest_request_counts_each_token_once():
@@ -151,7 +151,7 @@ def test_http_reads_the_logprob_of_each_token():
 def reference(smollm2):
     """Eight windows of the built-in text: the length the limits below are stated for."""
     tokenizer = evaluate.load_tokenizer(str(smollm2))
-    return {"builtin": make_windows(tokenizer, evaluate.builtin_text(), 8)}
+    return {"builtin": make_windows(tokenizer, texts.builtin_text(), 8)}
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_baseline_is_unquantized_even_where_the_checkpoint_asks_otherwise(tmp_pa
 
 def test_what_does_not_exist_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such text: /nope is no file: expected"):
-        evaluate.read_text("/nope")
+        texts.read_text("/nope")
     with pytest.raises(FileNotFoundError, match="no such model: /nope is no directory"):
         evaluate.load_tokenizer("/nope")
     with pytest.raises(ValueError, match="has no config.json: expected a model's directory"):

@@ -16,8 +16,9 @@ from dequantized import CACHE
 from engine_jobs import Batch, Job, only, run
 from transformers import AutoModelForCausalLM
 
-from kvq_plugin.evaluate import builtin_text, load_tokenizer, make_windows
+from kvq_plugin.evaluate import load_tokenizer, make_windows
 from kvq_plugin.hf_cache import NAME, KVQCache
+from kvq_plugin.texts import builtin_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

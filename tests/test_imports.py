@@ -31,7 +31,8 @@ LEVELS = (
     ("calibrate",),
     ("allocate",),
     ("demo", "bench", "gpu_check"),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 #: The only modules that may import a package at all, anywhere in the file.
 MAY_IMPORT = {

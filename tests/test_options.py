@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from kvq_plugin import cli, demo, evaluate, model, options
+from kvq_plugin import cli, demo, model, options, texts
 from kvq_plugin.evaluate import BASELINE
 from kvq_plugin.tasks import arguments
 
@@ -76,9 +76,9 @@ def test_empty_names_below_the_command_line(tmp_path):
     with pytest.raises(ValueError, match="hub name of a model, got an empty one; is a shell"):
         options.model_or_builtin("")
     with pytest.raises(ValueError, match="UTF-8 text, got an empty name: is a shell variable"):
-        evaluate.read_text("")
+        texts.read_text("")
     with pytest.raises(ValueError, match="is a directory: expected a file of UTF-8 text"):
-        evaluate.read_text(str(tmp_path))
+        texts.read_text(str(tmp_path))
 
 
 def test_the_built_in_model_has_no_place(tmp_path, monkeypatch, capsys):

@@ -21,12 +21,12 @@ from pathlib import Path
 from kvq_plugin.allocate.solve import Shape
 from kvq_plugin.calibrate.checkpoint import Source
 from kvq_plugin.disk import room_for
-from kvq_plugin.evaluate import Window, builtin_text, cache_dtype, make_windows, read_text
+from kvq_plugin.evaluate import Window, cache_dtype, make_windows
 from kvq_plugin.hub import checkpoint_folder
 from kvq_plugin.mapping import PLAIN
 from kvq_plugin.servers import EngineProcess, engine_process, run_engine
 from kvq_plugin.serving.scales.declared import read_json
-from kvq_plugin.texts import naming
+from kvq_plugin.texts import naming, read_text
 
 #: Texts that every Python carries: prose about it, and a long module of it.
 TEXTS = ("builtin", "code")
@@ -51,7 +51,7 @@ def text_of(name: str) -> str:
     """The text called *name*: one of TEXTS, else a UTF-8 file."""
     if name == "code":
         return Path(argparse.__file__).read_text(encoding="utf-8")
-    return builtin_text() if name == "builtin" else read_text(name)
+    return read_text(name)
 
 
 def windows_of(tokenizer, name: str, count: int, length: int, skip: int = 0) -> list[Window]:

@@ -37,6 +37,7 @@ def add(command: argparse.ArgumentParser) -> None:
     engine.add_argument("--bursts", type=positive, default=8)
     engine.add_argument("--compiled", action="store_true", help="with torch.compile, not eager")
     add_kv_memory(engine)
+    engine.add_argument("--out", type=Path, help="folder for a CSV and a plot")
     engine.set_defaults(run=_run_engine)
     serve = kinds.add_parser(
         "serve", help="vLLM's own bench serve, against servers with the same KV memory"
@@ -122,7 +123,8 @@ def _run_kernels(options: argparse.Namespace) -> None:
 
 def _run_engine(options: argparse.Namespace) -> None:
     from kvq_plugin.bench import engine, output
-    from kvq_plugin.evaluate import builtin_text, load_tokenizer, make_windows
+    from kvq_plugin.evaluate import load_tokenizer, make_windows
+    from kvq_plugin.texts import builtin_text
 
     model = model_or_builtin(options.model)
     prompts = make_windows(load_tokenizer(model), builtin_text(), options.streams, options.context)
@@ -135,7 +137,7 @@ def _run_engine(options: argparse.Namespace) -> None:
     )
     what = f"streams of {options.context} tokens, and {load.tokens} that each decodes,"
     _check_model(model, options, load.length, what)
-    output.run_engines(load, engine.beside_stock(options.dtypes))
+    output.run_engines(load, engine.beside_stock(options.dtypes), options.out)
 
 
 def _run_serve(options: argparse.Namespace) -> None:
@@ -158,7 +160,8 @@ def _run_serve(options: argparse.Namespace) -> None:
 
 def _run_generate(options: argparse.Namespace) -> None:
     from kvq_plugin.bench import generate, output
-    from kvq_plugin.evaluate import builtin_text, load_tokenizer, make_windows
+    from kvq_plugin.evaluate import load_tokenizer, make_windows
+    from kvq_plugin.texts import builtin_text
 
     model, dtypes, most = model_or_builtin(options.model), _uniform(options), max(options.contexts)
     new = 1 + (1 + options.bursts) * generate.BURST  # after a token of the text, a burst to warm up

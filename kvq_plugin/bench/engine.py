@@ -50,6 +50,15 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One timed decode step of an engine."""
+
+    engine: str
+    burst: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
 class Engine:
     """One engine to compare. ``plugin`` False: vLLM alone, with its own kernels."""
 
@@ -69,8 +78,8 @@ def decode_steps(
     engines: Sequence[Engine],
     stage: Callable[[str], None] = lambda text: None,
     tick: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
-    """Seconds of every timed step per engine. *tick* after each start and each round of bursts.
+) -> list[Step]:
+    """Every timed step in the order of time. *tick* after each start and each round of bursts.
 
     Raises ServerError with the end of an engine's log when it fails, and ValueError where its KV
     cache does not hold all streams at once.
@@ -84,14 +93,15 @@ def decode_steps(
             running[engine.name].send((load, engine))
             running[engine.name].receive()
             tick()
-        steps: dict[str, list[float]] = {name: [] for name in running}
-        for _ in range(load.bursts):
+        steps: list[Step] = []
+        for burst in range(load.bursts):
             for name, process in running.items():
                 stage(name)
                 process.send(BURST)
                 seconds, streams = zip(*process.receive(), strict=True)
                 check_streams(load, name, min(streams))
-                steps[name] += seconds[1:]  # the first wakes threads and caches
+                # The first wakes threads and caches.
+                steps += [Step(name, burst, 1e3 * each) for each in seconds[1:]]
             tick()
         return steps
 
@@ -154,9 +164,12 @@ def _start(load: Load, engine: Engine) -> Callable[[], tuple[float, int]]:
     return step
 
 
-def medians(steps: dict[str, list[float]]) -> dict[str, float]:
+def medians(steps: Sequence[Step]) -> dict[str, float]:
     """Median milliseconds of each engine's steps."""
-    return {name: 1e3 * statistics.median(values) for name, values in steps.items()}
+    each: dict[str, list[float]] = {}
+    for step in steps:
+        each.setdefault(step.engine, []).append(step.milliseconds)
+    return {name: statistics.median(values) for name, values in each.items()}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from kvq_plugin.bench import engine, kernels, serve
 from kvq_plugin.bench.kernels import Row
-from kvq_plugin.report import progress
+from kvq_plugin.disk import room_for
+from kvq_plugin.report import counted, progress
 from kvq_plugin.tables import print_table
 
 
@@ -40,14 +41,31 @@ def _replacing(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:  # a full disk's names no file
-        raise OSError(
-            f"{path} was not written ({error}): make room there, or name another --out"
-        ) from error
+        with room_for(path, "name another --out"):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _drawn(path: Path, columns: int, width: float, height: float):
+    """A figure of *width* x *height* inches and its axes side by side; written to *path* when the
+    block succeeds."""
+    from matplotlib import use
+
+    use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, columns, figsize=(width, height), layout="constrained", squeeze=False
+    )
+    try:
+        yield figure, axes[0]
+        with _replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+    finally:
+        pyplot.close(figure)
 
 
 def write_csv(path: Path, rows: Sequence) -> None:
@@ -63,35 +81,27 @@ def write_csv(path: Path, rows: Sequence) -> None:
 
 def write_plot(path: Path, kind: str, rows: Sequence[Row]) -> None:
     """Tokens per second against stock bf16, a group of bars per shape."""
-    from matplotlib import use
-
-    use("Agg")
-    from matplotlib import pyplot
-
     shapes = list(dict.fromkeys(row.shape for row in rows))
     names = list(dict.fromkeys(row.candidate for row in rows))
-    figure, axes = pyplot.subplots(figsize=(2.2 * len(shapes) + 2, 4.5), layout="constrained")
     width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        ratios = [row.ratio for row in rows if row.candidate == name]
-        axes.bar([s + i * width for s in range(len(shapes))], ratios, width, label=name)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    labels = [shape.replace(", ", "\n") for shape in shapes]
-    axes.set_xticks([s + 0.4 - width / 2 for s in range(len(shapes))], labels, fontsize=8)
-    axes.set_ylabel("tokens per second, stock bf16 = 1")
-    axes.set_title(f"{kind}, {rows[0].threads} threads, {rows[0].isa}")
-    axes.legend(fontsize=8, ncols=2)
-    with _replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=150)
-    pyplot.close(figure)
+    with _drawn(path, 1, 2.2 * len(shapes) + 2, 4.5) as (_, [axes]):
+        for i, name in enumerate(names):
+            ratios = [row.ratio for row in rows if row.candidate == name]
+            axes.bar([s + i * width for s in range(len(shapes))], ratios, width, label=name)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        labels = [shape.replace(", ", "\n") for shape in shapes]
+        axes.set_xticks([s + 0.4 - width / 2 for s in range(len(shapes))], labels, fontsize=8)
+        axes.set_ylabel("tokens per second, stock bf16 = 1")
+        axes.set_title(f"{kind}, {rows[0].threads} threads, {rows[0].isa}")
+        axes.legend(fontsize=8, ncols=2)
 
 
 def kernel_table(kind: str, rows: Sequence[Row], repeats: int) -> Table:
     """A section per shape."""
     table = Table(
         title=f"{kind}: {rows[0].threads} threads, {rows[0].isa}",
-        caption=f"medians of {repeats} interleaved runs; GB/s of cache bytes and their share of "
-        "the read bandwidth in the same run; speed-ups in KV tokens per second",
+        caption=f"medians of {counted(repeats, 'interleaved run')}; GB/s of cache bytes and "
+        "their share of the read bandwidth in the same run; speed-ups in KV tokens per second",
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -142,8 +152,31 @@ def run_kernels(
     return rows
 
 
-def run_engines(load: engine.Load, engines: Sequence[engine.Engine]) -> dict[str, float]:
-    """Measure and print the median decode step of each engine; returns milliseconds."""
+def _engine_title(load: engine.Load) -> str:
+    how = "eager" if load.eager else "compiled"
+    return f"decode step, {len(load.prompts)} streams at {len(load.prompts[0]):,} tokens, {how}"
+
+
+def write_engine_plot(path: Path, load: engine.Load, steps: Sequence[engine.Step]) -> None:
+    """Every step of every engine in the order they were timed, and a line at its median."""
+    with _drawn(path, 1, 8, 4.5) as (_, [axes]):
+        for i, (name, median) in enumerate(engine.medians(steps).items()):
+            mine = [step.milliseconds for step in steps if step.engine == name]
+            axes.plot(mine, ".", color=f"C{i}", label=f"{name}, {median:.1f} ms")
+            axes.axhline(median, color=f"C{i}", linewidth=0.8)
+        axes.set_xlabel(f"step, in bursts of {engine.BURST - 1}")
+        axes.set_ylabel("ms")
+        axes.set_ylim(bottom=0)
+        axes.set_title(_engine_title(load))
+        axes.legend(fontsize=8)
+
+
+def run_engines(
+    load: engine.Load, engines: Sequence[engine.Engine], out: Path | None
+) -> dict[str, float]:
+    """Measure and print the median decode step of each engine, and with *out* write
+    ``out/engine.csv`` (every step) and ``out/engine.png``; returns milliseconds."""
+    check_folder(out)
     console = Console()
     with progress(console) as bars:
         bar = bars.add_task("engine", total=len(engines) + load.bursts, stage="")
@@ -156,9 +189,8 @@ def run_engines(load: engine.Load, engines: Sequence[engine.Engine]) -> dict[str
     medians = engine.medians(steps)
     baseline = medians[engines[0].name]
     table = Table(
-        title=f"decode step, {len(load.prompts)} streams at {len(load.prompts[0]):,} tokens, "
-        f"{'eager' if load.eager else 'compiled'}",
-        caption=f"medians of {len(next(iter(steps.values())))} steps in interleaved bursts",
+        title=_engine_title(load),
+        caption=f"medians of {len(steps) // len(engines)} steps in interleaved bursts",
         box=box.SIMPLE_HEAD,
     )
     for name in ("engine", "median step", f"speed vs {engines[0].name}"):
@@ -166,6 +198,10 @@ def run_engines(load: engine.Load, engines: Sequence[engine.Engine]) -> dict[str
     for name, milliseconds in medians.items():
         table.add_row(name, f"{milliseconds:.1f} ms", f"{baseline / milliseconds:.2f}x")
     print_table(console, table)
+    if out is not None:
+        write_csv(out / "engine.csv", steps)
+        write_engine_plot(out / "engine.png", load, steps)
+        console.print(f"written: {out}/engine.csv and .png")
     return medians
 
 
@@ -185,7 +221,7 @@ def serve_table(load: serve.Load, middle: Sequence[serve.Row]) -> Table:
         title=f"vllm bench serve: {load.requests} requests of {load.input} tokens in and "
         f"{load.output} out at once, {load.kv_memory_bytes / 2**20:g} MiB of KV cache, "
         f"{'eager' if load.eager else 'compiled'}",
-        caption=f"medians of {load.rounds} interleaved rounds",
+        caption=f"medians of {counted(load.rounds, 'interleaved round')}",
         box=box.SIMPLE_HEAD,
         padding=0,
     )
@@ -211,31 +247,20 @@ def serve_table(load: serve.Load, middle: Sequence[serve.Row]) -> Table:
 
 def write_serve_plot(path: Path, load: serve.Load, rows: Sequence[serve.Row]) -> None:
     """A panel per figure: a bar per engine for the median, a dot per round."""
-    from matplotlib import use
-
-    use("Agg")
-    from matplotlib import pyplot
-
     middle = serve.medians(rows)
     names = [row.engine for row in middle]
-    figure, panels = pyplot.subplots(
-        1, len(SERVE_PLOTS), figsize=(4.2 * len(SERVE_PLOTS), 4.2), layout="constrained"
-    )
-    for axes, (column, title) in zip(panels, SERVE_PLOTS.items(), strict=True):
-        axes.bar(names, [getattr(row, column) for row in middle], color="C0", alpha=0.6)
-        axes.plot(
-            [row.engine for row in rows], [getattr(row, column) for row in rows], "k.", markersize=4
+    with _drawn(path, len(SERVE_PLOTS), 4.2 * len(SERVE_PLOTS), 4.2) as (figure, panels):
+        for axes, (column, title) in zip(panels, SERVE_PLOTS.items(), strict=True):
+            medians, all_rounds = ([getattr(row, column) for row in r] for r in (middle, rows))
+            axes.bar(names, medians, color="C0", alpha=0.6)
+            axes.plot([row.engine for row in rows], all_rounds, "k.", markersize=4)
+            axes.set_title(title, fontsize=10)
+            axes.tick_params(axis="x", rotation=40, labelsize=8)
+            axes.set_ylim(bottom=0)
+        figure.suptitle(
+            f"{load.requests} requests of {load.input} tokens in and {load.output} out at once, "
+            f"{load.kv_memory_bytes / 2**20:g} MiB of KV cache"
         )
-        axes.set_title(title, fontsize=10)
-        axes.tick_params(axis="x", rotation=40, labelsize=8)
-        axes.set_ylim(bottom=0)
-    figure.suptitle(
-        f"{load.requests} requests of {load.input} tokens in and {load.output} out at once, "
-        f"{load.kv_memory_bytes / 2**20:g} MiB of KV cache"
-    )
-    with _replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    pyplot.close(figure)
 
 
 def run_serve(
@@ -269,7 +294,9 @@ GENERATE_PLOTS = {"mebibytes": "MiB of cache", "milliseconds": "ms per new token
 
 def generate_table(rows: Sequence, reasons: Mapping[str, str], bursts: int) -> Table:
     """A section per context and batch size; who is missing, and why, in the caption."""
-    lines = [f"medians over {bursts} interleaved bursts; the most memory each cache held"]
+    lines = [
+        f"medians over {counted(bursts, 'interleaved burst')}; the most memory each cache held"
+    ]
     lines += [f"{name}: not measured, {why}" for name, why in reasons.items()]
     table = Table(title="generate with transformers", caption="\n".join(lines), box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
@@ -293,29 +320,19 @@ def generate_table(rows: Sequence, reasons: Mapping[str, str], bursts: int) -> T
 
 def write_generate_plot(path: Path, column: str, rows: Sequence) -> None:
     """*column* against context, a line per candidate and a panel per batch size."""
-    from matplotlib import use
-
-    use("Agg")
-    from matplotlib import pyplot
-
     batches = list(dict.fromkeys(row.batch for row in rows))
-    figure, panels = pyplot.subplots(
-        1, len(batches), figsize=(5.5 * len(batches), 4.5), layout="constrained", squeeze=False
-    )
-    for axes, batch in zip(panels[0], batches, strict=True):
-        for name in dict.fromkeys(row.candidate for row in rows):
-            mine = [row for row in rows if (row.batch, row.candidate) == (batch, name)]
-            axes.plot(
-                [r.context for r in mine], [getattr(r, column) for r in mine], "o-", label=name
-            )
-        axes.set_xlabel("tokens of context")
-        axes.set_ylabel(GENERATE_PLOTS[column])
-        axes.set_ylim(bottom=0)
-        axes.set_title(f"batch {batch}")
-    panels[0][0].legend(fontsize=8)
-    with _replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    pyplot.close(figure)
+    with _drawn(path, len(batches), 5.5 * len(batches), 4.5) as (_, panels):
+        for axes, batch in zip(panels, batches, strict=True):
+            for name in dict.fromkeys(row.candidate for row in rows):
+                mine = [row for row in rows if (row.batch, row.candidate) == (batch, name)]
+                axes.plot(
+                    [r.context for r in mine], [getattr(r, column) for r in mine], "o-", label=name
+                )
+            axes.set_xlabel("tokens of context")
+            axes.set_ylabel(GENERATE_PLOTS[column])
+            axes.set_ylim(bottom=0)
+            axes.set_title(f"batch {batch}")
+        panels[0].legend(fontsize=8)
 
 
 def run_generate(

@@ -14,8 +14,8 @@ from kvq_plugin.calibrate.settings import (
     Settings,
     Strategy,
 )
-from kvq_plugin.evaluate import BUILTIN_TEXT
 from kvq_plugin.options import gib, positive
+from kvq_plugin.texts import BUILTIN_TEXT
 
 _DEFAULTS = Settings()
 

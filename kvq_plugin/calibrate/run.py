@@ -18,10 +18,11 @@ from kvq_plugin.calibrate.output import Target, drops_mapping, left_out, with_sc
 from kvq_plugin.calibrate.scales import LayerScales, compute
 from kvq_plugin.calibrate.settings import DRIVERS, Settings, Strategy
 from kvq_plugin.calibrate.table import scale_table
-from kvq_plugin.evaluate import BUILTIN_TEXT, load_tokenizer
+from kvq_plugin.evaluate import load_tokenizer
 from kvq_plugin.report import progress
 from kvq_plugin.serving.scales.keys import layer_number
 from kvq_plugin.tables import print_table
+from kvq_plugin.texts import BUILTIN_TEXT
 
 #: Fewer tokens than this in all, or in the longest sample, are warned of: ranges of so few say
 #: little about other text, and every sample of one token is at the first position.
