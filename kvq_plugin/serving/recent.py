@@ -116,7 +116,7 @@ def _require_causal(layer: torch.nn.Module, vllm_config: Any) -> None:
         raise ValueError(
             f"--kv-cache-dtype {layer.kv_cache_dtype} was asked for {layer.layer_name}, which "
             "attends in both directions, as a prefix LM does: supported are layers with causal "
-            "attention; use --kv-cache-dtype k8v4 or int8_per_token_head"
+            "attention; use --kv-cache-dtype int8_per_token_head"
         )
 
 
